@@ -1,0 +1,43 @@
+# The commands of this repository. `make demo` first; `make test` is what CI runs.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+BIN := .venv/bin
+SOURCES := lbctl manager agent tests
+.PHONY: help tools demo test check unit kube lab bench format clean
+
+help: ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 10
+
+tools: ## install what is missing (Debian packages, .venv)
+	@bgp-lab/install-tools
+
+demo: tools ## the whole system at work, in network namespaces, in under a minute
+	@$(BIN)/lbctl demo
+
+test: check ## everything: check, unit, kube, lab
+	@$(BIN)/python -m tests.run
+
+check: tools ## formatting, lint, strict types, import contract
+	@$(BIN)/ruff format --check --quiet $(SOURCES)
+	@$(BIN)/ruff check --quiet $(SOURCES)
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-logo
+
+unit: tools ## the pure half, in seconds
+	@$(BIN)/pytest -q -n 2 tests/unit
+
+kube: tools ## contract tests on both clusters
+	@$(BIN)/pytest -q tests/kube
+
+lab: tools ## namespaces, FRR, traffic
+	@$(BIN)/pytest -q tests/lab
+
+bench: tools ## print the measurements of docs/benchmarks.md
+	@$(BIN)/python -m tests.bench
+
+format: tools ## let ruff write
+	@$(BIN)/ruff format $(SOURCES)
+	@$(BIN)/ruff check --fix $(SOURCES)
+
+clean: ## remove .venv and caches
+	@rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist *.egg-info

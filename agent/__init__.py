@@ -1,0 +1,1 @@
+"""The DaemonSet: programs the node's forwarding and answers probes."""

@@ -1,0 +1,1 @@
+"""Load balancers for bare-metal Kubernetes. `core` is pure; `kube`, `cli`, `lab` are edges."""

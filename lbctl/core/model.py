@@ -1,0 +1,227 @@
+"""The domain's snapshots: what the cluster says, reduced to what is decided upon.
+
+All are frozen and hashable. `lbctl.kube.objects` makes them from API objects; planners take them
+and never see an API object. Addresses are `ipaddress` objects; durations are seconds (`_s`);
+instants are seconds since the epoch where they come from the API server.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
+from typing import TypeAlias
+
+Address: TypeAlias = IPv4Address | IPv6Address
+Network: TypeAlias = IPv4Network | IPv6Network
+
+
+class Protocol(StrEnum):
+    """Layer-4 protocol of a Service port, spelled as Kubernetes spells it."""
+
+    TCP = "TCP"
+    UDP = "UDP"
+    SCTP = "SCTP"
+
+
+class TrafficPolicy(StrEnum):
+    """`spec.externalTrafficPolicy`."""
+
+    CLUSTER = "Cluster"
+    LOCAL = "Local"
+
+
+class Phase(StrEnum):
+    """Phase of an EIP object."""
+
+    BOUND = "Bound"
+    RELEASING = "Releasing"
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class ObjectRef:
+    """A namespaced name."""
+
+    namespace: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.namespace}/{self.name}"
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class ServicePort:
+    """One entry of `spec.ports`. `name` is "" when the Service has a single unnamed port."""
+
+    name: str
+    protocol: Protocol
+    port: int
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """A Service as far as load balancing goes.
+
+    `created_s` is creationTimestamp. `ingress` are the addresses now in status.loadBalancer.
+    `affinity_s` is the ClientIP timeout, None without affinity.
+    """
+
+    ref: ObjectRef
+    uid: str
+    created_s: float
+    ports: tuple[ServicePort, ...]
+    is_load_balancer: bool
+    load_balancer_class: str | None = None
+    policy: TrafficPolicy = TrafficPolicy.CLUSTER
+    families: tuple[int, ...] = (4,)
+    affinity_s: int | None = None
+    source_ranges: tuple[Network, ...] = ()
+    deleting: bool = False
+    finalizers: tuple[str, ...] = ()
+    ingress: tuple[Address, ...] = ()
+    annotations: tuple[tuple[str, str], ...] = ()
+    requested: str | None = None  # spec.loadBalancerIP, unparsed: a user wrote it
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Endpoint:
+    """One address behind a Service port. `node` is "" if it is on no node; `pod` "" if no Pod."""
+
+    address: Address
+    port: int
+    node: str = ""
+    pod: str = ""
+    ready: bool = True
+    serving: bool = True
+    terminating: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class PortEndpoints:
+    """All endpoints of one named port of a Service, sorted, from all its slices."""
+
+    name: str
+    protocol: Protocol
+    endpoints: tuple[Endpoint, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceEndpoints:
+    """The merged EndpointSlices of a Service, sorted by (name, protocol)."""
+
+    service: ObjectRef
+    ports: tuple[PortEndpoints, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A Kubernetes Node as far as forwarding goes.
+
+    `addresses` are its InternalIPs; `next_hops` the parsed `lbctl.io/next-hop` annotation.
+    """
+
+    name: str
+    uid: str = ""
+    addresses: tuple[Address, ...] = ()
+    pod_cidrs: tuple[Network, ...] = ()
+    ready: bool = True
+    excluded: bool = False
+    draining: bool = False
+    deleting: bool = False
+    next_hops: tuple[Address, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Eip:
+    """An `eips.lbctl.io` object: the allocation itself.
+
+    `forwarding` turns False only after every manager has withdrawn the route and drainTime has
+    passed; agents then remove the EIP. `withdrawn_by` are the manager ids that have withdrawn.
+    `released_s` is when it became Releasing, `unforwarded_s` when `forwarding` became False.
+    """
+
+    address: Address
+    pool: str
+    owner: ObjectRef
+    owner_uid: str
+    phase: Phase = Phase.BOUND
+    forwarding: bool = True
+    withdrawn_by: tuple[str, ...] = ()
+    released_s: float | None = None
+    unforwarded_s: float | None = None
+    version: str = field(default="", compare=False)  # resourceVersion, for guarded writes
+
+
+def eip_object_name(address: Address) -> str:
+    """Name of an address's EIP object: itself for IPv4, the exploded form with dashes for IPv6.
+
+    An object name is a DNS subdomain, so it cannot hold a colon.
+    """
+    return address.exploded.replace(":", "-") if address.version == 6 else str(address)
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """One BGP neighbour, validated. `password` is the secret's value, kept out of repr."""
+
+    name: str
+    address: Address
+    asn: int
+    local_asn: int
+    port: int = 179
+    hold_time_s: int = 9
+    local_address: Address | None = None
+    router_id: IPv4Address | None = None
+    multihop: int | None = None
+    password: str | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Path:
+    """One next hop for one EIP, as announced with ADD-PATH.
+
+    `path_id` belongs for ever to (node, next hop, attributes): see `lbctl.core.routes.path_id`.
+    """
+
+    prefix: Network
+    next_hop: Address
+    path_id: int
+    node: str
+    communities: tuple[str, ...] = ()
+    med: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """One BGP session as the speaker sees it. `add_path` is what was negotiated (None: not up)."""
+
+    peer: str
+    up: bool
+    add_path: bool | None = None
+    detail: str = ""
+
+
+class NodeState(StrEnum):
+    """Judgement on a node (DESIGN.md, "Judging nodes")."""
+
+    UNKNOWN = "Unknown"
+    UP = "Up"
+    SUSPECT = "Suspect"
+    AGENT_SILENT = "AgentSilent"
+    DOWN = "Down"
+
+
+@dataclass(frozen=True, slots=True)
+class NodeView:
+    """What one manager knows of one node, the input to route selection.
+
+    `confirmed` maps an EIP to whether the node has a ready endpoint of it itself.
+    """
+
+    name: str
+    state: NodeState = NodeState.UNKNOWN
+    held: bool = False  # panic: keep what is announced
+    stable: bool = True  # False while a flapping node has to prove itself
+    lags: bool = False
+    digest: int = 0
+    confirmed: frozenset[Address] = frozenset()

@@ -1,0 +1,50 @@
+"""Every fixed name, port, mark and table number, in one place.
+
+Names are DESIGN.md's. Numbers stay clear of what kube-proxy (marks 0x4000, 0x8000), Calico (mark
+bits chosen from 0xffff0000, tables 1-250 by default), Cilium (marks 0x0f00, tables 2004, 2005) and
+flannel (VXLAN ports 8472, 4789) document. They are defaults; `forwarding.*` may override them.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+NAMESPACE: Final = "lbctl-system"
+CONFIG_MAP: Final = "lbctl"
+ACCEPTED_CONFIG_MAP: Final = "lbctl-accepted"
+CONFIG_KEY: Final = "config.yaml"
+LEASE: Final = "lbctl-manager"
+PROBE_SECRET: Final = "lbctl-probe-keys"
+MANAGER_APP: Final = "lbctl-manager"  # value of the label app.kubernetes.io/name
+AGENT_APP: Final = "lbctl-agent"
+MANAGER_ACCOUNT: Final = "lbctl-manager"  # ServiceAccounts
+AGENT_ACCOUNT: Final = "lbctl-agent"
+VIEWER_ACCOUNT: Final = "lbctl-viewer"  # whose token may read /v1/state
+
+GROUP: Final = "lbctl.io"
+EIP_VERSION: Final = "v1"
+EIP_PLURAL: Final = "eips"
+EIP_KIND: Final = "EIP"
+LOAD_BALANCER_CLASS: Final = "lbctl.io/bgp"
+FINALIZER: Final = "service.kubernetes.io/load-balancer-cleanup"
+CONDITION_ANNOUNCED: Final = "lbctl.io/Announced"
+ANNOTATION_DRAIN: Final = "lbctl.io/drain"
+ANNOTATION_NEXT_HOP: Final = "lbctl.io/next-hop"
+ANNOTATION_POOL: Final = "lbctl.io/pool"
+LABEL_EXCLUDE: Final = "node.kubernetes.io/exclude-from-external-load-balancers"
+STATE_TOKEN_HEADER: Final = "Lbctl-Authorization"  # the API server's pod proxy strips Authorization
+
+MANAGER_HTTP_PORT: Final = 7480  # /healthz /readyz /metrics /v1/state
+AGENT_HTTP_PORT: Final = 7481  # /healthz /readyz /metrics
+PROBE_PORT: Final = 7482  # UDP, the agent listens
+MANAGER_PEER_PORT: Final = 7483  # UDP, manager to manager
+SPEAKER_PEER_PORT: Final = 7484  # UDP, manager to the other speakers' relays
+
+NFT_TABLE: Final = "lbctl"
+MARK_BASE: Final = 0x4C420000  # low 16 bits: this node's own index of the next node
+MARK_MASK: Final = 0xFFFF0000
+ROUTE_TABLE_BASE: Final = 0x4C420000  # table of node index n is base + n
+RULE_PRIORITY: Final = 130  # before Calico's and Cilium's, after the local table
+AGENT_SNAPSHOT_DIR: Final = "/run/lbctl"
+SPEAKER_SOCKET_DIR: Final = "/run/lbctl-speaker"
+KEYS_DIR: Final = "/run/lbctl-keys"

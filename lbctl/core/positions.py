@@ -1,0 +1,232 @@
+"""YAML text into plain values, with the line and column of every key and value.
+
+Rules: works on the parser's events, never on constructed objects, so that no tag runs code, no
+alias multiplies memory and no depth overflows the stack. The YAML that is understood is the part
+that people write by hand: mappings with text keys, lists, text, whole numbers, decimals, true,
+false, null. `010` and `0x10` stay text: nobody agrees on what number they are.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Final, TypeAlias
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.reader import ReaderError
+
+Loc: TypeAlias = tuple[str | int, ...]
+
+MAX_BYTES: Final = 1 << 20  # what a ConfigMap can hold
+MAX_DEPTH: Final = 16
+
+_INT: Final = re.compile(r"[-+]?(0|[1-9][0-9]{0,18})\Z")
+_FLOAT: Final = re.compile(r"[-+]?(0|[1-9][0-9]{0,18})\.[0-9]{1,18}\Z")
+_WORDS: Final[dict[str, bool | None]] = {
+    "": None,
+    "~": None,
+    "null": None,
+    "Null": None,
+    "NULL": None,
+    "true": True,
+    "True": True,
+    "TRUE": True,
+    "false": False,
+    "False": False,
+    "FALSE": False,
+}
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Mark:
+    """A place in the text; both numbers start at 1."""
+
+    line: int
+    column: int
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Something wrong at a place. `loc` is the path of keys and indexes, () for the whole file."""
+
+    mark: Mark
+    loc: Loc
+    text: str
+
+    def __str__(self) -> str:
+        where = f"{self.mark.line}:{self.mark.column}: "
+        return f"{where}{show_path(self.loc)}: {self.text}" if self.loc else where + self.text
+
+
+@dataclass(slots=True)
+class Document:
+    """A parsed file: mappings are dicts, lists are tuples. Marks are of values and of keys."""
+
+    value: object = None
+    values: dict[Loc, Mark] = field(default_factory=dict)
+    keys: dict[Loc, Mark] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+
+    def mark(self, loc: Loc) -> Mark:
+        """The place of the value at `loc`, or of the nearest thing that holds it."""
+        while loc and loc not in self.values:
+            loc = loc[:-1]
+        return self.values.get(loc, Mark(1, 1))
+
+    def key_mark(self, loc: Loc) -> Mark:
+        """The place of the key at `loc`; where it has none (list items), that of the value."""
+        return self.keys.get(loc) or self.mark(loc)
+
+
+def show_path(loc: Loc) -> str:
+    """`("pools", 0, "name")` as people write it: `pools[0].name`."""
+    text = ""
+    for part in loc:
+        if isinstance(part, int):
+            text += f"[{part}]"
+        else:
+            text += f".{part}" if text else part
+    return text
+
+
+def load(text: str) -> Document:
+    """Read one YAML document. Never raises: what is wrong is in `problems`, in file order.
+
+    A syntax error ends the reading: nothing after it can be trusted, so it is the only problem
+    besides those found before it.
+    """
+    document = Document()
+    if len(text.encode("utf-8", "replace")) > MAX_BYTES:
+        document.problems.append(Problem(Mark(1, 1), (), "the file is larger than 1 MiB"))
+        return document
+    try:
+        _Builder(document, YAML(typ="safe", pure=True).parse(text)).document_root()
+    except _Stop:
+        pass
+    except ReaderError as error:
+        document.problems.append(_unreadable(text, error))
+    except MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        at = Mark(mark.line + 1, mark.column + 1) if mark else Mark(1, 1)
+        said = error.problem or error.context or "cannot be read"
+        document.problems.append(Problem(at, (), f"not valid YAML: {said}"))
+    except YAMLError as error:
+        first = str(error).splitlines()[0] if str(error) else "cannot be read"
+        document.problems.append(Problem(Mark(1, 1), (), f"not valid YAML: {first}"))
+    return document
+
+
+def _unreadable(text: str, error: ReaderError) -> Problem:
+    index = error.position if isinstance(error.position, int) else 0
+    before = text[:index]
+    at = Mark(before.count("\n") + 1, index - (before.rfind("\n") + 1) + 1)
+    character = text[index : index + 1]
+    name = f"U+{ord(character):04X}" if character else "at the end"
+    return Problem(at, (), f"not valid YAML: the character {name} is not allowed")
+
+
+class _Stop(Exception):
+    """Reading on makes no sense; the problem is recorded."""
+
+
+class _Builder:
+    """Turns events into values. Recursion is bounded by MAX_DEPTH."""
+
+    def __init__(self, document: Document, events: Iterator[Any]) -> None:
+        self._document = document
+        self._events = events
+
+    def document_root(self) -> None:
+        for event in self._events:
+            kind = type(event).__name__
+            if kind in ("StreamStartEvent", "DocumentStartEvent", "DocumentEndEvent"):
+                if kind == "DocumentStartEvent" and () in self._document.values:
+                    self._stop(event, (), "a second document starts here (`---`); only one is read")
+                continue
+            if kind == "StreamEndEvent":
+                return
+            self._document.value = self._value(event, ())
+
+    def _stop(self, event: Any, loc: Loc, text: str) -> None:
+        self._document.problems.append(Problem(_mark(event), loc, text))
+        raise _Stop
+
+    def _value(self, event: Any, loc: Loc) -> object:
+        kind = type(event).__name__
+        if len(loc) > MAX_DEPTH:
+            self._stop(event, (), f"nested deeper than {MAX_DEPTH} levels")
+        if kind == "AliasEvent":
+            self._stop(event, loc, "aliases (`*name`) are not supported; write the value out")
+        self._document.values[loc] = _mark(event)
+        tag = getattr(event, "tag", None) or getattr(event, "ctag", None)
+        if tag is not None and str(tag) not in ("!", "None", ""):
+            self._document.problems.append(
+                Problem(_mark(event), loc, "tags (`!…`) are not supported; write a plain value")
+            )
+        if kind == "MappingStartEvent":
+            return self._mapping(loc)
+        if kind == "SequenceStartEvent":
+            return self._sequence(loc)
+        return _scalar(event)
+
+    def _sequence(self, loc: Loc) -> tuple[object, ...]:
+        items: list[object] = []
+        for event in self._events:
+            if type(event).__name__ == "SequenceEndEvent":
+                break
+            items.append(self._value(event, (*loc, len(items))))
+        return tuple(items)
+
+    def _mapping(self, loc: Loc) -> dict[str, object]:
+        found: dict[str, object] = {}
+        for event in self._events:
+            kind = type(event).__name__
+            if kind == "MappingEndEvent":
+                break
+            if kind != "ScalarEvent":
+                self._stop(event, loc, "a key must be plain text")
+            key = str(event.value)
+            here = (*loc, key)
+            if key in found:
+                first = self._document.keys[here].line
+                self._document.problems.append(
+                    Problem(_mark(event), here, f"the key is there twice (first in line {first})")
+                )
+                Shadow.skip(self, loc)
+                continue
+            self._document.keys[here] = _mark(event)
+            found[key] = self._value(next(self._events), here)
+        return found
+
+
+class Shadow:
+    """Reads a value without keeping it: the second of two equal keys."""
+
+    @staticmethod
+    def skip(builder: _Builder, loc: Loc) -> None:
+        """Consume the next value; what is wrong inside it is not worth a message of its own."""
+        kept = builder._document
+        builder._document = Document()
+        try:
+            builder._value(next(builder._events), loc)
+        finally:
+            builder._document = kept
+
+
+def _mark(event: Any) -> Mark:
+    return Mark(event.start_mark.line + 1, event.start_mark.column + 1)
+
+
+def _scalar(event: Any) -> object:
+    text = str(event.value)
+    if event.style in ("'", '"', "|", ">"):
+        return text
+    if text in _WORDS:
+        return _WORDS[text]
+    if _INT.match(text):
+        return int(text)
+    if _FLOAT.match(text):
+        return float(text)
+    return text

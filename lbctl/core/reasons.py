@@ -1,0 +1,93 @@
+"""Why something was decided: one enum for log, Event, metric label, state page and `explain`.
+
+Values are stable UpperCamelCase (Kubernetes' rule for Event and condition reasons). `SENTENCE`
+says each for people; `lbctl explain` and Event messages are built from it.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Final
+
+
+class Reason(StrEnum):
+    """A decision's reason."""
+
+    # allocation
+    ALLOCATED = "Allocated"
+    RESTORED = "Restored"
+    NOT_LOAD_BALANCER = "NotLoadBalancer"
+    OTHER_CLASS = "OtherLoadBalancerClass"
+    POOL_EXHAUSTED = "PoolExhausted"
+    NO_POOL = "NoPool"
+    ADDRESS_TAKEN = "AddressTaken"
+    ADDRESS_OUTSIDE_POOLS = "AddressOutsidePools"
+    RELEASING = "Releasing"
+    RELEASED = "Released"
+    REUSE_DELAY = "ReuseDelay"
+    WAITING_FOR_CONFIG = "WaitingForConfig"
+    # configuration
+    CONFIG_ACCEPTED = "ConfigAccepted"
+    CONFIG_REJECTED = "ConfigRejected"
+    POOL_SHRINK_REFUSED = "PoolShrinkRefused"
+    # a node as next hop of an EIP
+    ANNOUNCED = "Announced"
+    NO_ENDPOINTS = "NoReadyEndpoints"
+    NO_LOCAL_ENDPOINT = "NoLocalEndpoint"
+    NODE_SUSPECT = "NodeSuspect"
+    NODE_DOWN = "NodeDown"
+    NODE_NOT_READY = "NodeNotReady"
+    NODE_EXCLUDED = "NodeExcluded"
+    NODE_DRAINING = "NodeDraining"
+    NODE_UNKNOWN = "NodeNeverAnswered"
+    NODE_FLAPPING = "NodeFlapping"
+    NODE_NO_ADDRESS = "NodeHasNoAddress"
+    NODE_LAGS = "NodeTableLags"
+    NOT_CONFIRMED = "NotConfirmedByAgent"
+    AGENT_SILENT = "AgentSilent"
+    OVER_MAX_PATHS = "OverMaxPaths"
+    HELD_BY_PANIC = "HeldByPanic"
+    NO_NEXT_HOP = "NoNextHop"
+    # a session
+    SESSION_UP = "SessionUp"
+    SESSION_DOWN = "SessionDown"
+    ADD_PATH_MISSING = "AddPathMissing"
+
+
+SENTENCE: Final[dict[Reason, str]] = {
+    Reason.ALLOCATED: "an address was given from a pool",
+    Reason.RESTORED: "the address it already had was kept",
+    Reason.NOT_LOAD_BALANCER: "the Service is not of type LoadBalancer",
+    Reason.OTHER_CLASS: "its loadBalancerClass names another controller",
+    Reason.POOL_EXHAUSTED: "every address of the pools it may use is taken",
+    Reason.NO_POOL: "no pool gives out addresses to it on its own",
+    Reason.ADDRESS_TAKEN: "another Service holds the address",
+    Reason.ADDRESS_OUTSIDE_POOLS: "the address is in none of the accepted pools",
+    Reason.RELEASING: "the address is being taken back: first the routes go, then the forwarding",
+    Reason.RELEASED: "the address is free again",
+    Reason.REUSE_DELAY: "the address rests until reuseAfter has passed",
+    Reason.WAITING_FOR_CONFIG: "no configuration has been accepted yet",
+    Reason.CONFIG_ACCEPTED: "the configuration is in force",
+    Reason.CONFIG_REJECTED: "the configuration has errors; the last accepted one stays in force",
+    Reason.POOL_SHRINK_REFUSED: "addresses that Services use would fall out of the pools",
+    Reason.ANNOUNCED: "the node is a next hop",
+    Reason.NO_ENDPOINTS: "no endpoint of the Service is ready",
+    Reason.NO_LOCAL_ENDPOINT: "externalTrafficPolicy is Local and the node has no ready endpoint",
+    Reason.NODE_SUSPECT: "the node has stopped answering probes",
+    Reason.NODE_DOWN: "the node is down: two witnesses agree",
+    Reason.NODE_NOT_READY: "Kubernetes calls the node NotReady",
+    Reason.NODE_EXCLUDED: "the node is labelled to be excluded from load balancers",
+    Reason.NODE_DRAINING: "the node is being drained",
+    Reason.NODE_UNKNOWN: "the node has not answered a probe yet",
+    Reason.NODE_FLAPPING: "the node is back but has to be stable for longer",
+    Reason.NODE_NO_ADDRESS: "the node has no address of the EIP's family",
+    Reason.NODE_LAGS: "the node's table differs from the majority's for too long",
+    Reason.NOT_CONFIRMED: "the node's agent has not confirmed the EIP's forwarding",
+    Reason.AGENT_SILENT: "the agent is silent but its kernel answers; what it confirmed is kept",
+    Reason.OVER_MAX_PATHS: "maxPaths is reached; other nodes rank higher",
+    Reason.HELD_BY_PANIC: "too many nodes went at once; nothing is withdrawn before a second witness",
+    Reason.NO_NEXT_HOP: "no node can carry it",
+    Reason.SESSION_UP: "the BGP session is established",
+    Reason.SESSION_DOWN: "the BGP session is not established",
+    Reason.ADD_PATH_MISSING: "the switch did not agree to receive several paths (ADD-PATH)",
+}

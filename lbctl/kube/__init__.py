@@ -1,0 +1,1 @@
+"""The Kubernetes edge: list+watch caches, leader election, object and Event writes."""

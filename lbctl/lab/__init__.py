@@ -1,0 +1,1 @@
+"""Runs a topology of `bgp-lab/` in network namespaces: switches, nodes, faults, traffic."""

@@ -1,0 +1,1 @@
+"""The cluster behind a lab: `embedded` or `kubernetes`, behind one handle."""

@@ -1,0 +1,1 @@
+"""The Deployment: allocates EIPs, announces routes, probes nodes, serves its state."""

@@ -1,0 +1,4 @@
+"""Tests.
+
+`unit` is pure, `kube` speaks to both lab clusters, `lab` moves packets between namespaces.
+"""
