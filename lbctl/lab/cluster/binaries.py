@@ -57,7 +57,7 @@ def cache_folder() -> Path:
 
 def _cached(progress: Progress) -> Path:
     folder = cache_folder()
-    with _lock(folder.with_suffix(".lock")):
+    with _lock(folder.with_name(folder.name + ".lock")):
         if not (folder / "kubectl").exists():
             _build(folder, progress)
     return folder
@@ -74,7 +74,7 @@ def _lock(path: Path) -> Iterator[None]:
 
 def _build(folder: Path, progress: Progress) -> None:
     """Build into a temporary folder beside `folder`, then rename: no half-built cache."""
-    partial = folder.with_suffix(".partial")
+    partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     go = _go(folder.parent, progress)
@@ -99,7 +99,7 @@ def _go_build(
 ) -> None:
     """Run one `go build`, reporting how many packages are compiled. Raises MissingFeature."""
     environment = {**os.environ, "CGO_ENABLED": "0", "GOFLAGS": "-mod=readonly"}
-    command = [go, "build", "-v", "-trimpath", "-ldflags", flags, "-o", str(target), package]
+    command = [go, "build", "-v", "-ldflags", flags, "-o", str(target), package]
     said: list[str] = []
     with subprocess.Popen(
         command, cwd=module, env=environment, stderr=subprocess.PIPE, text=True
