@@ -43,6 +43,10 @@ class Forbidden(KubeError):
     """401 or 403."""
 
 
+class NotLeader(KubeError):
+    """This replica does not lead (any more), so it must not write."""
+
+
 class SpeakerError(LbctlError):
     """ExaBGP or its relay did not do what it was told."""
 
@@ -57,3 +61,11 @@ class LabError(LbctlError):
 
 class MissingFeature(LabError):
     """This machine lacks something that the lab needs. The message says what, and how to get it."""
+
+
+class ApiRefusal(LabError):
+    """The lab's API server refuses a request. `status` is the Kubernetes Status that it answers."""
+
+    def __init__(self, status: dict[str, object]) -> None:
+        super().__init__(str(status.get("message", "")))
+        self.status = status

@@ -81,6 +81,9 @@ class Service:
     ingress: tuple[Address, ...] = ()
     annotations: tuple[tuple[str, str], ...] = ()
     requested: str | None = None  # spec.loadBalancerIP, unparsed: a user wrote it
+    version: str = field(default="", compare=False)  # resourceVersion, for guarded writes
+    # status, reason and message of our own condition; not compared, as we write it ourselves
+    condition: tuple[str, str, str] | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -190,6 +193,10 @@ class Path:
     communities: tuple[str, ...] = ()
     med: int | None = None
 
+    def __hash__(self) -> int:
+        """Hash what tells paths apart; all fields, as by default, would take five times as long."""
+        return hash((self.path_id, int(self.prefix.network_address)))
+
 
 @dataclass(frozen=True, slots=True)
 class Session:
@@ -215,7 +222,8 @@ class NodeState(StrEnum):
 class NodeView:
     """What one manager knows of one node, the input to route selection.
 
-    `confirmed` maps an EIP to whether the node has a ready endpoint of it itself.
+    `confirmed` are the EIPs that its agent forwards, `local_ready` those of them with a ready
+    endpoint on the node itself. `since_s` (monotonic) is when the state began.
     """
 
     name: str
@@ -225,3 +233,5 @@ class NodeView:
     lags: bool = False
     digest: int = 0
     confirmed: frozenset[Address] = frozenset()
+    local_ready: frozenset[Address] = frozenset()
+    since_s: float = 0.0

@@ -22,6 +22,7 @@ Loc: TypeAlias = tuple[str | int, ...]
 MAX_BYTES: Final = 1 << 20  # what a ConfigMap can hold
 MAX_DEPTH: Final = 16
 
+_KEY: Final = re.compile(r"[A-Za-z0-9_-]{1,40}\Z")
 _INT: Final = re.compile(r"[-+]?(0|[1-9][0-9]{0,18})\Z")
 _FLOAT: Final = re.compile(r"[-+]?(0|[1-9][0-9]{0,18})\.[0-9]{1,18}\Z")
 _WORDS: Final[dict[str, bool | None]] = {
@@ -62,9 +63,13 @@ class Problem:
 
 @dataclass(slots=True)
 class Document:
-    """A parsed file: mappings are dicts, lists are tuples. Marks are of values and of keys."""
+    """A parsed file: mappings are dicts, lists are tuples. Marks are of values and of keys.
+
+    complete: it could be read to its end; else `value` is worth nothing.
+    """
 
     value: object = None
+    complete: bool = False
     values: dict[Loc, Mark] = field(default_factory=dict)
     keys: dict[Loc, Mark] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
@@ -81,13 +86,14 @@ class Document:
 
 
 def show_path(loc: Loc) -> str:
-    """`("pools", 0, "name")` as people write it: `pools[0].name`."""
+    """`("pools", 0, "name")` as people write it, `pools[0].name`, always on one line."""
     text = ""
     for part in loc:
         if isinstance(part, int):
             text += f"[{part}]"
-        else:
-            text += f".{part}" if text else part
+            continue
+        key = part if _KEY.match(part) else ascii(part[:40])
+        text += f".{key}" if text else key
     return text
 
 
@@ -146,6 +152,7 @@ class _Builder:
                     self._stop(event, (), "a second document starts here (`---`); only one is read")
                 continue
             if kind == "StreamEndEvent":
+                self._document.complete = True
                 return
             self._document.value = self._value(event, ())
 
@@ -194,25 +201,12 @@ class _Builder:
                 self._document.problems.append(
                     Problem(_mark(event), here, f"the key is there twice (first in line {first})")
                 )
-                Shadow.skip(self, loc)
+                # Read past the value; what is wrong inside it needs no message of its own.
+                _Builder(Document(), self._events)._value(next(self._events), loc)
                 continue
             self._document.keys[here] = _mark(event)
             found[key] = self._value(next(self._events), here)
         return found
-
-
-class Shadow:
-    """Reads a value without keeping it: the second of two equal keys."""
-
-    @staticmethod
-    def skip(builder: _Builder, loc: Loc) -> None:
-        """Consume the next value; what is wrong inside it is not worth a message of its own."""
-        kept = builder._document
-        builder._document = Document()
-        try:
-            builder._value(next(builder._events), loc)
-        finally:
-            builder._document = kept
 
 
 def _mark(event: Any) -> Mark:

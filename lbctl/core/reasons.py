@@ -47,6 +47,7 @@ class Reason(StrEnum):
     AGENT_SILENT = "AgentSilent"
     OVER_MAX_PATHS = "OverMaxPaths"
     HELD_BY_PANIC = "HeldByPanic"
+    LAST_NEXT_HOP = "LastNextHop"
     NO_NEXT_HOP = "NoNextHop"
     # a session
     SESSION_UP = "SessionUp"
@@ -85,7 +86,8 @@ SENTENCE: Final[dict[Reason, str]] = {
     Reason.NOT_CONFIRMED: "the node's agent has not confirmed the EIP's forwarding",
     Reason.AGENT_SILENT: "the agent is silent but its kernel answers; what it confirmed is kept",
     Reason.OVER_MAX_PATHS: "maxPaths is reached; other nodes rank higher",
-    Reason.HELD_BY_PANIC: "too many nodes went at once; nothing is withdrawn before a second witness",
+    Reason.HELD_BY_PANIC: "too many nodes went at once; held until another witness agrees",
+    Reason.LAST_NEXT_HOP: "the node is doubtful but no other is left, so it stays a next hop",
     Reason.NO_NEXT_HOP: "no node can carry it",
     Reason.SESSION_UP: "the BGP session is established",
     Reason.SESSION_DOWN: "the BGP session is not established",

@@ -1,0 +1,172 @@
+"""The port to nftables: the whole desired ruleset goes in, the kernel's difference goes out.
+
+Rules: what is confirmed is what the kernel took. Several pieces are several transactions; the
+generation that the last one writes tells a complete table from a half-written one. After an error
+the kernel's state counts as unknown and the next attempt writes everything anew. What others did to
+our table is seen by its handles and its element counts, never by reading all elements.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from dataclasses import dataclass
+from typing import Final
+
+import structlog
+
+from agent.nfnetlink import Fingerprint, Nfnetlink
+from lbctl.core import nft
+from lbctl.core.nft import Ruleset
+from lbctl.errors import DataplaneError
+
+NFT_LIMIT_S: Final = 60.0
+_log = structlog.get_logger()
+
+
+@dataclass(slots=True)
+class Figures:
+    """What the metrics show of the data plane."""
+
+    applied: int = 0
+    rewritten: int = 0
+    failed: int = 0
+    last_s: float = 0.0
+
+
+class Dataplane:
+    """Our nftables table in this network namespace. One caller at a time."""
+
+    def __init__(self) -> None:
+        self._netlink = Nfnetlink()
+        self._kernel: Ruleset | None = None  # None: unknown
+        self._shape: tuple[object, ...] | None = None
+        self._seen = -1
+        self.figures = Figures()
+
+    @property
+    def kernel(self) -> Ruleset | None:
+        """What the kernel holds, as far as we know."""
+        return self._kernel
+
+    def close(self) -> None:
+        """Close the netlink socket; the table stays."""
+        self._netlink.close()
+
+    @property
+    def shape(self) -> str:
+        """What tells this incarnation of the table from any other, to be kept for `adopt`."""
+        return repr(self._shape)
+
+    def adopt(self, rules: Ruleset, shape: str) -> bool:
+        """Take the kernel's table for `rules`, from before a restart, if it bears its generation.
+
+        shape: as it was then. Returns False if the table is another one, changed, or gone; `set`
+        then writes it anew.
+        """
+        if self._netlink.marker() != rules.generation & 0xFFFFFFFF:
+            return False
+        found = self._netlink.fingerprint()
+        if found is None or not _fits(found, rules) or repr(found.shape()) != shape:
+            return False
+        self._kernel, self._shape = rules, found.shape()
+        return True
+
+    async def set(self, rules: Ruleset) -> bool:
+        """Make the kernel hold `rules`; True if anything had to be written.
+
+        Raises DataplaneError, after which the kernel's state is unknown.
+        """
+        started = time.monotonic()
+        known = self._kernel
+        pieces = await asyncio.to_thread(_pieces, known, rules)
+        if not pieces:
+            return False
+        self._kernel = None
+        try:
+            for piece in pieces:
+                await run_nft(piece)
+            self._remember(rules, fresh=known is None)
+        except DataplaneError:
+            self.figures.failed += 1
+            raise
+        self.figures.applied += 1
+        self.figures.rewritten += known is None
+        self.figures.last_s = time.monotonic() - started
+        return True
+
+    def _remember(self, rules: Ruleset, fresh: bool) -> None:
+        self._seen = self._netlink.generation()
+        found = self._netlink.fingerprint()
+        if found is None or not _fits(found, rules):
+            raise DataplaneError("someone changed our nftables table while it was written")
+        if not fresh and self._shape is not None and found.shape() != self._shape:
+            raise DataplaneError("someone changed our nftables rules")
+        self._kernel, self._shape = rules, found.shape()
+
+    def damaged(self) -> bool:
+        """Whether someone else changed our table since. Cheap while nobody touched nftables.
+
+        When it says so the kernel's state counts as unknown: the next `set` repairs it.
+        """
+        if self._kernel is None:
+            return True
+        now = self._netlink.generation()
+        if now == self._seen:
+            return False
+        found = self._netlink.fingerprint()
+        if found is not None and found.shape() == self._shape and _fits(found, self._kernel):
+            self._seen = now
+            return False
+        self._kernel = None
+        return True
+
+    def counters(self) -> dict[str, int]:
+        """Packets by named counter."""
+        return self._netlink.counters()
+
+    async def remove(self) -> None:
+        """Remove every trace."""
+        self._kernel = None
+        await run_nft(nft.removal())
+
+
+def _pieces(known: Ruleset | None, rules: Ruleset) -> list[str]:
+    return nft.full(rules) if known is None else nft.difference(known, rules)
+
+
+def _fits(found: Fingerprint, rules: Ruleset) -> bool:
+    counts = found.counts()
+    expected = nft.totals(rules)
+    return all(
+        name in counts and counts[name] in (None, expected[name]) for name in sorted(expected)
+    )
+
+
+async def run_nft(text: str) -> None:
+    """Give one transaction to nft. Raises DataplaneError with what it said."""
+    try:
+        process = await asyncio.create_subprocess_exec(
+            "nft",
+            "-f",
+            "-",
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.DEVNULL,
+            stderr=asyncio.subprocess.PIPE,
+        )
+    except OSError as error:
+        raise DataplaneError(f"nft cannot be run: {error}") from error
+    try:
+        async with asyncio.timeout(NFT_LIMIT_S):
+            _, stderr = await process.communicate(text.encode())
+    except TimeoutError as error:
+        raise DataplaneError(f"nft took longer than {NFT_LIMIT_S:.0f} s") from error
+    finally:
+        if process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()
+    if process.returncode:
+        said = stderr.decode("utf-8", "replace").strip().splitlines()
+        raise DataplaneError(f"nft: {said[0] if said else process.returncode}")

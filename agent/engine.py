@@ -1,0 +1,427 @@
+"""The agent's loop: inputs and the down set in, the node's forwarding out, confirmed when it is in.
+
+Rules:
+- One pass at a time; a pass takes the newest of everything, so that no event needs a queue.
+- Order of a pass: routes first, then nftables, then the removal of routes no longer used. Only then
+  is the table confirmed, and the snapshot written.
+- A failed pass is repeated with back-off; what the kernel has stays.
+- Between passes the kernel is checked, and what someone else removed is put back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass, field, replace
+from ipaddress import IPv4Address
+from typing import Any, Final, TypeAlias
+
+import structlog
+
+from agent import routes as links
+from agent.dataplane import Dataplane
+from agent.inputs import Inputs
+from agent.routes import Hop, Routes, Survey
+from lbctl.core import forwarding, nft, nodeview
+from lbctl.core.forwarding import Locator, Table
+from lbctl.core.model import Address, Node
+from lbctl.core.nft import Ruleset
+from lbctl.core.nodeview import PortElements, PortView
+from lbctl.errors import DataplaneError
+
+CHECK_S: Final = 1.0
+RESOLVE_S: Final = 0.1  # between looks at the neighbour table while a node's MAC is unknown
+RESOLVE_TRIES: Final = 20
+FALL_BACK_S: Final = 5.0
+RETRY_S: Final = (0.1, 0.5, 2.0, 5.0)
+_MAX_INDEX: Final = 0xFFFE
+_Key: TypeAlias = tuple[Address, str, int]
+ElementCache: TypeAlias = dict[_Key, tuple[PortView, Mapping[str, int], PortElements]]
+_log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Confirmed:
+    """What the kernel has taken.
+
+    forwarded: the EIPs that it carries (of IPv4, so far). local: those with an endpoint on this
+    node that takes new flows.
+    """
+
+    generation: int = 0
+    config_generation: int = 0
+    table: Table = forwarding.EMPTY
+    forwarded: frozenset[Address] = frozenset()
+    local: frozenset[Address] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """Everything that a restart needs; written to the snapshot whole.
+
+    macs: of the other nodes' addresses, the last that were seen. down: nodes called down.
+    """
+
+    inputs: Inputs = field(default_factory=Inputs)
+    down: frozenset[str] = frozenset()
+    table: Table = forwarding.EMPTY
+    view: Mapping[Address, tuple[PortView, ...]] = field(default_factory=dict)
+    index: Mapping[str, int] = field(default_factory=dict)
+    macs: Mapping[IPv4Address, str] = field(default_factory=dict)
+    rules: Ruleset = field(default_factory=Ruleset)
+    usable: tuple[str, ...] = ()  # the nodes that can be steered to
+    shape: str = ""
+
+
+class Engine:
+    """Programs one node. `on_confirmed` and `on_saved` are called in the event loop."""
+
+    def __init__(
+        self,
+        node: str,
+        dataplane: Dataplane,
+        routes: Routes,
+        on_confirmed: Callable[[Confirmed], None],
+        on_state: Callable[[State], None],
+    ) -> None:
+        self._node = node
+        self._dataplane = dataplane
+        self._routes = routes
+        self._on_confirmed = on_confirmed
+        self._on_state = on_state
+        self._inputs: Inputs | None = None
+        self._down: frozenset[str] = frozenset()
+        self._state = State()
+        self._survey = Survey()
+        self._macs: Mapping[IPv4Address, str] = {}
+        self._hops: Mapping[int, Hop] = {}
+        self._elements: ElementCache = {}
+        self._locator: tuple[tuple[Node, ...], Locator] = ((), Locator(()))
+        self._wake = asyncio.Event()
+        self._resolve = asyncio.Event()
+        self._known_problems: tuple[str, ...] = ()
+        self.confirmed = Confirmed()
+        self.repairs = {"nftables": 0, "routes": 0, "interfaces": 0}
+        self.unreachable: tuple[str, ...] = ()  # nodes on none of our links
+        self.failures = 0
+        self.turned_s = time.monotonic()
+
+    # -- in ------------------------------------------------------------------------------------
+    def feed(self, inputs: Inputs) -> None:
+        """Take the cluster's state in."""
+        self._inputs = inputs
+        self._wake.set()
+
+    def set_down(self, nodes: frozenset[str]) -> None:
+        """Take in which nodes' endpoints take no new flows."""
+        if nodes != self._down:
+            _log.info("down_set", nodes=sorted(nodes))
+            self._down = nodes
+            self._wake.set()
+
+    def restore(self, state: State) -> bool:
+        """Start from a snapshot; True if the kernel still has exactly that (then it is confirmed).
+
+        Otherwise the state is known, but nothing is written before `feed`.
+        """
+        self._state, self._down, self._macs = state, state.down, state.macs
+        if not self._dataplane.adopt(state.rules, state.shape):
+            return False
+        self._confirm(state)
+        return True
+
+    @property
+    def state(self) -> State:
+        """What was last written to the kernel."""
+        return self._state
+
+    @property
+    def down(self) -> frozenset[str]:
+        """The nodes now taken for down."""
+        return self._down
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """What is wrong with this node's kernel settings, in words."""
+        return self._known_problems
+
+    # -- loops ---------------------------------------------------------------------------------
+    async def run(self) -> None:
+        """Program the node for ever; ends only by cancellation."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._program(), name="program")
+            group.create_task(self._check(), name="check")
+            group.create_task(self._neighbours(), name="neighbours")
+            group.create_task(self._fall_back(), name="fall-back")
+
+    async def _fall_back(self) -> None:
+        """Without a word from the API server, serve what the snapshot says."""
+        await asyncio.sleep(FALL_BACK_S)
+        if self._inputs is None and self._state.rules.generation:
+            _log.warning("api_server_away", serving="snapshot")
+            self.feed(self._state.inputs)
+
+    async def _program(self) -> None:
+        failed = 0
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            if self._inputs is None:
+                continue
+            try:
+                await _finished(self._pass(self._inputs, self._down))
+                failed = 0
+            except DataplaneError as error:
+                self.failures += 1
+                _log.error("apply_failed", error=str(error))
+                await asyncio.sleep(RETRY_S[min(failed, len(RETRY_S) - 1)])
+                failed += 1
+                self._wake.set()
+
+    async def _pass(self, inputs: Inputs, down: frozenset[str]) -> None:
+        started = time.monotonic()
+        if not self._survey.uplinks or self._state.inputs.interfaces != inputs.interfaces:
+            self._survey = await self._routes.survey(inputs.interfaces)
+            await links.loosen(self._survey)
+        before = self._state
+        index = assign(before.index, self._node, inputs.nodes)
+        self._hops = hops(self._survey, index, inputs.nodes)
+        self._note_unreachable(index)
+        planned = await asyncio.to_thread(self._plan, before, inputs, down, index)
+        await self._routes.ensure(self._hops)
+        repairing = self._dataplane.kernel is None
+        written = await self._dataplane.set(planned.rules)
+        await self._routes.prune(self._hops)
+        if not written:
+            # Nothing of the kernel's differs, so neither does its generation.
+            planned = replace(
+                planned, rules=replace(planned.rules, generation=before.rules.generation)
+            )
+        self._state = replace(planned, shape=self._dataplane.shape)
+        self._resolve.set()
+        self._confirm(self._state)
+        self._on_state(self._state)
+        if written:
+            _log.info(
+                "table_applied",
+                generation=planned.rules.generation,
+                digest=f"{planned.table.digest:016x}",
+                eips=len(planned.table.eips),
+                whole=repairing,
+                took_s=round(time.monotonic() - started, 4),
+            )
+
+    def _plan(
+        self, before: State, inputs: Inputs, down: frozenset[str], index: Mapping[str, int]
+    ) -> State:
+        """Runs in a thread: pure, but for the cache of rendered elements."""
+        table = forwarding.build(
+            inputs.eips,
+            inputs.services,
+            inputs.endpoints,
+            self._located(inputs.nodes),
+            down,
+            before.table,
+        )
+        view = nodeview.advance(before.view, table)
+        usable = tuple(name for name, number in index.items() if number in self._hops)
+        macs = current_macs(self._macs, self._node, inputs.nodes)
+        state = State(inputs, down, table, view, index, macs, usable=usable)
+        uplinks = tuple(name for name, _ in self._survey.uplinks)
+        return render(state, self._node, before.rules.generation + 1, uplinks, self._elements)
+
+    def _note_unreachable(self, index: Mapping[str, int]) -> None:
+        away = tuple(name for name, number in index.items() if number not in self._hops)
+        if away != self.unreachable:
+            self.unreachable = away
+            _log.warning("nodes_on_no_uplink", nodes=away, effect="their endpoints get nothing")
+
+    def _located(self, nodes: tuple[Node, ...]) -> Locator:
+        if self._locator[0] != nodes:
+            self._locator = (nodes, Locator(nodes))
+        return self._locator[1]
+
+    def _confirm(self, state: State) -> None:
+        local = frozenset(
+            address
+            for address, entry in state.table.eips.items()
+            if any(
+                not port.closed and any(e.node == self._node for e in port.endpoints)
+                for port in entry.ports
+            )
+        )
+        self.confirmed = Confirmed(
+            state.rules.generation,
+            state.inputs.config_generation,
+            state.table,
+            frozenset(address for address in state.table.eips if address.version == 4),
+            local,
+        )
+        self._on_confirmed(self.confirmed)
+
+    async def _check(self) -> None:
+        while True:
+            await asyncio.sleep(CHECK_S)
+            self.turned_s = time.monotonic()
+            try:
+                await self._look()
+            except DataplaneError as error:
+                self.failures += 1
+                _log.error("check_failed", error=str(error))
+
+    async def _look(self) -> None:
+        """Put back what someone else took away."""
+        if self._inputs is None and self._dataplane.kernel is None:
+            return
+        inputs = self._inputs or self._state.inputs
+        survey = await self._routes.survey(inputs.interfaces)
+        if survey.uplinks and survey != self._survey:
+            self._survey = survey
+            self._inputs = inputs
+            self._wake.set()
+        self.repairs["interfaces"] += await links.loosen(self._survey)
+        if self._hops and not self._wake.is_set():
+            repaired = await self._routes.ensure(self._hops)
+            if repaired:
+                self.repairs["routes"] += repaired
+                _log.warning("repaired", what="routes", count=repaired)
+        if self._dataplane.kernel is not None and self._dataplane.damaged():
+            self.repairs["nftables"] += 1
+            _log.warning("repaired", what="nftables")
+            self._inputs = inputs
+            self._wake.set()
+        found = links.problems()
+        if found != self._known_problems:
+            self._known_problems = found
+            _log.warning("kernel_settings", problems=found)
+
+    async def _neighbours(self) -> None:
+        """Keep the other nodes' MACs known; ask for those that are not."""
+        while True:
+            for _ in range(RESOLVE_TRIES):
+                if await self._neighbours_known():
+                    break
+                await asyncio.sleep(RESOLVE_S)
+            try:
+                async with asyncio.timeout(CHECK_S):
+                    await self._resolve.wait()
+            except TimeoutError:
+                continue
+            self._resolve.clear()
+
+    async def _neighbours_known(self) -> bool:
+        inputs = self._inputs
+        if inputs is None:
+            return True
+        wanted = [
+            hop
+            for node in inputs.nodes
+            if node.name != self._node
+            for address in node_addresses(node)
+            if (hop := self._survey.hop(address)) is not None
+        ]
+        try:
+            found = await self._routes.neighbours(self._survey)
+            missing = [hop for hop in wanted if hop.gateway not in found]
+            await self._routes.resolve(missing)
+        except DataplaneError as error:
+            _log.warning("neighbours_unknown", error=str(error))
+            return True
+        fresh = {hop.gateway: found[hop.gateway] for hop in wanted if hop.gateway in found}
+        if any(self._macs.get(address) != mac for address, mac in fresh.items()):
+            self._macs = {**self._macs, **fresh}
+            self._wake.set()
+        return all(hop.gateway in self._macs for hop in wanted)
+
+
+async def _finished(work: Coroutine[Any, Any, None]) -> None:
+    """Await to the end even when cancelled: half a pass would have to be written anew."""
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait({task})
+        raise
+
+
+def render(
+    state: State,
+    me: str,
+    generation: int,
+    uplinks: tuple[str, ...],
+    cache: ElementCache | None = None,
+) -> State:
+    """Return the state with the ruleset that it makes on node `me`.
+
+    cache: what was rendered before, brought up to date here; unchanged ports stay the same objects,
+    so that the difference skips them.
+    """
+    cache = {} if cache is None else cache
+    index = {name: state.index[name] for name in state.usable}
+    ports: dict[_Key, PortElements] = {}
+    for address, views in state.view.items():
+        for view in views:
+            key = (address, view.table.protocol.value, view.table.port)
+            known = cache.get(key)
+            if known is None or known[0] is not view or known[1] != index:
+                made = nodeview.elements(address, view, me, index)
+                made = known[2] if known is not None and known[2] == made else made
+                cache[key] = (view, index, made)
+            ports[key] = cache[key][2]
+    for key in cache.keys() - ports.keys():
+        del cache[key]
+    inputs = state.inputs
+    ranges = nft.merged(
+        [*inputs.ranges, *((a, a) for a in state.table.eips)],
+        [a for node in inputs.nodes for a in node.addresses],
+    )
+    peers = tuple(sorted(set(state.macs.values())))
+    sources = {a: entry.sources for a, entry in state.table.eips.items() if entry.sources}
+    return replace(state, rules=Ruleset(generation, uplinks, peers, ranges, ports, sources))
+
+
+def node_addresses(node: Node) -> tuple[IPv4Address, ...]:
+    """All IPv4 addresses by which other nodes may see this one, the next hop first."""
+    found = [a for a in (*node.next_hops, *node.addresses) if isinstance(a, IPv4Address)]
+    return tuple(dict.fromkeys(found))
+
+
+def assign(old: Mapping[str, int], me: str, nodes: tuple[Node, ...]) -> dict[str, int]:
+    """Number the other nodes. One keeps its number; a new one gets one that was not just freed."""
+    present = sorted(node.name for node in nodes if node.name != me)
+    result = {name: old[name] for name in present if name in old}
+    taken = set(old.values())
+    highest = max(taken, default=0)
+    for name in present:
+        if name not in result:
+            highest += 1
+            number = highest if highest <= _MAX_INDEX else _free(taken)
+            taken.add(number)
+            result[name] = number
+    return result
+
+
+def _free(taken: set[int]) -> int:
+    return next(number for number in range(1, _MAX_INDEX + 1) if number not in taken)
+
+
+def hops(survey: Survey, index: Mapping[str, int], nodes: tuple[Node, ...]) -> dict[int, Hop]:
+    """Where each numbered node is reached. One that is on none of our links is left out."""
+    found = {}
+    for node in nodes:
+        if node.name in index:
+            for address in node_addresses(node):
+                hop = survey.hop(address)
+                if hop is not None:
+                    found[index[node.name]] = hop
+                    break
+    return found
+
+
+def current_macs(
+    known: Mapping[IPv4Address, str], me: str, nodes: tuple[Node, ...]
+) -> dict[IPv4Address, str]:
+    """The MACs of the nodes that are still there."""
+    present = {a for node in nodes if node.name != me for a in node_addresses(node)}
+    return {address: known[address] for address in sorted(present) if address in known}

@@ -1,0 +1,145 @@
+"""What the agent knows of the cluster, from the API server by list and watch.
+
+Rules: nothing is handed on before every cache has its first list; from then on an absent API server
+changes nothing. Inputs are immutable: a change makes new ones and shares what did not change.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import structlog
+
+from lbctl.core import config
+from lbctl.core.model import Address, Eip, Node, ObjectRef, Service, ServiceEndpoints
+from lbctl.core.names import ACCEPTED_CONFIG_MAP, CONFIG_KEY, NAMESPACE
+from lbctl.errors import ConfigError
+from lbctl.kube import objects
+from lbctl.kube.cache import Cache
+from lbctl.kube.client import Client
+from lbctl.kube.objects import DataObject, Slice
+from lbctl.kube.slices import SliceIndex
+
+_log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """All that the forwarding of a node is made of.
+
+    ranges: the accepted pools, first and last address. interfaces: () is those of the default
+    routes. config_generation: of the accepted configuration, 0 before there is one.
+    """
+
+    eips: tuple[Eip, ...] = ()
+    services: Mapping[ObjectRef, Service] = field(default_factory=dict)
+    endpoints: Mapping[ObjectRef, ServiceEndpoints] = field(default_factory=dict)
+    nodes: tuple[Node, ...] = ()
+    ranges: tuple[tuple[Address, Address], ...] = ()
+    interfaces: tuple[str, ...] = ()
+    config_generation: int = 0
+
+
+class Watcher:
+    """Follows the API server; `on_change(inputs)` is called in the event loop, coalesced."""
+
+    def __init__(self, client: Client, on_change: Callable[[Inputs], None]) -> None:
+        self._report = on_change
+        self._dirty = asyncio.Event()
+        self._index = SliceIndex()
+        self._endpoints: dict[ObjectRef, ServiceEndpoints] = {}
+        self._touched: set[ObjectRef] = set()
+        self._accepted = config_of(None)
+        mark = self._mark
+        self._services = Cache(client, objects.SERVICE, on_change=mark)
+        self._nodes = Cache(client, objects.NODE, on_change=mark)
+        self._eips = Cache(client, objects.EIP, on_change=mark)
+        self._slices = Cache(client, objects.SLICE, on_change=self._slice)
+        self._maps = Cache(
+            client,
+            objects.CONFIG_MAP,
+            namespace=NAMESPACE,
+            params={"fieldSelector": f"metadata.name={ACCEPTED_CONFIG_MAP}"},
+            on_change=self._config,
+        )
+
+    @property
+    def caches(self) -> tuple[Cache[Any], ...]:
+        """All caches, for the metrics."""
+        return self._services, self._nodes, self._eips, self._slices, self._maps
+
+    async def run(self) -> None:
+        """Follow for ever."""
+        async with asyncio.TaskGroup() as group:
+            for cache in self.caches:
+                group.create_task(cache.run(), name=f"cache-{cache.name}")
+            group.create_task(self._publish(), name="inputs")
+
+    async def _publish(self) -> None:
+        for cache in self.caches:
+            await cache.synced.wait()
+        self._dirty.set()
+        while True:
+            await self._dirty.wait()
+            self._dirty.clear()
+            self._report(self._snapshot())
+            # What arrives in one burst of the watch becomes one table.
+            await asyncio.sleep(0.005)
+
+    def _snapshot(self) -> Inputs:
+        if self._touched:
+            self._endpoints = dict(self._endpoints)
+            for ref in sorted(self._touched):
+                merged = self._index.of(ref)
+                if merged.ports:
+                    self._endpoints[ref] = merged
+                else:
+                    self._endpoints.pop(ref, None)
+            self._touched.clear()
+        generation, ranges, interfaces = self._accepted
+        return Inputs(
+            eips=tuple(self._eips.items.values()),
+            services=dict(self._services.items),
+            endpoints=self._endpoints,
+            nodes=tuple(self._nodes.items.values()),
+            ranges=ranges,
+            interfaces=interfaces,
+            config_generation=generation,
+        )
+
+    def _mark(self, _key: ObjectRef, _old: object, _new: object) -> None:
+        self._dirty.set()
+
+    def _slice(self, _key: ObjectRef, old: Slice | None, new: Slice | None) -> None:
+        self._touched.update(self._index.change(old, new))
+        self._dirty.set()
+
+    def _config(self, key: ObjectRef, _old: DataObject | None, new: DataObject | None) -> None:
+        if key.name != ACCEPTED_CONFIG_MAP or new is None:
+            return  # a deleted configuration changes nothing: fail static
+        try:
+            self._accepted = config_of(new)
+        except ConfigError as error:
+            _log.error("accepted_config_unreadable", problems=error.problems)
+            return
+        self._dirty.set()
+
+
+_Accepted = tuple[int, tuple[tuple[Address, Address], ...], tuple[str, ...]]
+
+
+def config_of(accepted: DataObject | None) -> _Accepted:
+    """Generation, pool ranges and interfaces of an accepted configuration; empty for None.
+
+    Raises ConfigError for a schema that this agent cannot read.
+    """
+    if accepted is None:
+        return 0, (), ()
+    parsed = config.parse(accepted.get(CONFIG_KEY) or "", ACCEPTED_CONFIG_MAP)
+    generation = accepted.get("generation") or "0"
+    ranges = tuple((part.first, part.last) for pool in parsed.pools for part in pool.addresses)
+    interfaces = tuple(parsed.forwarding.interfaces)
+    return int(generation) if generation.isdigit() else 0, ranges, interfaces

@@ -1,0 +1,178 @@
+"""Reading back from nftables by netlink: small questions with small answers.
+
+`nft list` reads and parses the whole ruleset (24 s and 930 MiB beside 610,000 elements), and
+pyroute2 knows neither objects nor element counts; these few messages are all that the agent needs.
+Rules: nothing here changes the kernel; a dump is always of our table only. Calls are synchronous:
+each is answered at once by the kernel.
+
+Source: include/uapi/linux/netfilter/nf_tables.h; NFTA_SET_COUNT since Linux 6.17, absent before.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from lbctl.core.names import NFT_TABLE
+from lbctl.errors import DataplaneError
+
+_NETLINK_NETFILTER: Final = 12
+_SUBSYSTEM: Final = 10 << 8
+_REQUEST, _DUMP = 0x1, 0x300
+_ERROR, _DONE = 0x2, 0x3
+_IPV4: Final = 2
+_GET_TABLE, _GET_RULE, _GET_SET, _GET_ELEMENT, _GET_GENERATION, _GET_OBJECT = 1, 7, 10, 13, 16, 19
+_NAME: Final = NFT_TABLE.encode() + b"\0"
+
+
+@dataclass(frozen=True, slots=True)
+class Fingerprint:
+    """What tells one incarnation of our table from another without reading its elements.
+
+    sets: name, handle and number of elements (None where the kernel does not say).
+    """
+
+    table: int
+    flags: int
+    use: int
+    rules: tuple[int, ...]
+    sets: tuple[tuple[str, int, int | None], ...]
+
+    def counts(self) -> dict[str, int | None]:
+        """Number of elements by set."""
+        return {name: count for name, _, count in self.sets}
+
+    def shape(self) -> tuple[object, ...]:
+        """All but the numbers of elements: what no change of ours alters."""
+        sets = tuple((name, handle) for name, handle, _ in self.sets)
+        return self.table, self.flags, self.use, self.rules, sets
+
+
+class Nfnetlink:
+    """A netlink socket to nftables of this network namespace. Needs CAP_NET_ADMIN."""
+
+    def __init__(self) -> None:
+        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_NETFILTER)
+        self._socket.bind((0, 0))
+        self._socket.settimeout(5.0)
+        self._sequence = 0
+
+    def close(self) -> None:
+        """Close the socket."""
+        self._socket.close()
+
+    def generation(self) -> int:
+        """The number of the whole ruleset: it changes with every transaction of anyone."""
+        for attributes in self._ask(_GET_GENERATION, b"", 0, family=0):
+            return _number(attributes.get(1, b"\0"))
+        raise DataplaneError("nftables gave no generation")
+
+    def fingerprint(self) -> Fingerprint | None:
+        """Our table as it is now; None if there is none."""
+        table = next(iter(self._ask(_GET_TABLE, _attribute(1, _NAME), 0)), None)
+        if table is None:
+            return None
+        named = _attribute(1, _NAME)
+        rules = tuple(_number(a[3]) for a in self._ask(_GET_RULE, named, _DUMP))
+        sets = []
+        for a in self._ask(_GET_SET, named, _DUMP):
+            name = _string(a[2])
+            if not name.startswith("__"):  # anonymous sets belong to their rule
+                sets.append((name, _number(a[16]), _number(a[20]) if 20 in a else None))
+        return Fingerprint(
+            _number(table[4]),
+            _number(table.get(2, b"\0")),
+            _number(table.get(3, b"\0")),
+            rules,
+            tuple(sorted(sets)),
+        )
+
+    def marker(self) -> int | None:
+        """The single element of the set `gen`; None if it is not there."""
+        question = _attribute(1, _NAME) + _attribute(2, b"gen\0")
+        for attributes in self._ask(_GET_ELEMENT, question, _DUMP):
+            for _, element in _nested(attributes.get(3, b"")):
+                key = dict(_nested(element)).get(1, b"")
+                value = dict(_nested(key)).get(1)
+                if value is not None:
+                    return int.from_bytes(value, "little" if _LITTLE else "big")
+        return None
+
+    def counters(self) -> dict[str, int]:
+        """Packets by named counter; {} if the table is not there."""
+        result = {}
+        question = _attribute(1, _NAME) + _attribute(3, struct.pack(">I", 1))
+        for attributes in self._ask(_GET_OBJECT, question, _DUMP):
+            data = dict(_nested(attributes.get(4, b"")))
+            if _string(attributes.get(1, b"")) == NFT_TABLE:
+                result[_string(attributes[2])] = _number(data.get(2, b"\0"))
+        return result
+
+    def _ask(
+        self, command: int, body: bytes, flags: int, family: int = _IPV4
+    ) -> Iterator[dict[int, bytes]]:
+        """Send one request; yield the attributes of each answer. A missing object yields none."""
+        self._sequence += 1
+        payload = struct.pack(">BBH", family, 0, 0) + body
+        header = struct.pack(
+            "=IHHII", 16 + len(payload), _SUBSYSTEM | command, _REQUEST | flags, self._sequence, 0
+        )
+        try:
+            self._socket.send(header + payload)
+            yield from self._answers(bool(flags & _DUMP))
+        except OSError as error:
+            raise DataplaneError(f"nftables by netlink: {error}") from error
+
+    def _answers(self, dump: bool) -> Iterator[dict[int, bytes]]:
+        found: list[dict[int, bytes]] = []
+        while True:
+            data = self._socket.recv(1 << 18)
+            offset = 0
+            while offset + 16 <= len(data):
+                length, kind, _, sequence, _ = struct.unpack_from("=IHHII", data, offset)
+                message = data[offset + 16 : offset + length]
+                offset += (length + 3) & ~3
+                if sequence != self._sequence:
+                    continue
+                if kind == _ERROR:
+                    _raise_unless_missing(struct.unpack_from("=i", message)[0])
+                if kind in (_ERROR, _DONE):
+                    return (yield from found)
+                found.append(dict(_nested(message[4:])))
+                if not dump:
+                    return (yield from found)
+
+
+_LITTLE: Final = struct.pack("=H", 1) == b"\x01\0"
+
+
+def _raise_unless_missing(code: int) -> None:
+    if code not in (0, -errno.ENOENT):
+        raise DataplaneError(f"nftables by netlink: {os.strerror(-code)}")
+
+
+def _attribute(kind: int, value: bytes) -> bytes:
+    return struct.pack("=HH", 4 + len(value), kind) + value + b"\0" * (-len(value) % 4)
+
+
+def _nested(data: bytes) -> Iterator[tuple[int, bytes]]:
+    offset = 0
+    while offset + 4 <= len(data):
+        length, kind = struct.unpack_from("=HH", data, offset)
+        if length < 4:
+            return
+        yield kind & 0x3FFF, data[offset + 4 : offset + length]
+        offset += (length + 3) & ~3
+
+
+def _number(value: bytes) -> int:
+    return int.from_bytes(value, "big")
+
+
+def _string(value: bytes) -> str:
+    return value.rstrip(b"\0").decode("ascii", "replace")

@@ -1,0 +1,258 @@
+"""The agent's state on the node's disk, so that a restart needs no API server.
+
+Rules: written after each applied table (at most one write per second), whole, by rename, mode 0600.
+It holds what tables are made of, not the tables: what is read is built and checked like anything
+else. A snapshot that is damaged, of another version or of another node is as good as none.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Mapping
+from ipaddress import IPv4Address, ip_address, ip_network
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+import structlog
+
+from agent.engine import State, render
+from agent.inputs import Inputs
+from lbctl.core import forwarding, nodeview
+from lbctl.core.forwarding import Locator, Table
+from lbctl.core.maglev import FORMAT
+from lbctl.core.model import (
+    Address,
+    Eip,
+    Endpoint,
+    Node,
+    ObjectRef,
+    PortEndpoints,
+    Protocol,
+    Service,
+    ServiceEndpoints,
+    ServicePort,
+)
+from lbctl.core.nodeview import PortView
+
+VERSION: Final = 1
+FILE: Final = "agent.json"
+_EVERY_S: Final = 1.0
+_log = structlog.get_logger()
+
+
+class Store:
+    """The snapshot file of a node."""
+
+    def __init__(self, directory: Path, node: str) -> None:
+        self._path = directory / FILE
+        self._node = node
+        self._latest: State | None = None
+        self._dirty = asyncio.Event()
+        self.failures = 0
+
+    def save(self, state: State) -> None:
+        """Keep this state; `run` writes it."""
+        self._latest = state
+        self._dirty.set()
+
+    async def run(self) -> None:
+        """Write what is saved, for ever; on cancellation what is left."""
+        try:
+            while True:
+                await self._dirty.wait()
+                self._dirty.clear()
+                await asyncio.to_thread(self.write)
+                await asyncio.sleep(_EVERY_S)
+        finally:
+            if self._dirty.is_set():
+                self.write()
+
+    def write(self) -> None:
+        """Write now; a failure is logged and counted."""
+        if self._latest is None:
+            return
+        data = msgspec.json.encode(_packed(self._node, self._latest))
+        temporary = self._path.with_suffix(".new")
+        try:
+            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(data)
+            temporary.replace(self._path)
+        except OSError as error:
+            self.failures += 1
+            _log.error("snapshot_not_written", error=str(error))
+
+    def load(self) -> State | None:
+        """The state of the last run; None if there is none that can be used."""
+        try:
+            found = msgspec.json.decode(self._path.read_bytes())
+        except FileNotFoundError:
+            return None
+        except (OSError, msgspec.MsgspecError) as error:
+            _log.warning("snapshot_unreadable", error=str(error))
+            return None
+        try:
+            if (found["version"], found["format"], found["node"]) != (VERSION, FORMAT, self._node):
+                return None
+            return _unpacked(found)
+        except (KeyError, ValueError, TypeError, IndexError) as error:
+            _log.warning("snapshot_unreadable", error=repr(error))
+            return None
+
+    def remove(self) -> None:
+        """Delete the file."""
+        self._path.unlink(missing_ok=True)
+
+
+def _packed(node: str, state: State) -> dict[str, Any]:
+    inputs = state.inputs
+    owners = {eip.owner for eip in inputs.eips}
+    return {
+        "version": VERSION,
+        "format": FORMAT,
+        "node": node,
+        "generation": state.rules.generation,
+        "shape": state.shape,
+        "config_generation": inputs.config_generation,
+        "down": sorted(state.down),
+        "index": dict(state.index),
+        "macs": {str(address): mac for address, mac in state.macs.items()},
+        "uplinks": state.rules.uplinks,
+        "usable": state.usable,
+        "interfaces": inputs.interfaces,
+        "ranges": [[str(first), str(last)] for first, last in inputs.ranges],
+        "nodes": [_node(entry) for entry in inputs.nodes],
+        "eips": [
+            [str(e.address), e.pool, e.owner.namespace, e.owner.name, e.owner_uid]
+            for e in inputs.eips
+            if e.forwarding
+        ],
+        "services": [_service(s) for ref, s in inputs.services.items() if ref in owners],
+        "endpoints": [_endpoints(e) for ref, e in inputs.endpoints.items() if ref in owners],
+        "before": [
+            [str(address), [_before(view) for view in views]]
+            for address, views in state.view.items()
+        ],
+    }
+
+
+def _unpacked(found: Mapping[str, Any]) -> State:
+    inputs = Inputs(
+        eips=tuple(
+            Eip(ip_address(a), pool, ObjectRef(namespace, name), uid)
+            for a, pool, namespace, name, uid in found["eips"]
+        ),
+        services={s.ref: s for s in map(_service_of, found["services"])},
+        endpoints={e.service: e for e in map(_endpoints_of, found["endpoints"])},
+        nodes=tuple(map(_node_of, found["nodes"])),
+        ranges=tuple((ip_address(a), ip_address(b)) for a, b in found["ranges"]),
+        interfaces=tuple(found["interfaces"]),
+        config_generation=int(found["config_generation"]),
+    )
+    down = frozenset(found["down"])
+    table = forwarding.build(
+        inputs.eips, inputs.services, inputs.endpoints, Locator(inputs.nodes), down
+    )
+    bare = State(
+        inputs,
+        down,
+        table,
+        _view(table, {ip_address(a): past for a, past in found["before"]}),
+        {str(name): int(number) for name, number in found["index"].items()},
+        {IPv4Address(a): str(mac) for a, mac in found["macs"].items()},
+        usable=tuple(found["usable"]),
+        shape=str(found["shape"]),
+    )
+    return render(bare, found["node"], int(found["generation"]), tuple(found["uplinks"]))
+
+
+def _view(table: Table, before: Mapping[Address, list[Any]]) -> nodeview.View:
+    """The table with the past of its buckets; what does not fit any more has none."""
+    view: dict[Address, tuple[PortView, ...]] = {}
+    for address, entry in table.eips.items():
+        ports = []
+        for number, port in enumerate(entry.ports):
+            past: tuple[Endpoint | None, ...] = (None,) * len(port.owners)
+            packed = before.get(address, [])
+            if number < len(packed) and len(packed[number][1]) == len(past):
+                known = [Endpoint(ip_address(a), p, node) for a, p, node in packed[number][0]]
+                past = tuple(known[i] if i >= 0 else None for i in packed[number][1])
+            ports.append(PortView(port, past))
+        view[address] = tuple(ports)
+    return view
+
+
+def _before(view: PortView) -> list[Any]:
+    """Past owners as a list of endpoints and an index into it for each bucket, -1 for none."""
+    known: dict[Endpoint, int] = {}
+    places = [-1 if e is None else known.setdefault(e, len(known)) for e in view.before]
+    return [[[str(e.address), e.port, e.node] for e in known], places]
+
+
+def _node(node: Node) -> list[Any]:
+    return [
+        node.name,
+        [str(a) for a in node.addresses],
+        [str(c) for c in node.pod_cidrs],
+        [str(a) for a in node.next_hops],
+    ]
+
+
+def _node_of(packed: list[Any]) -> Node:
+    name, addresses, cidrs, next_hops = packed
+    return Node(
+        str(name),
+        addresses=tuple(map(ip_address, addresses)),
+        pod_cidrs=tuple(map(ip_network, cidrs)),
+        next_hops=tuple(map(ip_address, next_hops)),
+    )
+
+
+def _service(service: Service) -> list[Any]:
+    ports = [[p.name, p.protocol.value, p.port] for p in service.ports]
+    sources = [str(network) for network in service.source_ranges]
+    return [service.ref.namespace, service.ref.name, ports, service.affinity_s, sources]
+
+
+def _service_of(packed: list[Any]) -> Service:
+    namespace, name, ports, affinity_s, sources = packed
+    return Service(
+        ObjectRef(namespace, name),
+        "",
+        0.0,
+        tuple(ServicePort(n, Protocol(protocol), int(port)) for n, protocol, port in ports),
+        True,
+        affinity_s=affinity_s,
+        source_ranges=tuple(map(ip_network, sources)),
+    )
+
+
+def _endpoints(known: ServiceEndpoints) -> list[Any]:
+    ports = [
+        [
+            port.name,
+            port.protocol.value,
+            [
+                [str(e.address), e.port, e.node, e.pod, e.ready, e.serving, e.terminating]
+                for e in port.endpoints
+            ],
+        ]
+        for port in known.ports
+    ]
+    return [known.service.namespace, known.service.name, ports]
+
+
+def _endpoints_of(packed: list[Any]) -> ServiceEndpoints:
+    namespace, name, ports = packed
+    return ServiceEndpoints(
+        ObjectRef(namespace, name),
+        tuple(
+            PortEndpoints(
+                n, Protocol(protocol), tuple(Endpoint(ip_address(a), *rest) for a, *rest in given)
+            )
+            for n, protocol, given in ports
+        ),
+    )

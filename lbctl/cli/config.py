@@ -1,0 +1,112 @@
+"""`lbctl config validate FILE`: every error of a configuration, before it is applied.
+
+Takes the bare `config.yaml` as well as the manifest of the ConfigMap that holds it; positions are
+those in the file either way.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lbctl.cli.output import WRONG, Output, cannot, print_json
+from lbctl.core import names
+from lbctl.core.config import Config, config_hash, parse
+from lbctl.core.positions import MAX_BYTES, load
+from lbctl.errors import ConfigError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
+
+
+@app.callback()
+def _group() -> None:
+    """Work with the configuration."""
+
+
+@app.command()
+def validate(
+    file: Annotated[
+        str, typer.Argument(help="config.yaml or the ConfigMap's manifest; - is stdin.")
+    ],
+    output: Annotated[Output, typer.Option("--output", "-o", help="text or json")] = Output.TEXT,
+) -> None:
+    """Check a configuration. Exit code 0: valid, 1: errors, 2: the file cannot be read."""
+    text = _read(file)
+    source = "stdin" if file == "-" else file
+    problems: tuple[str, ...] = ()
+    config: Config | None = None
+    inner = text
+    try:
+        inner, line, indent = _unwrap(text, source)
+        config = _parse(inner, source, line, indent)
+    except ConfigError as error:
+        problems = error.problems
+    if output is Output.JSON:
+        found = {"valid": config is not None, "errors": problems}
+        print_json({**found, "hash": config_hash(inner)} if config else found)
+    elif config is not None:
+        total = sum(pool.size for pool in config.pools)
+        typer.echo(
+            f"{source} is valid: {_count(len(config.pools), 'pool')} with "
+            f"{_count(total, 'address', 'es')}, {_count(len(config.bgp.peers), 'peer')}"
+        )
+    else:
+        typer.echo("\n".join(problems))
+    if config is None:
+        raise typer.Exit(WRONG)
+
+
+def _count(number: int, word: str, plural: str = "s") -> str:
+    return f"{number} {word}{'' if number == 1 else plural}"
+
+
+def _read(file: str) -> str:
+    try:
+        if file == "-":
+            raw = sys.stdin.buffer.read(2 * MAX_BYTES)
+        else:
+            with Path(file).open("rb") as stream:
+                raw = stream.read(2 * MAX_BYTES)
+        return raw.decode("utf-8-sig")
+    except OSError as error:
+        cannot(f"{file} cannot be read: {error.strerror or error}")
+    except UnicodeDecodeError as error:
+        cannot(f"{file} is not UTF-8 text (byte {error.start})")
+
+
+def _unwrap(text: str, source: str) -> tuple[str, int, int]:
+    """The configuration inside, and how many lines and columns it is moved in the file."""
+    document = load(text)
+    found = document.value
+    if not isinstance(found, dict) or found.get("kind") != "ConfigMap":
+        return text, 0, 0
+    if document.problems:
+        raise ConfigError(tuple(f"{source}:{problem}" for problem in document.problems))
+    data = found.get("data")
+    inner = data.get(names.CONFIG_KEY) if isinstance(data, dict) else None
+    if not isinstance(inner, str):
+        said = f"the ConfigMap has no key {names.CONFIG_KEY} in data"
+        raise ConfigError((f"{source}:1:1: {said}",))
+    line = document.mark(("data", names.CONFIG_KEY)).line
+    lines = text.splitlines()
+    if "|" not in lines[line - 1]:  # quoted or folded: lines of their own
+        return inner, 0, 0
+    first = next((one for one in lines[line:] if one.strip()), "")
+    return inner, line, len(first) - len(first.lstrip(" "))
+
+
+def _parse(inner: str, source: str, line: int, indent: int) -> Config:
+    try:
+        return parse(inner, source)
+    except ConfigError as error:
+        place = re.compile(rf"^{re.escape(source)}:(\d+):(\d+):")
+        raise ConfigError(
+            tuple(
+                place.sub(lambda m: f"{source}:{int(m[1]) + line}:{int(m[2]) + indent}:", problem)
+                for problem in error.problems
+            )
+        ) from error

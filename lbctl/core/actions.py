@@ -1,0 +1,122 @@
+"""What the allocator and the release planner ask the executor to do.
+
+Rules for the executor: actions of one Service are contiguous and in an order that is safe to stop
+after any of them (finalizer, then the EIP object, then the status). When one fails, skip the rest
+of that Service's and tell `Allocator.failed`. Every write is guarded by the resourceVersion in
+the snapshot that it carries, or is a create; the API server is the arbiter.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from lbctl.core.model import Address, Eip, ObjectRef, Service
+from lbctl.core.reasons import Reason
+
+
+@dataclass(frozen=True, slots=True)
+class AddFinalizer:
+    """Add `names.FINALIZER` to the Service, so that its EIP outlives it."""
+
+    service: ObjectRef
+    seen: Service
+    reason: Reason
+
+
+@dataclass(frozen=True, slots=True)
+class RemoveFinalizer:
+    """Remove `names.FINALIZER` from the Service: nothing of it is left."""
+
+    service: ObjectRef
+    seen: Service
+    reason: Reason
+
+
+@dataclass(frozen=True, slots=True)
+class CreateEip:
+    """Create the EIP object. 409 means that someone else has the address."""
+
+    service: ObjectRef
+    eip: Eip
+    reason: Reason
+
+
+@dataclass(frozen=True, slots=True)
+class RebindEip:
+    """Replace `seen` by `eip`: Bound, the Service's uid, forwarding, no marks of a release."""
+
+    service: ObjectRef
+    seen: Eip
+    eip: Eip
+    reason: Reason
+
+
+@dataclass(frozen=True, slots=True)
+class ReleaseEip:
+    """Make the EIP object Releasing, `releasedAt` now."""
+
+    service: ObjectRef
+    seen: Eip
+    reason: Reason
+
+
+@dataclass(frozen=True, slots=True)
+class SetUnforwarded:
+    """Set `forwarding: false`, `unforwardedAt` now: agents remove it."""
+
+    service: ObjectRef
+    seen: Eip
+    reason: Reason
+
+
+@dataclass(frozen=True, slots=True)
+class DeleteEip:
+    """Delete the EIP object (with a precondition on its resourceVersion): the address is free."""
+
+    service: ObjectRef
+    seen: Eip
+    reason: Reason
+
+
+@dataclass(frozen=True, slots=True)
+class WriteStatus:
+    """Make `status.loadBalancer.ingress` exactly these addresses."""
+
+    service: ObjectRef
+    seen: Service
+    addresses: tuple[Address, ...]
+    reason: Reason
+
+
+@dataclass(frozen=True, slots=True)
+class ClearStatus:
+    """Make `status.loadBalancer` empty."""
+
+    service: ObjectRef
+    seen: Service
+    reason: Reason
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """Nothing is written but an Event and a condition: why the Service has no (full) address."""
+
+    service: ObjectRef
+    seen: Service
+    reason: Reason
+    sentence: str
+
+
+Action: TypeAlias = (
+    AddFinalizer
+    | RemoveFinalizer
+    | CreateEip
+    | RebindEip
+    | ReleaseEip
+    | SetUnforwarded
+    | DeleteEip
+    | WriteStatus
+    | ClearStatus
+    | Refused
+)

@@ -1,0 +1,396 @@
+"""From desired paths to ExaBGP commands and back: what to send next, and what is known to be there.
+
+Pure and sans-IO, as h11 is: the port feeds what arrived (`connected`, `held`, `acknowledged` …) and
+asks `take()` what to send. Rules:
+
+- At most `WINDOW` commands are in flight; withdraws go before announces; up to 200 prefixes with
+  the same attributes share a command.
+- A withdraw carries its announce's attributes. Where a new path replaces one by the same next hop
+  or in the same slot, the announce is acknowledged before the old path is withdrawn. A *slot* is
+  what BGP tells apart: (prefix, path-id), or the prefix alone towards a peer without ADD-PATH; what
+  an announce replaced in its own slot needs no withdraw, and must not get one.
+- A peer gets nothing before its first `negotiated`: only then is it known how many paths it takes.
+  If that changes, everything of the old kind is withdrawn and on the wire before the new is sent.
+- What a lost command did is unknown: such routes are `unsure`, and are sent again or withdrawn.
+- `settled` is the greatest number whose routes are acknowledged and, by a later barrier, on the
+  wire of every established session.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final
+
+from lbctl.core import exabgp
+from lbctl.core.announce_table import Route, Table
+from lbctl.core.exabgp import Command, Verb
+from lbctl.core.model import Network, Path
+from lbctl.errors import MessageError, SpeakerError
+
+WINDOW: Final = 8
+PRUNE_EVERY: Final = 512  # numbers between two clearances of what is remembered for speed
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What the speaker's ledger says of a peer: these prefixes, with these attributes.
+
+    `sure` is False when the command's outcome was never heard.
+    """
+
+    peer: str
+    attributes: str
+    prefixes: tuple[str, ...]
+    sure: bool
+
+
+class LinkState(StrEnum):
+    """The link to the speaker."""
+
+    AWAY = "Away"
+    SYNCING = "Syncing"  # connected; what ExaBGP holds is not known (yet, or any more)
+    READY = "Ready"
+
+
+class LinkEvent(StrEnum):
+    """What happens to the link."""
+
+    CONNECTED = "Connected"
+    HELD = "Held"
+    PAUSED = "Paused"  # ExaBGP or its relay is gone
+    CLOSED = "Closed"
+
+
+TRANSITIONS: Final[dict[tuple[LinkState, LinkEvent], LinkState]] = {
+    (LinkState.AWAY, LinkEvent.CONNECTED): LinkState.SYNCING,
+    (LinkState.AWAY, LinkEvent.CLOSED): LinkState.AWAY,
+    (LinkState.SYNCING, LinkEvent.HELD): LinkState.READY,
+    (LinkState.SYNCING, LinkEvent.PAUSED): LinkState.SYNCING,
+    (LinkState.SYNCING, LinkEvent.CLOSED): LinkState.AWAY,
+    (LinkState.READY, LinkEvent.HELD): LinkState.READY,
+    (LinkState.READY, LinkEvent.PAUSED): LinkState.SYNCING,
+    (LinkState.READY, LinkEvent.CLOSED): LinkState.AWAY,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Something to send: a command, or a barrier if `command` is None."""
+
+    id: int
+    command: Command | None = None
+
+
+class Announcer:
+    """The planner for all peers. Not thread-safe; every method returns at once."""
+
+    def __init__(self, window: int = WINDOW) -> None:
+        self._window = window
+        self._state = LinkState.AWAY
+        self._number = 0
+        self._paths: frozenset[Path] = frozenset()
+        self._slots: set[tuple[int | None, str]] = set()  # of `_paths`
+        self._tables: dict[str, Table] = {}
+        self._modes: dict[str, bool] = {}
+        self._up: set[str] = set()
+        self._unclaimed: dict[str, list[Held]] = {}  # of peers that are not wanted (yet)
+        self._texts: dict[tuple[object, ...], str] = {}
+        self._in_flight: dict[int, Command] = {}
+        self._next_id = 1
+        self._barrier: tuple[int, int] | None = None  # (id, number that was acknowledged then)
+        self._flushed = 0
+
+    @property
+    def state(self) -> LinkState:
+        """Of the link."""
+        return self._state
+
+    @property
+    def in_flight(self) -> int:
+        """Commands sent and not answered."""
+        return len(self._in_flight)
+
+    @property
+    def settled(self) -> int:
+        """The greatest number of `want` that every established session has on the wire."""
+        return min(self._flushed, self._acknowledged())
+
+    # what shall be
+
+    def want(self, peers: Iterable[str], paths: frozenset[Path]) -> int:
+        """Set the whole desired state; returns its number.
+
+        `peers` are canonical addresses. SpeakerError, with nothing changed, if a value is not valid
+        or one (prefix, path-id) occurs twice.
+        """
+        added, removed = paths - self._paths, self._paths - paths
+        new, gone = self._routes(added, True), self._routes(removed, True)
+        slots = self._slots.difference(map(_slot, gone))
+        taken = set(map(_slot, new))
+        if len(taken) != len(new) or not taken.isdisjoint(slots):
+            raise SpeakerError("two paths have the same prefix and path-id")
+        slots |= taken
+        self._slots = slots
+        self._number += 1
+        if self._number % PRUNE_EVERY == 0:
+            self._texts.clear()
+            for table in self._tables.values():
+                table.prune()
+        wanted_peers = sorted(set(peers))
+        for peer in sorted(set(self._tables) - set(wanted_peers)):
+            table = self._tables.pop(peer)
+            left = sorted(table.held | table.unsure | table.busy)
+            self._unclaimed[peer] = [Held(peer, r.attributes, (r.prefix,), False) for r in left]
+        self._paths = paths
+        for peer in wanted_peers:
+            known = self._tables.get(peer)
+            if known is None:
+                self._tables[peer] = table = Table(peer, self._modes.get(peer), peer in self._up)
+                self._learn(table, self._unclaimed.pop(peer, ()))
+                self._fill(table)
+            elif known.mode:
+                self._change(known, new, gone)
+            elif known.mode is False and (new or gone):
+                self._choose(known, {path.prefix for path in added | removed})
+        return self._number
+
+    def _text(self, path: Path, identified: bool) -> str:
+        key = (path.next_hop, path.path_id, path.communities, path.med, identified)
+        text = self._texts.get(key)
+        if text is None:
+            text = self._texts[key] = exabgp.attributes(path, identified)
+        return text
+
+    def _routes(self, paths: Iterable[Path], mode: bool) -> list[Route]:
+        """The routes for a peer of that mode, in order: all paths, or the first of each prefix."""
+        routes: dict[object, Route] = {}
+        for path in sorted(paths, key=_order):
+            text = exabgp.prefix(path.prefix, path.next_hop)
+            route = Route(self._text(path, mode), text)
+            routes.setdefault(len(routes) if mode else text, route)
+        return list(routes.values())
+
+    def _fill(self, table: Table) -> None:
+        """Make `wanted` anew."""
+        old = table.empty()
+        fresh = [] if table.mode is None else self._routes(self._paths, table.mode)
+        for route in fresh:
+            table.want(route)
+        for route in (*sorted(old - table.wanted), *fresh):
+            self._consider(table, route)
+
+    def _change(self, table: Table, new: list[Route], gone: list[Route]) -> None:
+        table.wanted.difference_update(gone)
+        for route in new:
+            table.want(route)
+        for route in (*gone, *new):
+            self._consider(table, route)
+
+    def _choose(self, table: Table, prefixes: set[Network]) -> None:
+        """Look again which path of these prefixes a peer without ADD-PATH gets."""
+        names = {str(network) for network in prefixes}
+        gone = sorted(route for route in table.wanted if route.prefix in names)
+        paths = (path for path in self._paths if path.prefix in prefixes)
+        self._change(table, self._routes(paths, False), gone)
+
+    def _consider(self, table: Table, route: Route) -> None:
+        table.consider(route, self._number)
+        if route not in table.wanted or route in table.held:
+            for old in table.deferred.pop(route, ()):
+                self._consider(table, old)
+
+    # what happens
+
+    def _move(self, event: LinkEvent) -> None:
+        state = TRANSITIONS.get((self._state, event))
+        if state is None:
+            raise MessageError(f"{event} makes no sense while the link is {self._state}")
+        self._state = state
+
+    def connected(self) -> None:
+        """The socket to the speaker is open."""
+        self._move(LinkEvent.CONNECTED)
+
+    def closed(self) -> None:
+        """The socket is closed: nothing is known any more."""
+        self._move(LinkEvent.CLOSED)
+        self._lose()
+        self._up.clear()
+        for table in self._tables.values():
+            table.up = False
+
+    def paused(self) -> None:
+        """ExaBGP or its relay went away; a `held` follows when it is back."""
+        self._move(LinkEvent.PAUSED)
+        self._lose()
+
+    def _lose(self) -> None:
+        self._in_flight.clear()
+        self._barrier = None
+        self._unflush()
+
+    def _unflush(self) -> None:
+        """The newest number has to be seen on the wire again."""
+        self._flushed = min(self._flushed, max(self._number - 1, 0))
+
+    def held(self, ledger: Iterable[Held]) -> None:
+        """What ExaBGP holds, whole: plan from there. Answers to older commands are ignored."""
+        self._move(LinkEvent.HELD)
+        self._lose()
+        for table in self._tables.values():
+            table.forget()
+        self._unclaimed = {}
+        for entry in ledger:
+            self._unclaimed.setdefault(entry.peer, []).append(entry)
+        for peer, table in sorted(self._tables.items()):
+            self._learn(table, self._unclaimed.pop(peer, ()))
+
+    def _learn(self, table: Table, ledger: Iterable[Held]) -> None:
+        """Plan for a peer of which exactly this is known."""
+        for entry in ledger:
+            known = table.held if entry.sure else table.unsure
+            known.update(Route(entry.attributes, prefix) for prefix in entry.prefixes)
+        table.unsure -= table.held
+        table.blocked = table.mode is not None and table.stray()
+        if table.mode is not None:
+            for route in sorted(table.wanted | table.held | table.unsure):
+                self._consider(table, route)
+
+    def negotiated(self, peer: str, add_path: bool) -> None:
+        """A session agreed, or did not, that we may send several paths per prefix."""
+        self._modes[peer] = add_path
+        table = self._tables.get(peer)
+        if table is None or table.mode == add_path:
+            return
+        table.mode = add_path
+        table.blocked = table.stray()
+        self._fill(table)
+        for route in sorted((table.held | table.unsure) - table.wanted):
+            self._consider(table, route)
+
+    def established(self, peer: str, up: bool) -> None:
+        """A session came up or went down. ExaBGP sends all again by itself when it comes up."""
+        (self._up.add if up else self._up.discard)(peer)
+        if (table := self._tables.get(peer)) is not None:
+            table.up = up
+            if up:
+                self._unflush()
+                self._barrier = None if self._barrier is None else (self._barrier[0], 0)
+
+    def acknowledged(self, id: int, ok: bool) -> None:
+        """The answer to a command. Refused routes wait for `retry`; unknown ids are ignored."""
+        command = self._in_flight.pop(id, None)
+        if command is None:
+            if self._barrier is not None and self._barrier[0] == id:
+                self._barrier = None
+            return
+        for peer in command.peers:
+            if (table := self._tables.get(peer)) is not None:
+                self._answer(table, command, ok)
+
+    def _answer(self, table: Table, command: Command, ok: bool) -> None:
+        for prefix in command.prefixes:
+            route = Route(command.attributes, prefix)
+            if route not in table.busy:
+                continue
+            table.busy.discard(route)
+            if not ok:
+                table.refused.add(route)
+                table.unsure.add(route)
+                table.held.discard(route)
+            elif command.verb is Verb.ANNOUNCE:
+                table.held.add(route)
+                table.unsure.discard(route)
+            else:
+                table.held.discard(route)
+                table.unsure.discard(route)
+            self._consider(table, route)
+
+    def retry(self) -> None:
+        """Try again what was refused. The port calls it now and then."""
+        for _, table in sorted(self._tables.items()):
+            refused, table.refused = sorted(table.refused), set()
+            for route in refused:
+                self._consider(table, route)
+
+    def barrier(self, id: int, flushed: dict[str, bool]) -> bool:
+        """The answer to a barrier; returns whether every established session was flushed."""
+        if self._barrier is None or self._barrier[0] != id:
+            return True
+        number, self._barrier = self._barrier[1], None
+        complete = True
+        for table in self._tables.values():
+            done = not table.up or flushed.get(table.peer, True)
+            complete = complete and done
+            if done and table.blocked and not table.stray():
+                table.blocked = False
+        if complete:
+            self._flushed = max(self._flushed, number)
+        return complete
+
+    # what to send
+
+    def _acknowledged(self) -> int:
+        """The greatest number of which nothing is pending."""
+        if self._state is not LinkState.READY:
+            return 0
+        firsts = (next(iter(t.pending.values())) for t in self._tables.values() if t.pending)
+        return min(firsts, default=self._number + 1) - 1
+
+    def take(self) -> tuple[Send, ...]:
+        """What to send now; all of it must be sent, in this order."""
+        sends: list[Send] = []
+        if self._state is not LinkState.READY:
+            return ()
+        while len(self._in_flight) < self._window:
+            command = self._batch(Verb.WITHDRAW) or self._batch(Verb.ANNOUNCE)
+            if command is None:
+                break
+            self._in_flight[self._next_id] = command
+            sends.append(Send(self._next_id, command))
+            self._next_id += 1
+        number = self._acknowledged()
+        blocked = any(table.blocked and not table.stray() for table in self._tables.values())
+        if self._barrier is None and (number > self._flushed or blocked):
+            self._barrier = (self._next_id, number)
+            sends.append(Send(self._next_id))
+            self._next_id += 1
+        return tuple(sends)
+
+    def _batch(self, verb: Verb) -> Command | None:
+        """The next batch: one attributes text, the peers that all need the same prefixes of it."""
+        tables = [
+            table
+            for _, table in sorted(self._tables.items())
+            if table.todo[verb] and not (table.blocked and verb is Verb.ANNOUNCE)
+        ]
+        if not tables:
+            return None
+        first = tables[0]
+        attributes, queue = next(iter(first.todo[verb].items()))
+        prefixes = tuple(
+            prefix for prefix, _ in zip(queue, range(exabgp.MAX_PREFIXES), strict=False)
+        )
+        chosen = [
+            table
+            for table in tables
+            if table is first
+            or all(prefix in table.todo[verb].get(attributes, ()) for prefix in prefixes)
+        ]
+        for table in chosen:
+            for prefix in prefixes:
+                route = Route(attributes, prefix)
+                table.enqueue(route, None)
+                table.busy.add(route)
+        return Command(verb, tuple(table.peer for table in chosen), attributes, prefixes)
+
+
+def _order(path: Path) -> tuple[int, int, int, int, int]:
+    network, hop = path.prefix, path.next_hop
+    return network.version, int(network.network_address), network.prefixlen, int(hop), path.path_id
+
+
+def _slot(route: Route) -> tuple[int | None, str]:
+    return exabgp.path_id(route.attributes), route.prefix

@@ -1,0 +1,145 @@
+"""One peer's routes: what it shall have, what it has, and what is under way.
+
+Pure; the rules are in `lbctl.core.announce`, which owns the tables.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import NamedTuple
+
+from lbctl.core import exabgp
+from lbctl.core.exabgp import Verb
+
+Grouped = dict[str, dict[str, None]]  # attributes -> prefixes, in order
+
+
+class Route(NamedTuple):
+    """A prefix with its attributes text, as one command carries it."""
+
+    attributes: str
+    prefix: str
+
+
+@dataclass(slots=True)
+class Table:
+    """One peer: what it shall have, what it has, and what is under way. Sets of `Route`."""
+
+    peer: str
+    mode: bool | None = None  # ADD-PATH agreed; None: never negotiated
+    up: bool = False
+    blocked: bool = False  # the mode changed: no announce until the old kind is gone
+    wanted: set[Route] = field(default_factory=set)
+    held: set[Route] = field(default_factory=set)
+    unsure: set[Route] = field(default_factory=set)
+    busy: set[Route] = field(default_factory=set)
+    pending: dict[Route, int] = field(default_factory=dict)  # not right yet, since number n
+    deferred: dict[Route, list[Route]] = field(default_factory=dict)
+    refused: set[Route] = field(default_factory=set)
+    todo: dict[Verb, Grouped] = field(
+        default_factory=lambda: {Verb.WITHDRAW: {}, Verb.ANNOUNCE: {}}
+    )
+    kin: dict[str, set[str]] = field(default_factory=dict)  # hop or id -> attributes of wanted
+    known: set[str] = field(default_factory=set)  # attributes in `kin`
+
+    def foreign(self, route: Route) -> bool:
+        """Whether the route is of the kind that the peer's mode does not have."""
+        return (exabgp.path_id(route.attributes) is not None) != bool(self.mode)
+
+    def want(self, route: Route) -> None:
+        """Add to `wanted`."""
+        self.wanted.add(route)
+        if route.attributes not in self.known:
+            self.known.add(route.attributes)
+            for key in _keys(route.attributes):
+                self.kin.setdefault(key, set()).add(route.attributes)
+
+    def empty(self) -> set[Route]:
+        """Want nothing; returns what was wanted."""
+        wanted, self.wanted, self.kin, self.known = self.wanted, set(), {}, set()
+        return wanted
+
+    def prune(self) -> None:
+        """Forget the kinship of routes that are no longer wanted."""
+        wanted = self.empty()
+        for route in wanted:
+            self.want(route)
+
+    def successor(self, old: Route) -> Route | None:
+        """A wanted route, not there yet, that takes the place of `old`."""
+        if self.foreign(old):
+            return None
+        for key in _keys(old.attributes):
+            for attributes in sorted(self.kin.get(key, ())):
+                new = Route(attributes, old.prefix)
+                if new in self.wanted and new not in self.held:
+                    return new
+        return None
+
+    def replaced(self, old: Route) -> bool:
+        """Whether a wanted route that is there has taken the slot of `old`."""
+        if self.foreign(old):
+            return False
+        for attributes in self.kin.get(_keys(old.attributes)[1], ()):
+            new = Route(attributes, old.prefix)
+            if new != old and new in self.wanted and new in self.held:
+                return True
+        return False
+
+    def enqueue(self, route: Route, verb: Verb | None) -> None:
+        """Put the route into the queue of `verb` and no other."""
+        for other, grouped in self.todo.items():
+            if other == verb:
+                grouped.setdefault(route.attributes, {})[route.prefix] = None
+            elif (prefixes := grouped.get(route.attributes)) is not None:
+                prefixes.pop(route.prefix, None)
+                if not prefixes:
+                    del grouped[route.attributes]
+
+    def consider(self, route: Route, number: int) -> None:
+        """Queue what the route needs now. Called whenever anything about it has changed."""
+        if route in self.busy or route in self.refused:
+            self.pending.setdefault(route, number)
+            return
+        verb = None
+        if route in self.wanted:
+            if route not in self.held:
+                verb = Verb.ANNOUNCE
+        elif route in self.held or route in self.unsure:
+            if self.replaced(route):
+                self.held.discard(route)
+                self.unsure.discard(route)
+            elif (new := self.successor(route)) is not None:
+                self.deferred.setdefault(new, []).append(route)
+                self.enqueue(route, None)
+                self.pending.setdefault(route, number)
+                return
+            else:
+                verb = Verb.WITHDRAW
+        self.enqueue(route, verb)
+        if verb is None:
+            self.pending.pop(route, None)
+        else:
+            self.pending.setdefault(route, number)
+
+    def forget(self) -> None:
+        """Drop all knowledge of what the peer has."""
+        for grouped in self.todo.values():
+            grouped.clear()
+        for known in (self.held, self.unsure, self.busy, self.refused):
+            known.clear()
+        self.pending.clear()
+        self.deferred.clear()
+
+    def stray(self) -> bool:
+        """Whether something of the kind that the mode does not have may still be there."""
+        return any(
+            self.foreign(route) for known in (self.held, self.unsure, self.busy) for route in known
+        )
+
+
+@lru_cache(maxsize=1 << 16)
+def _keys(attributes: str) -> tuple[str, str]:
+    """What routes are kin by: the next hop, and the slot."""
+    return f"hop {exabgp.next_hop(attributes)}", f"id {exabgp.path_id(attributes)}"

@@ -1,0 +1,453 @@
+"""The configuration: what the user writes in ConfigMap `lbctl`, checked as a whole.
+
+Rules: `parse` either returns a `Config` in which everything is valid, or raises ConfigError with
+every problem at its line and column, in the order of the file. Checks between parts (overlaps,
+duplicates) run on whatever is readable, also when something else is wrong, so that a person
+repairs the file once. Messages are for people; no library's wording comes through.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from bisect import bisect_right
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from ipaddress import IPv4Address
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from lbctl.core import config_values as values
+from lbctl.core.config_values import AddressRange, show
+from lbctl.core.model import Address, Eip, ObjectRef, Phase
+from lbctl.core.positions import Document, Loc, Mark, Problem, load
+from lbctl.errors import ConfigError
+
+VERSION: Final = 1
+MAX_PROBLEMS: Final = 200
+
+_Label = Annotated[str, BeforeValidator(values.parse_label)]
+_Asn = Annotated[int, BeforeValidator(values.parse_asn)]
+_Unicast = Annotated[Address, BeforeValidator(values.parse_unicast)]
+_Seconds = Annotated[float, BeforeValidator(values.parse_duration)]
+
+
+def _given(value: object) -> object:
+    """A section whose lines are all commented out is an empty section."""
+    return {} if value is None else value
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, validate_by_name=True, validate_by_alias=True
+    )
+
+
+class Pool(_Model):
+    """Addresses that Services get. `auto_assign`: also to Services that do not ask for them."""
+
+    name: _Label
+    addresses: tuple[Annotated[AddressRange, BeforeValidator(values.parse_range)], ...] = Field(
+        min_length=1
+    )
+    auto_assign: bool = Field(default=True, validation_alias="autoAssign")
+
+    @property
+    def size(self) -> int:
+        """How many addresses it holds."""
+        return sum(part.size for part in self.addresses)
+
+    def __contains__(self, address: Address) -> bool:
+        return any(address in part for part in self.addresses)
+
+
+class PeerConfig(_Model):
+    """A switch. `password_secret` names a Secret of our namespace, key `password`."""
+
+    name: _Label
+    address: _Unicast
+    asn: _Asn
+    port: int = Field(default=179, ge=1, le=65535)
+    hold_time_s: Annotated[int, BeforeValidator(values.parse_hold_time)] = Field(
+        default=9, validation_alias="holdTime"
+    )
+    local_address: _Unicast | None = Field(default=None, validation_alias="localAddress")
+    router_id: Annotated[IPv4Address, BeforeValidator(values.parse_router_id)] | None = Field(
+        default=None, validation_alias="routerId"
+    )
+    password_secret: Annotated[str, BeforeValidator(values.parse_secret_name)] | None = Field(
+        default=None, validation_alias="passwordSecret"
+    )
+    multihop: int | None = Field(default=None, ge=1, le=255)
+
+
+class Bgp(_Model):
+    """Our AS and the switches."""
+
+    asn: _Asn
+    peers: tuple[PeerConfig, ...]
+
+
+class Announce(_Model):
+    """How routes are announced and addresses given back."""
+
+    max_paths: int = Field(default=64, ge=1, le=1024, validation_alias="maxPaths")
+    paths: Literal["addPath", "perManager"] = "addPath"
+    drain_time_s: _Seconds = Field(default=2.0, le=3600, validation_alias="drainTime")
+    reuse_after_s: _Seconds = Field(default=30.0, le=604800, validation_alias="reuseAfter")
+
+
+class Probe(_Model):
+    """How nodes are judged."""
+
+    interval_s: _Seconds = Field(default=0.05, ge=0.01, le=10, validation_alias="interval")
+    misses: int = Field(default=3, ge=1, le=100)
+    agent_grace_s: _Seconds = Field(default=300.0, le=86400, validation_alias="agentGrace")
+
+
+class Forwarding(_Model):
+    """Where traffic from outside comes in; () is the interfaces of the default routes."""
+
+    interfaces: tuple[Annotated[str, BeforeValidator(values.parse_interface)], ...] = ()
+
+
+class Config(_Model):
+    """A whole, valid configuration. Frozen and comparable."""
+
+    version: Annotated[int, BeforeValidator(values.parse_version)]
+    pools: tuple[Pool, ...]
+    bgp: Bgp
+    announce: Annotated[Announce, BeforeValidator(_given)] = Announce()
+    probe: Annotated[Probe, BeforeValidator(_given)] = Probe()
+    forwarding: Annotated[Forwarding, BeforeValidator(_given)] = Forwarding()
+
+    @cached_property
+    def _index(self) -> tuple[list[tuple[int, int]], list[tuple[int, Pool]]]:
+        """Starts of all ranges, sorted, and what each holds: its last address and its pool."""
+        runs = sorted(
+            ((part.version, int(part.first)), (int(part.last), number))
+            for number, pool in enumerate(self.pools)
+            for part in pool.addresses
+        )
+        return [start for start, _ in runs], [(last, self.pools[n]) for _, (last, n) in runs]
+
+    def pool_of(self, address: Address) -> Pool | None:
+        """The pool that holds `address`, None if it is in none. O(log ranges)."""
+        starts, ends = self._index
+        at = bisect_right(starts, (address.version, int(address))) - 1
+        if at < 0 or starts[at][0] != address.version or int(address) > ends[at][0]:
+            return None
+        return ends[at][1]
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class ShrinkConflict:
+    """A Service that would lose its address. `str()` is a sentence."""
+
+    service: ObjectRef
+    address: Address
+    pool: str
+
+    def __str__(self) -> str:
+        return f"Service {self.service} uses {self.address} of pool {self.pool}"
+
+
+def config_hash(text: str) -> str:
+    """What identifies a configuration text: 64 bits of its SHA-256, in hexadecimal."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def shrink_conflicts(eips: Iterable[Eip], new: Config) -> tuple[ShrinkConflict, ...]:
+    """The Bound EIPs that no pool of `new` holds, sorted. Not empty: refuse the configuration."""
+    return tuple(
+        sorted(
+            ShrinkConflict(eip.owner, eip.address, eip.pool)
+            for eip in eips
+            if eip.phase is Phase.BOUND and new.pool_of(eip.address) is None
+        )
+    )
+
+
+def parse(text: str, source: str = "config.yaml") -> Config:
+    """Read and check a configuration.
+
+    Raises ConfigError with all problems, each `SOURCE:LINE:COLUMN: path: what is wrong`, in the
+    order of the file (at most MAX_PROBLEMS, then how many more).
+    """
+    document = load(text)
+    problems = list(document.problems)
+    config: Config | None = None
+    if document.complete:
+        version = _version_problem(document)
+        if version is not None:
+            raise ConfigError((f"{source}:{version}",))
+        try:
+            config = Config.model_validate(document.value, by_alias=True, by_name=False)
+        except ValidationError as error:
+            # A list whose items are all bad is "too short" as well: not worth saying.
+            found = [e for e in error.errors() if e["type"] != "too_short" or not e["input"]]
+            problems += [_problem(document, dict(item)) for item in found]
+        problems += _cross_checks(document)
+    if config is None or problems:
+        raise ConfigError(_render(problems, source))
+    return config
+
+
+def _render(problems: list[Problem], source: str) -> tuple[str, ...]:
+    ordered = [f"{source}:{p}" for p in sorted(problems, key=lambda p: (p.mark, str(p)))]
+    ordered = list(dict.fromkeys(ordered))
+    if len(ordered) > MAX_PROBLEMS:
+        more = len(ordered) - MAX_PROBLEMS
+        ordered = [*ordered[:MAX_PROBLEMS], f"{source}: and {more} more problems"]
+    return tuple(ordered)
+
+
+def _version_problem(document: Document) -> Problem | None:
+    """A file for another version: nothing else in it can be judged."""
+    if not isinstance(document.value, dict):
+        text = (
+            "is empty" if document.value is None else "must be a mapping that starts `version: 1`"
+        )
+        return Problem(document.mark(()), (), f"the configuration {text}")
+    found = document.value.get("version")
+    if type(found) is int and found > VERSION:
+        text = f"{found} is newer than this lbctl understands (up to {VERSION}); update lbctl first"
+        return Problem(document.mark(("version",)), ("version",), text)
+    return None
+
+
+# What may stand where, for "did you mean". Indexes are left out of the path.
+_SECTIONS: Final[dict[tuple[str, ...], type[_Model]]] = {
+    (): Config,
+    ("pools",): Pool,
+    ("bgp",): Bgp,
+    ("bgp", "peers"): PeerConfig,
+    ("announce",): Announce,
+    ("probe",): Probe,
+    ("forwarding",): Forwarding,
+}
+_EXPECTED: Final = {
+    "int_type": "must be a whole number",
+    "bool_type": "must be true or false",
+    "string_type": "must be text",
+    "tuple_type": "must be a list",
+    "model_type": "must be a mapping (`key: value`)",
+    "model_attributes_type": "must be a mapping (`key: value`)",
+    "dict_type": "must be a mapping (`key: value`)",
+}
+_LIMIT: Final = {"greater_than_equal": ("ge", "at least"), "less_than_equal": ("le", "at most")}
+
+
+def _problem(document: Document, error: dict[str, Any]) -> Problem:
+    """One of pydantic's errors, in plain words and with its place."""
+    loc: Loc = tuple(part for part in error["loc"] if _is_place(document, error["loc"], part))
+    kind, context, given = error["type"], error.get("ctx") or {}, error.get("input")
+    if kind == "extra_forbidden":
+        return Problem(document.key_mark(loc), loc, _unknown_key(loc))
+    if kind == "missing":
+        at = document.key_mark(loc[:-1])
+        hint = "; write `version: 1`" if loc == ("version",) else ""
+        return Problem(at, loc, f"is missing{hint}")
+    at = document.mark(loc)
+    if kind in _EXPECTED:
+        return Problem(at, loc, f"{_EXPECTED[kind]}, not {show(given)}")
+    if kind in _LIMIT:
+        name, words = _LIMIT[kind]
+        limit, seconds = context[name], _is_duration(loc)
+        return Problem(at, loc, f"must be {words} {limit:g}{'s' if seconds else ''}")
+    if kind == "literal_error":
+        return Problem(at, loc, f"must be {context['expected']}, not {show(given)}")
+    if kind == "too_short":
+        return Problem(at, loc, "must not be empty")
+    if kind == "value_error":
+        return Problem(at, loc, str(context["error"]))
+    return Problem(at, loc, f"{show(given)} cannot be used here")
+
+
+def _is_place(document: Document, loc: Loc, part: str | int) -> bool:
+    """Whether a part of pydantic's path is one of the file's, not the name of a validator."""
+    return isinstance(part, int) or not part.startswith(("function-", "is-instance["))
+
+
+def _is_duration(loc: Loc) -> bool:
+    return loc[-1] in ("drainTime", "reuseAfter", "interval", "agentGrace", "holdTime")
+
+
+def _unknown_key(loc: Loc) -> str:
+    section = _SECTIONS.get(tuple(part for part in loc[:-1] if isinstance(part, str)))
+    known = (
+        [str(f.validation_alias or name) for name, f in section.model_fields.items()]
+        if section
+        else []
+    )
+    folded = {key.lower(): key for key in known}
+    wanted = str(loc[-1]).lower().replace("_", "").replace("-", "")
+    close = difflib.get_close_matches(wanted, folded, n=1, cutoff=0.6)
+    if close:
+        return f"unknown key; did you mean {folded[close[0]]}?"
+    return f"unknown key; known here are {', '.join(known)}"
+
+
+def _items(value: object, *path: str) -> list[tuple[Loc, dict[str, object]]]:
+    """The mappings in the list at `path`, with their places; [] for anything unexpected."""
+    for key in path:
+        value = value.get(key) if isinstance(value, dict) else None
+    if not isinstance(value, tuple):
+        return []
+    return [((*path, n), item) for n, item in enumerate(value) if isinstance(item, dict)]
+
+
+def _cross_checks(document: Document) -> list[Problem]:
+    pools = _items(document.value, "pools")
+    peers = _items(document.value, "bgp", "peers")
+    ranges = _ranges(pools)
+    return [
+        *_duplicates(document, pools, "name", "pool"),
+        *_duplicates(document, peers, "name", "peer"),
+        *_peer_addresses(document, peers),
+        *_overlaps(document, ranges),
+        *_inside_pools(document, peers, ranges),
+        *_duplicate_interfaces(document),
+    ]
+
+
+def _duplicates(
+    document: Document, items: list[tuple[Loc, dict[str, object]]], key: str, what: str
+) -> list[Problem]:
+    seen: dict[str, Loc] = {}
+    problems = []
+    for loc, item in items:
+        value = item.get(key)
+        if not isinstance(value, str):
+            continue
+        here = (*loc, key)
+        first = seen.setdefault(value, here)
+        if first != here:
+            text = f"another {what} is called {show(value)} (line {document.mark(first).line})"
+            problems.append(Problem(document.mark(here), here, text))
+    return problems
+
+
+def _peer_addresses(
+    document: Document, peers: list[tuple[Loc, dict[str, object]]]
+) -> list[Problem]:
+    """Two sessions cannot lead to one address, nor a session from one family to the other."""
+    seen: dict[Address, Loc] = {}
+    problems = []
+    for loc, peer in peers:
+        address, local = _readable(peer.get("address")), _readable(peer.get("localAddress"))
+        if address is None:
+            continue
+        here = (*loc, "address")
+        first = seen.setdefault(address, here)
+        if first != here:
+            text = f"another peer has the address {address} (line {document.mark(first).line})"
+            problems.append(Problem(document.mark(here), here, text))
+        if local is not None and local.version != address.version:
+            here = (*loc, "localAddress")
+            text = f"{local} and the peer's {address} are of different families"
+            problems.append(Problem(document.mark(here), here, text))
+    return problems
+
+
+def _readable(value: object) -> Address | None:
+    try:
+        return values.parse_address(value)
+    except ValueError:
+        return None
+
+
+def _duplicate_interfaces(document: Document) -> list[Problem]:
+    section = document.value.get("forwarding") if isinstance(document.value, dict) else None
+    names = section.get("interfaces") if isinstance(section, dict) else None
+    if not isinstance(names, tuple):
+        return []
+    return [
+        Problem(document.mark(loc), loc, f"the interface {show(name)} is there twice")
+        for n, name in enumerate(names)
+        if isinstance(name, str) and name in names[:n]
+        for loc in [("forwarding", "interfaces", n)]
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class _Placed:
+    """A range of a pool and where it is written."""
+
+    part: AddressRange
+    pool: str
+    loc: Loc
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.text} of pool {self.pool}"
+
+
+def _ranges(pools: list[tuple[Loc, dict[str, object]]]) -> list[_Placed]:
+    placed = []
+    for loc, pool in pools:
+        addresses = pool.get("addresses")
+        for n, text in enumerate(addresses if isinstance(addresses, tuple) else ()):
+            try:
+                part = values.parse_range(text)
+            except ValueError:
+                continue
+            name = str(pool.get("name"))
+            shown = name if values.is_label(name) else show(name)
+            placed.append(_Placed(part, shown, (*loc, "addresses", n), str(text).strip()))
+    return sorted(placed, key=lambda p: (p.part.version, int(p.part.first), p.loc[1], p.loc[3]))
+
+
+def _overlaps(document: Document, ranges: list[_Placed]) -> list[Problem]:
+    """Each range that meets an earlier one (sorted by first address), said at the later place."""
+    problems = []
+    widest: _Placed | None = None
+    for found in ranges:
+        if widest is not None and widest.part.overlaps(found.part):
+            one, two = sorted((widest, found), key=lambda p: document.mark(p.loc))
+            text = f"{two} overlaps {one} (line {document.mark(one.loc).line})"
+            problems.append(Problem(document.mark(two.loc), two.loc, text))
+        if (
+            widest is None
+            or widest.part.version != found.part.version
+            or int(found.part.last) > int(widest.part.last)
+        ):
+            widest = found
+    return problems
+
+
+def _inside_pools(
+    document: Document, peers: list[tuple[Loc, dict[str, object]]], ranges: list[_Placed]
+) -> list[Problem]:
+    starts = [(found.part.version, int(found.part.first)) for found in ranges]
+    problems: list[Problem] = []
+    for loc, peer in peers:
+        for key in ("address", "localAddress"):
+            address = _readable(peer.get(key))
+            if address is None:
+                continue
+            at = bisect_right(starts, (address.version, int(address))) - 1
+            if at >= 0 and address in ranges[at].part:
+                here: Loc = (*loc, key)
+                text = f"{address} lies in {ranges[at]}, which EIPs come from"
+                problems.append(Problem(document.mark(here), here, text))
+    return problems
+
+
+__all__ = [
+    "AddressRange",
+    "Announce",
+    "Bgp",
+    "Config",
+    "Forwarding",
+    "Mark",
+    "PeerConfig",
+    "Pool",
+    "Probe",
+    "ShrinkConflict",
+    "config_hash",
+    "parse",
+    "shrink_conflicts",
+]

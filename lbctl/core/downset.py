@@ -1,0 +1,81 @@
+"""The agent's side of the down set: nodes whose endpoints take no new flows.
+
+Rules (DESIGN.md, "Probe protocol"): a node is in the set when every manager heard in the last
+second calls it down; out again as soon as one disagrees; at most half of the nodes, beyond that
+nothing is added; the set stays as it is while no manager is heard. A manager that does not judge
+yet is not heard in this sense. Each request counts once: (boot, sequence) must rise per manager.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+
+from lbctl.core.probe import Request, node_hash
+
+HEARD_S = 1.0
+FORGET_S = 60.0  # a manager silent for so long is new when it comes back
+
+
+@dataclass(frozen=True, slots=True)
+class Voice:
+    """The last request of one manager. `heard_s` is monotonic."""
+
+    manager: str
+    boot: int
+    sequence: int
+    heard_s: float
+    judging: bool
+    down: frozenset[int]
+
+
+@dataclass(frozen=True, slots=True)
+class DownSet:
+    """What the managers said last, and what follows: `down` holds node names."""
+
+    voices: tuple[Voice, ...] = ()
+    down: frozenset[str] = frozenset()
+
+
+def hear(state: DownSet, request: Request, now_s: float) -> DownSet:
+    """Take an authenticated, fresh request. A repeated or older one changes nothing."""
+    for voice in state.voices:
+        if voice.manager == request.manager and (voice.boot, voice.sequence) >= (
+            request.boot,
+            request.sequence,
+        ):
+            return state
+    others = tuple(
+        voice
+        for voice in state.voices
+        if voice.manager != request.manager and now_s - voice.heard_s < FORGET_S
+    )
+    voice = Voice(
+        request.manager, request.boot, request.sequence, now_s, request.judging, request.down
+    )
+    return DownSet((*others, voice), state.down)
+
+
+def resolve(state: DownSet, nodes: Iterable[str], now_s: float) -> DownSet:
+    """Work out `down` anew. `nodes` are the names of all nodes of the cluster."""
+    heard = [v for v in state.voices if v.judging and now_s - v.heard_s <= HEARD_S]
+    if not heard:
+        return state
+    names = tuple(nodes)
+    owners = _owners(names)
+    agreed = frozenset.intersection(*(voice.down for voice in heard))
+    down = frozenset(owners[number] for number in agreed if owners.get(number))
+    if 2 * len(down) > len(names):
+        down = down & state.down
+    return state if down == state.down else DownSet(state.voices, down)
+
+
+@lru_cache(maxsize=4)
+def _owners(names: tuple[str, ...]) -> dict[int, str]:
+    """Node of each hash; "" where two have the same: they cannot be told apart, so none is down."""
+    owners: dict[int, str] = {}
+    for name in names:
+        number = node_hash(name)
+        owners[number] = "" if number in owners else name
+    return owners

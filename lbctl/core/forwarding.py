@@ -1,0 +1,272 @@
+"""What every node does with a packet for an EIP: the tables that all nodes share.
+
+Rules:
+- `build` is a function of the cluster alone, the same on every node; history and this node's
+  part are `lbctl.core.nodeview`'s. The digest covers what `build` gives, so two nodes with the same
+  digest steer every packet alike.
+- A port whose endpoints all refuse new flows is `closed`: established flows keep their table, new
+  ones are refused at once. A port without any endpoint is in no table: everything is refused.
+- An endpoint's node is found by pod CIDRs and node addresses. nodeName counts only where *no* node
+  has a pod CIDR (some CNIs allocate elsewhere), for Pods alone: anyone may write an EndpointSlice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from hashlib import blake2b
+from ipaddress import IPv4Network, IPv6Network, collapse_addresses, ip_network
+from typing import Final
+
+from lbctl.core import maglev
+from lbctl.core.endpoints import eligible
+from lbctl.core.model import (
+    Address,
+    Eip,
+    Endpoint,
+    Network,
+    Node,
+    ObjectRef,
+    Protocol,
+    Service,
+    ServiceEndpoints,
+)
+
+_WORD: Final = 1 << 64
+_CARRIED: Final = (Protocol.TCP, Protocol.UDP)
+
+
+@dataclass(frozen=True, slots=True)
+class PortTable:
+    """The buckets of one EIP:protocol:port.
+
+    `owners[b]` indexes `endpoints`; `members` are all living endpoints, also those without a
+    bucket, with address, port and node only. `by_client`: the hash takes the client's address
+    alone (session affinity).
+    """
+
+    protocol: Protocol
+    port: int
+    by_client: bool
+    closed: bool
+    endpoints: tuple[Endpoint, ...]
+    owners: tuple[int, ...]
+    members: frozenset[Endpoint]
+
+    def owner(self, bucket: int) -> Endpoint:
+        """The endpoint that a bucket belongs to."""
+        return self.endpoints[self.owners[bucket]]
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """An endpoint that no node may deliver to, and why, in words."""
+
+    endpoint: Endpoint
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class EipTable:
+    """One EIP as every node forwards it.
+
+    `inputs`, `nodes` (of its endpoints) and `down` (those of them) are what it was made of, to see
+    that nothing changed.
+    """
+
+    address: Address
+    service: ObjectRef
+    ports: tuple[PortTable, ...]
+    refused: tuple[Refusal, ...]
+    digest: int
+    sources: tuple[Network, ...] = ()  # loadBalancerSourceRanges of the family; () lets all in
+    inputs: object = field(default=None, repr=False, compare=False)
+    nodes: frozenset[str] = field(default=frozenset(), repr=False, compare=False)
+    down: frozenset[str] = field(default=frozenset(), repr=False, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """All EIPs, and the sum of their digests modulo 2^64."""
+
+    eips: Mapping[Address, EipTable]
+    digest: int
+
+
+EMPTY: Final = Table({}, 0)
+
+
+class Locator:
+    """Which node an endpoint's address is on. A function of the nodes alone."""
+
+    __slots__ = ("_addresses", "_cidrs", "_lengths", "_names", "key")
+
+    def __init__(self, nodes: Iterable[Node]) -> None:
+        every = sorted(nodes, key=lambda node: node.name)
+        self.key = tuple((node.name, node.addresses, node.pod_cidrs) for node in every)
+        self._names = frozenset(node.name for node in every)
+        self._addresses = {a: node.name for node in reversed(every) for a in node.addresses}
+        self._cidrs: dict[Network, str] = {
+            cidr: node.name for node in reversed(every) for cidr in node.pod_cidrs
+        }
+        self._lengths = sorted({(c.version, c.prefixlen) for c in self._cidrs}, reverse=True)
+
+    def locate(self, endpoint: Endpoint) -> str | None:
+        """The node's name; None if the address is on no node."""
+        address = endpoint.address
+        if address.is_loopback or address.is_multicast or address.is_unspecified:
+            return None
+        if name := self._addresses.get(address):
+            return name
+        for version, length in self._lengths:
+            if version == address.version:
+                name = self._cidrs.get(ip_network((address, length), strict=False))
+                if name:
+                    return name
+        if not self._cidrs and endpoint.pod and endpoint.node in self._names:
+            return endpoint.node
+        return None
+
+
+def build(
+    eips: Iterable[Eip],
+    services: Mapping[ObjectRef, Service],
+    endpoints: Mapping[ObjectRef, ServiceEndpoints],
+    locator: Locator,
+    down: frozenset[str] = frozenset(),
+    previous: Table = EMPTY,
+) -> Table:
+    """Return the tables of all EIPs that are to be forwarded.
+
+    down: nodes whose endpoints take no new flows. previous: an earlier result, whose unchanged
+    EIPs are taken over, so that a change costs what it touches.
+    """
+    tables: dict[Address, EipTable] = {}
+    for eip in sorted(eips, key=lambda e: (e.address.version, int(e.address))):
+        if eip.forwarding:
+            service = services.get(eip.owner)
+            known = endpoints.get(eip.owner)
+            inputs = (eip.owner, service, known, locator.key)
+            old = previous.eips.get(eip.address)
+            if old is not None and old.down == down & old.nodes and old.inputs == inputs:
+                tables[eip.address] = old
+            else:
+                tables[eip.address] = _eip(eip, service, known, locator, down, inputs)
+    return Table(tables, sum(entry.digest for entry in tables.values()) % _WORD)
+
+
+def _eip(
+    eip: Eip,
+    service: Service | None,
+    known: ServiceEndpoints | None,
+    locator: Locator,
+    down: frozenset[str],
+    inputs: object,
+) -> EipTable:
+    ports: list[PortTable] = []
+    refused: list[Refusal] = []
+    nodes: set[str] = set()
+    by_port = {(p.name, p.protocol): p.endpoints for p in known.ports} if known else {}
+    by_client = service is not None and service.affinity_s is not None
+    for port in sorted(service.ports) if service else ():
+        if port.protocol in _CARRIED:
+            given = by_port.get((port.name, port.protocol), ())
+            located, odd = _located(eip.address, given, locator)
+            refused += odd
+            nodes.update(endpoint.node for endpoint in located)
+            table = _port(port.protocol, port.port, by_client, located, down)
+            if table is not None:
+                ports.append(table)
+    sources = _sources(eip.address, service)
+    return EipTable(
+        eip.address,
+        eip.owner,
+        tuple(ports),
+        tuple(refused),
+        _digest(eip.address, sources, ports),
+        sources,
+        inputs,
+        frozenset(nodes),
+        down & nodes,
+    )
+
+
+def _sources(eip: Address, service: Service | None) -> tuple[Network, ...]:
+    """The networks that may reach the EIP; () for everyone. Of the other family alone: nobody."""
+    given = service.source_ranges if service else ()
+    if not given:
+        return ()
+    if eip.version == 4:
+        own = tuple(collapse_addresses(n for n in given if isinstance(n, IPv4Network)))
+        return own or (IPv4Network("255.255.255.255/32"),)
+    return tuple(collapse_addresses(n for n in given if isinstance(n, IPv6Network))) or (
+        IPv6Network("::/128"),
+    )
+
+
+def _located(
+    eip: Address, given: Iterable[Endpoint], locator: Locator
+) -> tuple[list[Endpoint], list[Refusal]]:
+    """Endpoints with the node that they are really on, one per address and port; and the rest."""
+    found: dict[tuple[int, int], Endpoint] = {}
+    refused: list[Refusal] = []
+    for endpoint in sorted(
+        (e for e in given if e.address.version == eip.version),
+        key=lambda e: (int(e.address), e.port, not e.ready),
+    ):
+        node = locator.locate(endpoint)
+        if node is None:
+            refused.append(Refusal(endpoint, "its address is on no node"))
+        elif (int(endpoint.address), endpoint.port) not in found:
+            found[int(endpoint.address), endpoint.port] = replace(endpoint, node=node)
+    return list(found.values()), refused
+
+
+def _port(
+    protocol: Protocol,
+    port: int,
+    by_client: bool,
+    located: list[Endpoint],
+    down: frozenset[str],
+) -> PortTable | None:
+    alive = tuple(e for e in located if e.node not in down)
+    chosen = eligible(alive)
+    closed = not chosen
+    # With nowhere to send new flows, established ones stay where they are, on down nodes too:
+    # should the judgement be wrong, nothing was lost by it.
+    holders = chosen or alive or tuple(located)
+    if not holders:
+        return None
+    by_identity = {identity(e): _bare(e) for e in holders}
+    names = sorted(by_identity)
+    index = {name: number for number, name in enumerate(names)}
+    return PortTable(
+        protocol,
+        port,
+        by_client,
+        closed,
+        tuple(by_identity[name] for name in names),
+        tuple(index[name] for name in maglev.table(names)),
+        frozenset(_bare(e) for e in alive),
+    )
+
+
+def _bare(endpoint: Endpoint) -> Endpoint:
+    # A bucket's owner stays equal to itself however its conditions change.
+    return Endpoint(endpoint.address, endpoint.port, endpoint.node)
+
+
+def identity(endpoint: Endpoint) -> str:
+    """What an endpoint is hashed by: its address and port, never its name or its node."""
+    return f"{endpoint.address}|{endpoint.port}"
+
+
+def _digest(address: Address, sources: tuple[Network, ...], ports: Iterable[PortTable]) -> int:
+    total = blake2b(f"{maglev.FORMAT}|{maglev.SEED}|{address}".encode(), digest_size=8)
+    total.update(",".join(map(str, sources)).encode())
+    for table in ports:
+        total.update(f"\n{table.protocol}|{table.port}|{table.by_client}|{table.closed}".encode())
+        for endpoint in table.endpoints:
+            total.update(f"\n{identity(endpoint)}|{endpoint.node}".encode())
+        total.update(repr(table.owners).encode())
+    return int.from_bytes(total.digest(), "big")

@@ -1,0 +1,34 @@
+"""Which nodes' tables lag behind the majority's.
+
+Rule (DESIGN.md, "Second hop"): a node whose digest has differed from that of more than half of the
+nodes for LAG_S is no next hop, unless it is the last. Without such a majority nobody lags.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+
+LAG_S = 5.0
+
+
+def differing(
+    digests: Mapping[str, int], since_s: Mapping[str, float], now_s: float
+) -> dict[str, float]:
+    """Return for each node that differs from the majority since when it does.
+
+    digests: of the nodes that answer. since_s: the last result.
+    """
+    if not digests:
+        return {}
+    digest, count = min(Counter(digests.values()).items(), key=lambda item: (-item[1], item[0]))
+    if 2 * count <= len(digests):
+        return {}
+    return {
+        name: since_s.get(name, now_s) for name, own in sorted(digests.items()) if own != digest
+    }
+
+
+def lagging(since_s: Mapping[str, float], now_s: float) -> frozenset[str]:
+    """Return the nodes that have differed for too long."""
+    return frozenset(name for name, since in since_s.items() if now_s - since >= LAG_S)

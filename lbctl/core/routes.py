@@ -1,0 +1,341 @@
+"""Which nodes are announced as next hops of which EIP, and why (not).
+
+Pure and incremental: `select` remembers, through `previous`, what did not change. Rules:
+- Only Bound EIPs inside the accepted pools whose Service has an eligible endpoint have paths. The
+  pool check is made here on its own, whatever the allocator believes.
+- A next hop is a node that is Up (or AgentSilent, or held by panic) and has confirmed the EIP, with
+  an address of the EIP's family, neither excluded nor draining; with policy Local it has a ready
+  endpoint, and says so itself.
+- If nobody is left: nodes that flap or lag; after those, the node that became Suspect last. Down is
+  the only state that takes the last next hop away.
+- Of more than `max_paths` a stable subset by rendezvous hashing. `perManager`: each living manager
+  announces another one of that ranking.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import IntEnum
+from functools import lru_cache
+from hashlib import blake2b
+from ipaddress import IPv4Network, IPv6Network
+
+from lbctl.core.config import Config
+from lbctl.core.endpoints import serving_nodes
+from lbctl.core.health import AT_ONCE_S
+from lbctl.core.model import (
+    Address,
+    Eip,
+    Network,
+    Node,
+    NodeState,
+    NodeView,
+    ObjectRef,
+    Path,
+    Phase,
+    Service,
+    ServiceEndpoints,
+    TrafficPolicy,
+)
+from lbctl.core.reasons import Reason
+
+
+@dataclass(frozen=True, slots=True)
+class EipSelection:
+    """The paths of one EIP. `reason`: of the EIP as a whole; `reasons`: per node, sorted by name.
+
+    A node whose path is announced in spite of something has that as its reason: AGENT_SILENT,
+    HELD_BY_PANIC or LAST_NEXT_HOP.
+    """
+
+    paths: frozenset[Path]
+    reason: Reason
+    reasons: Mapping[str, Reason]
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """All paths, and each EIP's part. `facts` is what it was made from, for the next time."""
+
+    paths: frozenset[Path]
+    eips: Mapping[Address, EipSelection]
+    facts: Mapping[Address, tuple[object, ...]] = field(default_factory=dict, repr=False)
+
+    def reasons(self) -> dict[tuple[Address, str], Reason]:
+        """Return the reason of every (EIP, node)."""
+        return {
+            (address, node): reason
+            for address, selection in self.eips.items()
+            for node, reason in selection.reasons.items()
+        }
+
+
+class PathIds:
+    """Path ids that are never given to two: `path_id`, with a salt where two hash alike.
+
+    make: the hash, as `path_id`.
+    """
+
+    def __init__(self, make: Callable[..., int] | None = None) -> None:
+        self._make = make or path_id
+        self._owners: dict[int, tuple[object, ...]] = {}
+        self._ids: dict[tuple[object, ...], int] = {}
+
+    def get(
+        self,
+        node: str,
+        next_hop: Address,
+        communities: tuple[str, ...] = (),
+        med: int | None = None,
+    ) -> int:
+        """Return the id of (node, next hop, attributes), always the same."""
+        owner = (node, next_hop, communities, med)
+        known = self._ids.get(owner)
+        if known is not None:
+            return known
+        salt = 0
+        while True:
+            number = self._make(node, next_hop, communities, med, salt)
+            if self._owners.setdefault(number, owner) == owner:
+                self._ids[owner] = number
+                return number
+            salt += 1
+
+
+def path_id(
+    node: str,
+    next_hop: Address,
+    communities: tuple[str, ...] = (),
+    med: int | None = None,
+    salt: int = 0,
+) -> int:
+    """Return the ADD-PATH identifier (RFC 7911: 32 bits) of a node and attribute set.
+
+    Deterministic, so that all managers and all restarts agree; never 0, which peers without
+    ADD-PATH stand for.
+    """
+    attributes = f"{node}|{next_hop}|{','.join(communities)}|{med}|{salt}"
+    return int.from_bytes(blake2b(attributes.encode(), digest_size=4).digest(), "big") or 1
+
+
+class _Tier(IntEnum):
+    """How good a next hop is; the best tier that has a node is announced."""
+
+    GOOD = 0
+    DOUBTFUL = 1
+    SUSPECT = 2
+    NEVER = 3
+
+
+@dataclass(frozen=True, slots=True)
+class _Verdict:
+    """What holds for a node whatever the EIP. `reason` is that of announcing or not.
+
+    hops: next hop and path id, for IPv4 and for IPv6.
+    """
+
+    tier: _Tier
+    reason: Reason
+    since_s: float
+    hops: tuple[tuple[Address, int] | None, tuple[Address, int] | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What of the configuration and of the other managers concerns selection.
+
+    managers: ids of the living managers, this one's included; they count for `perManager` only.
+    """
+
+    config: Config
+    me: str = ""
+    managers: tuple[str, ...] = ()
+
+
+def select(
+    rules: Rules,
+    eips: Iterable[Eip],
+    services: Mapping[ObjectRef, Service],
+    endpoints: Mapping[ObjectRef, ServiceEndpoints],
+    nodes: Mapping[str, Node],
+    views: Mapping[str, NodeView],
+    ids: PathIds,
+    previous: Selection | None = None,
+) -> Selection:
+    """Select the paths of all EIPs; one whose facts are those of `previous` costs a comparison."""
+    verdicts = {name: _verdict(nodes[name], views.get(name), ids) for name in sorted(nodes)}
+    common = (rules, tuple(verdicts.items()))
+    if previous is not None and previous.facts:
+        # Tuples compare by identity first: one comparison here makes all those below cheap.
+        old = next(iter(previous.facts.values()))[0]
+        common = old if old == common else common
+    known = [(name, views[name]) for name in verdicts if name in views]
+    selections: dict[Address, EipSelection] = {}
+    facts: dict[Address, tuple[object, ...]] = {}
+    for eip in sorted(eips, key=lambda eip: (eip.address.version, eip.address)):
+        service, behind = services.get(eip.owner), endpoints.get(eip.owner)
+        confirmed = frozenset(n for n, view in known if eip.address in view.confirmed)
+        local = frozenset(n for n, view in known if eip.address in view.local_ready)
+        fact = (common, eip, service, behind, confirmed, local)
+        facts[eip.address] = fact
+        if previous is not None and previous.facts.get(eip.address) == fact:
+            selections[eip.address] = previous.eips[eip.address]
+            continue
+        selections[eip.address] = _select(rules, eip, service, behind, verdicts, confirmed, local)
+    paths = frozenset().union(*(selection.paths for selection in selections.values()))
+    return Selection(paths, selections, facts)
+
+
+def select_eip(
+    rules: Rules,
+    eip: Eip,
+    service: Service | None,
+    endpoints: ServiceEndpoints | None,
+    nodes: Mapping[str, Node],
+    views: Mapping[str, NodeView],
+    ids: PathIds,
+) -> EipSelection:
+    """Select the paths of one EIP."""
+    services = {eip.owner: service} if service else {}
+    behind = {eip.owner: endpoints} if endpoints else {}
+    return select(rules, (eip,), services, behind, nodes, views, ids).eips[eip.address]
+
+
+def _select(
+    rules: Rules,
+    eip: Eip,
+    service: Service | None,
+    endpoints: ServiceEndpoints | None,
+    verdicts: Mapping[str, _Verdict],
+    confirmed: frozenset[str],
+    local: frozenset[str],
+) -> EipSelection:
+    refusal = _refusal(rules.config, eip, service)
+    if refusal is not None:
+        return EipSelection(frozenset(), refusal, {})
+    serving = serving_nodes(endpoints) if endpoints else frozenset()
+    if not serving:
+        return EipSelection(frozenset(), Reason.NO_ENDPOINTS, {})
+    is_local = service is not None and service.policy is TrafficPolicy.LOCAL
+    reasons: dict[str, Reason] = {}
+    tiers: dict[_Tier, list[str]] = {tier: [] for tier in _Tier}
+    for name, verdict in verdicts.items():
+        tier, reasons[name] = verdict.tier, verdict.reason
+        if tier is _Tier.NEVER:
+            continue
+        obstacle = _obstacle(name, eip, verdict, confirmed, serving if is_local else None, local)
+        if obstacle is None:
+            tiers[tier].append(name)
+        elif tier is not _Tier.SUSPECT:
+            reasons[name] = obstacle
+    chosen = _chosen(tiers, verdicts, reasons)
+    keep = _ranked(rules, eip.address, chosen)
+    for name in set(chosen) - set(keep):
+        reasons[name] = Reason.OVER_MAX_PATHS
+    paths = _paths(eip.address, keep, verdicts)
+    return EipSelection(paths, Reason.ANNOUNCED if paths else Reason.NO_NEXT_HOP, reasons)
+
+
+def _refusal(config: Config, eip: Eip, service: Service | None) -> Reason | None:
+    if config.pool_of(eip.address) is None:
+        return Reason.ADDRESS_OUTSIDE_POOLS
+    if eip.phase is not Phase.BOUND or not eip.forwarding:
+        return Reason.RELEASING
+    if service is not None and service.deleting:
+        return Reason.RELEASING
+    return Reason.NO_ENDPOINTS if service is None else None
+
+
+def _verdict(node: Node, view: NodeView | None, ids: PathIds) -> _Verdict:
+    def hop(version: int) -> tuple[Address, int] | None:
+        found = (a for a in (*node.next_hops, *node.addresses) if a.version == version)
+        address = next(found, None)
+        return None if address is None else (address, ids.get(node.name, address))
+
+    tier, reason = _tier(node, view or NodeView(node.name))
+    since_s = view.since_s if view and tier is _Tier.SUSPECT else 0.0
+    return _Verdict(tier, reason, since_s, (hop(4), hop(6)))
+
+
+def _tier(node: Node, view: NodeView) -> tuple[_Tier, Reason]:
+    if node.excluded:
+        return _Tier.NEVER, Reason.NODE_EXCLUDED
+    if node.draining or node.deleting:
+        return _Tier.NEVER, Reason.NODE_DRAINING
+    match view.state:
+        case NodeState.UNKNOWN:
+            return _Tier.NEVER, Reason.NODE_UNKNOWN
+        case NodeState.DOWN:
+            return _Tier.NEVER, Reason.NODE_DOWN if node.ready else Reason.NODE_NOT_READY
+        case NodeState.SUSPECT if not view.held:
+            return _Tier.SUSPECT, Reason.NODE_SUSPECT
+    if not view.stable:
+        return _Tier.DOUBTFUL, Reason.NODE_FLAPPING
+    if view.lags:
+        return _Tier.DOUBTFUL, Reason.NODE_LAGS
+    if view.state is NodeState.SUSPECT:
+        return _Tier.GOOD, Reason.HELD_BY_PANIC
+    silent = view.state is NodeState.AGENT_SILENT
+    return _Tier.GOOD, Reason.AGENT_SILENT if silent else Reason.ANNOUNCED
+
+
+def _obstacle(
+    name: str,
+    eip: Eip,
+    verdict: _Verdict,
+    confirmed: frozenset[str],
+    serving: frozenset[str] | None,
+    local: frozenset[str],
+) -> Reason | None:
+    """Why this EIP in particular does not go through the node. serving: with policy Local only."""
+    if verdict.hops[eip.address.version == 6] is None:
+        return Reason.NODE_NO_ADDRESS
+    if serving is not None and name not in serving:
+        return Reason.NO_LOCAL_ENDPOINT
+    if name not in confirmed or (serving is not None and name not in local):
+        return Reason.NOT_CONFIRMED
+    return None
+
+
+def _chosen(
+    tiers: Mapping[_Tier, list[str]],
+    verdicts: Mapping[str, _Verdict],
+    reasons: dict[str, Reason],
+) -> list[str]:
+    """The best tier that has nodes. Of the Suspects, those that fell last stay."""
+    if tiers[_Tier.GOOD]:
+        return tiers[_Tier.GOOD]
+    chosen = tiers[_Tier.DOUBTFUL]
+    if not chosen and tiers[_Tier.SUSPECT]:
+        last_s = max(verdicts[name].since_s for name in tiers[_Tier.SUSPECT])
+        chosen = [n for n in tiers[_Tier.SUSPECT] if verdicts[n].since_s > last_s - AT_ONCE_S]
+    reasons.update(dict.fromkeys(chosen, Reason.LAST_NEXT_HOP))
+    return chosen
+
+
+def _ranked(rules: Rules, eip: Address, names: list[str]) -> list[str]:
+    announce = rules.config.announce
+    if announce.paths == "addPath" and len(names) <= announce.max_paths:
+        return names
+    ranking = sorted(names, key=lambda name: (_score(eip, name), name))[: announce.max_paths]
+    if announce.paths == "addPath" or not ranking:
+        return ranking
+    managers = sorted({*rules.managers, rules.me})
+    return [ranking[managers.index(rules.me) % len(ranking)]]
+
+
+def _score(eip: Address, node: str) -> bytes:
+    return blake2b(f"{eip}|{node}".encode(), digest_size=8).digest()
+
+
+def _paths(eip: Address, names: Iterable[str], verdicts: Mapping[str, _Verdict]) -> frozenset[Path]:
+    prefix = _prefix(eip)
+    hops = ((name, verdicts[name].hops[eip.version == 6]) for name in names)
+    return frozenset(Path(prefix, hop[0], hop[1], name) for name, hop in hops if hop is not None)
+
+
+@lru_cache(maxsize=65536)
+def _prefix(eip: Address) -> Network:
+    # Cached, and made from the number: parsing text took most of a whole selection's time.
+    return IPv4Network((int(eip), 32)) if eip.version == 4 else IPv6Network((int(eip), 128))

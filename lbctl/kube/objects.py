@@ -1,0 +1,477 @@
+"""API objects reduced to the fields used, and turned into `lbctl.core.model`.
+
+Rules: only fields that somebody decides upon are decoded; whatever the API server may omit or set
+to null has a default; a value that makes no sense raises `errors.KubeError` for that one object,
+and the cache skips it with a log line. Nothing here decides anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from ipaddress import ip_address, ip_network
+from typing import Any, Final, Generic, TypeVar
+
+import msgspec
+
+from lbctl import errors
+from lbctl.core import names
+from lbctl.core.model import (
+    Address,
+    Eip,
+    Endpoint,
+    Network,
+    Node,
+    ObjectRef,
+    Phase,
+    PortEndpoints,
+    Protocol,
+    Service,
+    ServicePort,
+    TrafficPolicy,
+    eip_object_name,
+)
+from lbctl.kube import client
+
+T = TypeVar("T")
+_FAMILY: Final = {"IPv4": 4, "IPv6": 6}
+
+
+class Meta(msgspec.Struct):
+    """metadata, as far as it is used."""
+
+    name: str
+    namespace: str = ""
+    uid: str = ""
+    resourceVersion: str = ""
+    creationTimestamp: str | None = None
+    deletionTimestamp: str | None = None
+    labels: dict[str, str] | None = None
+    annotations: dict[str, str] | None = None
+    finalizers: list[str] | None = None
+
+    @property
+    def ref(self) -> ObjectRef:
+        """Namespace (empty for cluster-scoped objects) and name."""
+        return ObjectRef(self.namespace, self.name)
+
+
+class Condition(msgspec.Struct):
+    """An entry of status.conditions."""
+
+    type: str
+    status: str = "Unknown"
+    reason: str = ""
+    message: str = ""
+
+
+class _Port(msgspec.Struct):
+    port: int
+    name: str | None = None
+    protocol: str = "TCP"
+
+
+class _ClientIp(msgspec.Struct):
+    timeoutSeconds: int | None = None
+
+
+class _AffinityConfig(msgspec.Struct):
+    clientIP: _ClientIp | None = None
+
+
+class _ServiceSpec(msgspec.Struct):
+    type: str = "ClusterIP"
+    ports: list[_Port] | None = None
+    loadBalancerClass: str | None = None
+    loadBalancerIP: str | None = None
+    loadBalancerSourceRanges: list[str] | None = None
+    externalTrafficPolicy: str | None = None
+    ipFamilies: list[str] | None = None
+    sessionAffinity: str | None = None
+    sessionAffinityConfig: _AffinityConfig | None = None
+
+
+class _Ingress(msgspec.Struct):
+    ip: str | None = None
+
+
+class _LoadBalancer(msgspec.Struct):
+    ingress: list[_Ingress] | None = None
+
+
+class _ServiceStatus(msgspec.Struct):
+    loadBalancer: _LoadBalancer | None = None
+    conditions: list[Condition] | None = None
+
+
+class _Service(msgspec.Struct):
+    metadata: Meta
+    spec: _ServiceSpec
+    status: _ServiceStatus | None = None
+
+
+class _Target(msgspec.Struct):
+    kind: str = ""
+    name: str = ""
+
+
+class _Conditions(msgspec.Struct):
+    ready: bool | None = None
+    serving: bool | None = None
+    terminating: bool | None = None
+
+
+class _Endpoint(msgspec.Struct):
+    addresses: list[str] | None = None
+    conditions: _Conditions | None = None
+    nodeName: str | None = None
+    targetRef: _Target | None = None
+
+
+class _SlicePort(msgspec.Struct):
+    name: str | None = None
+    protocol: str | None = None
+    port: int | None = None
+
+
+class _Slice(msgspec.Struct):
+    metadata: Meta
+    addressType: str = "IPv4"
+    endpoints: list[_Endpoint] | None = None
+    ports: list[_SlicePort] | None = None
+
+
+class _NodeSpec(msgspec.Struct):
+    podCIDR: str | None = None
+    podCIDRs: list[str] | None = None
+
+
+class _NodeAddress(msgspec.Struct):
+    type: str
+    address: str
+
+
+class _NodeStatus(msgspec.Struct):
+    addresses: list[_NodeAddress] | None = None
+    conditions: list[Condition] | None = None
+
+
+class _Node(msgspec.Struct):
+    metadata: Meta
+    spec: _NodeSpec = msgspec.field(default_factory=_NodeSpec)
+    status: _NodeStatus = msgspec.field(default_factory=_NodeStatus)
+
+
+class _Owner(msgspec.Struct):
+    name: str
+    namespace: str = ""
+    uid: str = ""
+
+
+class _EipSpec(msgspec.Struct):
+    address: str
+    owner: _Owner
+    pool: str = ""
+    phase: str = "Bound"
+    forwarding: bool = True
+    withdrawnBy: dict[str, str] | None = None
+    releasedAt: str | None = None
+    unforwardedAt: str | None = None
+
+
+class _Eip(msgspec.Struct):
+    metadata: Meta
+    spec: _EipSpec
+
+
+class _Data(msgspec.Struct):
+    metadata: Meta
+    data: dict[str, str] | None = None
+
+
+class _PodSpec(msgspec.Struct):
+    nodeName: str | None = None
+
+
+class _PodStatus(msgspec.Struct):
+    podIP: str | None = None
+    phase: str = ""
+
+
+class _Pod(msgspec.Struct):
+    metadata: Meta
+    spec: _PodSpec = msgspec.field(default_factory=_PodSpec)
+    status: _PodStatus = msgspec.field(default_factory=_PodStatus)
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """One EndpointSlice. `service` is None if it belongs to none. `ports` are sorted."""
+
+    ref: ObjectRef
+    service: ObjectRef | None
+    ports: tuple[PortEndpoints, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class DataObject:
+    """A ConfigMap or a Secret; a Secret's values are base64. `version` is resourceVersion."""
+
+    ref: ObjectRef
+    uid: str
+    data: tuple[tuple[str, str], ...] = field(default=(), repr=False)
+    annotations: tuple[tuple[str, str], ...] = ()
+    version: str = field(default="", compare=False)
+
+    def get(self, key: str) -> str | None:
+        """The value of a key, None without it."""
+        return dict(self.data).get(key)
+
+
+@dataclass(frozen=True, slots=True)
+class Pod:
+    """A Pod as far as managers find each other. `address` is None until it has one."""
+
+    ref: ObjectRef
+    uid: str
+    node: str = ""
+    address: Address | None = None
+    app: str = ""  # label app.kubernetes.io/name
+    phase: str = ""
+    deleting: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Kind(Generic[T]):
+    """What a cache needs to know of a kind: where it is, and how one object is decoded."""
+
+    name: str
+    resource: client.Resource
+    decode: Callable[[bytes | msgspec.Raw], T]
+
+
+def seconds(text: str | None) -> float | None:
+    """RFC 3339 → seconds since the epoch; None for None or nonsense."""
+    if not text:
+        return None
+    try:
+        return datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp()
+    except ValueError:
+        return None
+
+
+def timestamp(at_s: float, micro: bool = False) -> str:
+    """Seconds since the epoch → RFC 3339 in UTC; `micro` for MicroTime fields."""
+    made = datetime.fromtimestamp(at_s, UTC)
+    return made.strftime("%Y-%m-%dT%H:%M:%S.%fZ" if micro else "%Y-%m-%dT%H:%M:%SZ")
+
+
+def to_service(raw: bytes | msgspec.Raw) -> Service:
+    """A Service. Raises `errors.KubeError` if a used field makes no sense."""
+    found = _decoded(raw, _Service)
+    meta, spec = found.metadata, found.spec
+    ports = [ServicePort(p.name or "", _protocol(p.protocol), p.port) for p in spec.ports or ()]
+    balancer = found.status.loadBalancer if found.status else None
+    ingress = [_address(i.ip) for i in (balancer.ingress if balancer else None) or () if i.ip]
+    affinity = None
+    if spec.sessionAffinity == "ClientIP":
+        config = spec.sessionAffinityConfig
+        given = config.clientIP.timeoutSeconds if config and config.clientIP else None
+        affinity = given or 10800
+    local = spec.externalTrafficPolicy == TrafficPolicy.LOCAL
+    return Service(
+        ref=meta.ref,
+        uid=meta.uid,
+        created_s=seconds(meta.creationTimestamp) or 0.0,
+        ports=tuple(sorted(ports)),
+        is_load_balancer=spec.type == "LoadBalancer",
+        load_balancer_class=spec.loadBalancerClass or None,
+        policy=TrafficPolicy.LOCAL if local else TrafficPolicy.CLUSTER,
+        families=tuple(_FAMILY[f] for f in spec.ipFamilies or ("IPv4",) if f in _FAMILY) or (4,),
+        affinity_s=affinity,
+        source_ranges=tuple(_network(text) for text in spec.loadBalancerSourceRanges or ()),
+        deleting=meta.deletionTimestamp is not None,
+        finalizers=tuple(meta.finalizers or ()),
+        ingress=tuple(ingress),
+        annotations=_pairs(meta.annotations),
+        requested=spec.loadBalancerIP or None,
+        version=meta.resourceVersion,
+        condition=_announced(found.status),
+    )
+
+
+def to_endpoints(raw: bytes | msgspec.Raw) -> Slice:
+    """An EndpointSlice. `Endpoint.node` is its nodeName, to be checked by whoever uses it."""
+    found = _decoded(raw, _Slice)
+    owner = (found.metadata.labels or {}).get("kubernetes.io/service-name")
+    service = ObjectRef(found.metadata.namespace, owner) if owner else None
+    ports = []
+    for port in found.ports or ():
+        if port.port is None or found.addressType == "FQDN":
+            continue
+        made = [_endpoint(e, port.port) for e in found.endpoints or () if e.addresses]
+        protocol = _protocol(port.protocol or "TCP")
+        ports.append(PortEndpoints(port.name or "", protocol, tuple(sorted(made, key=_order))))
+    ports.sort(key=lambda entry: (entry.name, entry.protocol))
+    return Slice(found.metadata.ref, service, tuple(ports))
+
+
+def to_node(raw: bytes | msgspec.Raw) -> Node:
+    """A Node."""
+    found = _decoded(raw, _Node)
+    meta = found.metadata
+    labels, annotations = meta.labels or {}, meta.annotations or {}
+    cidrs = found.spec.podCIDRs or ([found.spec.podCIDR] if found.spec.podCIDR else [])
+    internal = [a.address for a in found.status.addresses or () if a.type == "InternalIP"]
+    hops = annotations.get(names.ANNOTATION_NEXT_HOP, "").replace(",", " ").split()
+    return Node(
+        name=meta.name,
+        uid=meta.uid,
+        addresses=tuple(_address(text) for text in internal),
+        pod_cidrs=tuple(_network(text) for text in cidrs),
+        ready=any(c.type == "Ready" and c.status == "True" for c in found.status.conditions or ()),
+        excluded=names.LABEL_EXCLUDE in labels,
+        draining=annotations.get(names.ANNOTATION_DRAIN, "false") != "false",
+        deleting=meta.deletionTimestamp is not None,
+        next_hops=tuple(_address(text) for text in hops),
+    )
+
+
+def to_eip(raw: bytes | msgspec.Raw) -> Eip:
+    """An EIP object. Refused if it is not named after its address: the name is the lock."""
+    found = _decoded(raw, _Eip)
+    spec = found.spec
+    address = _address(spec.address)
+    if found.metadata.name != eip_object_name(address):
+        raise errors.KubeError(f"EIP {found.metadata.name} holds another address: {address}")
+    try:
+        phase = Phase(spec.phase)
+    except ValueError as error:
+        raise errors.KubeError(f"EIP {found.metadata.name}: phase {spec.phase!r}") from error
+    return Eip(
+        address=address,
+        pool=spec.pool,
+        owner=ObjectRef(spec.owner.namespace, spec.owner.name),
+        owner_uid=spec.owner.uid,
+        phase=phase,
+        forwarding=spec.forwarding,
+        withdrawn_by=tuple(sorted(spec.withdrawnBy or {})),
+        released_s=seconds(spec.releasedAt),
+        unforwarded_s=seconds(spec.unforwardedAt),
+        version=found.metadata.resourceVersion,
+    )
+
+
+def eip_body(eip: Eip) -> dict[str, Any]:
+    """The EIP object of a new allocation, for `Client.create`."""
+    return {
+        "apiVersion": f"{names.GROUP}/{names.EIP_VERSION}",
+        "kind": names.EIP_KIND,
+        "metadata": {"name": eip_object_name(eip.address)},
+        "spec": {
+            "address": str(eip.address),
+            "pool": eip.pool,
+            "owner": {
+                "namespace": eip.owner.namespace,
+                "name": eip.owner.name,
+                "uid": eip.owner_uid,
+            },
+            "phase": str(eip.phase),
+            "forwarding": eip.forwarding,
+        },
+    }
+
+
+def to_data(raw: bytes | msgspec.Raw) -> DataObject:
+    """A ConfigMap or Secret."""
+    found = _decoded(raw, _Data)
+    meta = found.metadata
+    annotations = _pairs(meta.annotations)
+    return DataObject(meta.ref, meta.uid, _pairs(found.data), annotations, meta.resourceVersion)
+
+
+def to_pod(raw: bytes | msgspec.Raw) -> Pod:
+    """A Pod."""
+    found = _decoded(raw, _Pod)
+    meta, status = found.metadata, found.status
+    return Pod(
+        ref=meta.ref,
+        uid=meta.uid,
+        node=found.spec.nodeName or "",
+        address=_address(status.podIP) if status.podIP else None,
+        app=(meta.labels or {}).get("app.kubernetes.io/name", ""),
+        phase=status.phase,
+        deleting=meta.deletionTimestamp is not None,
+    )
+
+
+SERVICE: Final = Kind("service", client.SERVICES, to_service)
+SLICE: Final = Kind("endpointslice", client.ENDPOINT_SLICES, to_endpoints)
+NODE: Final = Kind("node", client.NODES, to_node)
+EIP: Final = Kind("eip", client.EIPS, to_eip)
+CONFIG_MAP: Final = Kind("configmap", client.CONFIG_MAPS, to_data)
+SECRET: Final = Kind("secret", client.SECRETS, to_data)
+POD: Final = Kind("pod", client.PODS, to_pod)
+
+S = TypeVar("S", bound=msgspec.Struct)
+
+
+def _decoded(raw: bytes | msgspec.Raw, kind: type[S]) -> S:
+    try:
+        return msgspec.json.decode(raw, type=kind)
+    except msgspec.MsgspecError as error:
+        raise errors.KubeError(f"{kind.__name__.strip('_')}: {error}") from error
+
+
+def _announced(status: _ServiceStatus | None) -> tuple[str, str, str] | None:
+    for entry in (status.conditions if status else None) or ():
+        if entry.type == names.CONDITION_ANNOUNCED:
+            return entry.status, entry.reason, entry.message
+    return None
+
+
+def _endpoint(entry: _Endpoint, port: int) -> Endpoint:
+    # Only the first address counts: the API has said so since 1.21 (endpointslice v1, `addresses`).
+    conditions = entry.conditions or _Conditions()
+    ready = conditions.ready is not False
+    serving = ready if conditions.serving is None else conditions.serving
+    target = entry.targetRef
+    return Endpoint(
+        address=_address((entry.addresses or [""])[0]),
+        port=port,
+        node=entry.nodeName or "",
+        pod=target.name if target and target.kind == "Pod" else "",
+        ready=ready,
+        serving=serving,
+        terminating=bool(conditions.terminating),
+    )
+
+
+def _order(entry: Endpoint) -> tuple[int, int, int]:
+    return entry.address.version, int(entry.address), entry.port
+
+
+def _pairs(given: Mapping[str, str] | None) -> tuple[tuple[str, str], ...]:
+    return tuple(sorted((given or {}).items()))
+
+
+def _protocol(text: str) -> Protocol:
+    try:
+        return Protocol(text)
+    except ValueError as error:
+        raise errors.KubeError(f"unknown protocol {text!r}") from error
+
+
+def _address(text: str) -> Address:
+    try:
+        return ip_address(text)
+    except ValueError as error:
+        raise errors.KubeError(f"not an address: {text!r}") from error
+
+
+def _network(text: str) -> Network:
+    try:
+        return ip_network(text.strip(), strict=False)
+    except ValueError as error:
+        raise errors.KubeError(f"not a network: {text!r}") from error

@@ -1,0 +1,329 @@
+"""What every manager does with EIPs: inputs → `core.routes.select` → `speaker.set`.
+
+Rules: a change recomputes the EIPs that it touches; only what holds for a node as a whole
+recomputes all. Changes within a few milliseconds go out together. Nothing is set before everything
+needed is known, for what is not in the first set is withdrawn. An EIP that is given back is first
+withdrawn, then the speaker confirms it, and only then is our name put into its `withdrawnBy`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Final, Protocol
+
+import structlog
+
+from lbctl import errors
+from lbctl.core.model import (
+    Address,
+    Eip,
+    Node,
+    NodeState,
+    NodeView,
+    ObjectRef,
+    Path,
+    Peer,
+    Phase,
+    Service,
+    ServiceEndpoints,
+    Session,
+    eip_object_name,
+)
+from lbctl.core.reasons import Reason
+from lbctl.core.routes import EipSelection, PathIds, Rules, select
+from lbctl.kube import client as api
+from lbctl.kube.client import Client
+from lbctl.kube.objects import Slice, timestamp
+from manager.configuration import Accepted
+from manager.inputs import Inputs
+from manager.metrics import Metrics
+
+COALESCE_S: Final = 0.01
+_SETTLE_S: Final = 5.0
+_RETRY_S: Final = 0.1
+_AT_A_TIME: Final = 8
+_CHUNK: Final = 500  # EIPs between two turns of the event loop
+_log = structlog.get_logger()
+
+
+class Speaker(Protocol):
+    """The part of the speaker's port that is used here (manager/speaker/port.py)."""
+
+    def set(self, peers: Iterable[Peer], paths: frozenset[Path]) -> int:
+        """The whole desired state; returns its number."""
+
+    async def settled(self, number: int) -> None:
+        """Until every established session has it."""
+
+    def is_settled(self, number: int) -> bool:
+        """Whether `settled` would return at once."""
+
+    def sessions(self) -> tuple[Session, ...]:
+        """One per peer."""
+
+
+class Announcing:
+    """The routes of one manager.
+
+    peers: the BGP neighbours of a configuration, passwords included. can_start: whether the nodes
+    are known well enough for a first set. on_selected: Services whose announcement changed.
+    """
+
+    def __init__(
+        self,
+        manager_id: str,
+        client: Client,
+        inputs: Inputs,
+        speaker: Speaker,
+        metrics: Metrics,
+        peers: Callable[[Accepted], tuple[Peer, ...]],
+        can_start: Callable[[], bool],
+        on_selected: Callable[[ObjectRef], None] = lambda _ref: None,
+    ) -> None:
+        self._me = manager_id
+        self._client = client
+        self._inputs = inputs
+        self._speaker = speaker
+        self._metrics = metrics
+        self._peers = peers
+        self._can_start = can_start
+        self._on_selected = on_selected
+        self._accepted: Accepted | None = None
+        self._managers: tuple[str, ...] = (manager_id,)
+        self._views: Mapping[str, NodeView] = {}
+        self._eips: dict[Address, Eip] = {}
+        self._releasing: set[Address] = set()
+        self._owned: dict[ObjectRef, set[Address]] = {}
+        self._nodes: dict[str, Node] = {}
+        self._ids = PathIds()
+        self._paths: set[Path] = set()
+        self._all = True
+        self._touched: set[Address] = set()
+        self._wake = asyncio.Event()
+        self._leaving = asyncio.Event()
+        self.selections: dict[Address, EipSelection] = {}
+        self.number: int | None = None  # of the last set; None before the first
+        inputs.eips.listen(self._eip_changed)
+        inputs.services.listen(self._service_changed)
+        inputs.slices.listen(self._slice_changed)
+        inputs.nodes.listen(self._node_changed)
+
+    # What changes
+
+    def configure(self, accepted: Accepted) -> None:
+        """The configuration in force."""
+        self._accepted = accepted
+        self._touch_all()
+
+    def set_managers(self, managers: tuple[str, ...]) -> None:
+        """Ids of the living managers, this one's included, sorted."""
+        if managers != self._managers:
+            self._managers = managers
+            if self._accepted and self._accepted.config.announce.paths == "perManager":
+                self._touch_all()
+
+    def set_views(self, views: Mapping[str, NodeView]) -> None:
+        """How the nodes are judged now, all of them."""
+        old, self._views = self._views, dict(views)
+        for name in old.keys() | views.keys():
+            before, after = old.get(name), views.get(name)
+            if before is after:
+                continue
+            if before is None or after is None or _judgement(before) != _judgement(after):
+                self._touch_all()
+                return
+            self._touch(before.confirmed ^ after.confirmed)
+            self._touch(before.local_ready ^ after.local_ready)
+
+    def poke(self) -> None:
+        """Peers, passwords or readiness to start may have changed."""
+        self._wake.set()
+
+    def _touch(self, addresses: Iterable[Address]) -> None:
+        self._touched.update(addresses)
+        self._wake.set()
+
+    def _touch_all(self) -> None:
+        self._all = True
+        self._wake.set()
+
+    def _eip_changed(self, _key: ObjectRef, old: Eip | None, new: Eip | None) -> None:
+        if old is not None:
+            self._eips.pop(old.address, None)
+            self._releasing.discard(old.address)
+            owned = self._owned[old.owner]
+            owned.discard(old.address)
+            if not owned:
+                del self._owned[old.owner]
+            self._touch((old.address,))
+        if new is not None:
+            self._eips[new.address] = new
+            self._owned.setdefault(new.owner, set()).add(new.address)
+            if new.phase is Phase.RELEASING:
+                self._releasing.add(new.address)
+            self._touch((new.address,))
+
+    def _service_changed(self, key: ObjectRef, _old: Service | None, _new: Service | None) -> None:
+        self._touch(self._owned.get(key, ()))
+
+    def _slice_changed(self, _key: ObjectRef, old: Slice | None, new: Slice | None) -> None:
+        for ref in self._inputs.index.change(old, new):
+            self._touch(self._owned.get(ref, ()))
+
+    def _node_changed(self, _key: ObjectRef, old: Node | None, new: Node | None) -> None:
+        if new is not None:
+            self._nodes[new.name] = new
+        elif old is not None:
+            self._nodes.pop(old.name, None)
+        self._touch_all()
+
+    # What people ask
+
+    def announced(self, ref: ObjectRef) -> Reason:
+        """Why a Service is announced (`ANNOUNCED`), or why not."""
+        found = [self.selections[a].reason for a in self._addresses(ref) if a in self.selections]
+        if not found:
+            return Reason.NO_NEXT_HOP
+        if Reason.ANNOUNCED in found:
+            up = any(session.up for session in self._speaker.sessions())
+            return Reason.ANNOUNCED if up else Reason.SESSION_DOWN
+        return found[0]
+
+    def _addresses(self, ref: ObjectRef) -> list[Address]:
+        return sorted(self._owned.get(ref, ()), key=lambda a: (a.version, int(a)))
+
+    # What is done
+
+    async def run(self) -> None:
+        """Select and announce until cancelled."""
+        await self._inputs.synced()
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._withdrawals(), name="withdrawals")
+            while True:
+                await self._wake.wait()
+                await asyncio.sleep(COALESCE_S)
+                self._wake.clear()
+                if self._accepted is None or not self._can_start():
+                    continue
+                await self._round(self._accepted)
+
+    async def _round(self, accepted: Accepted) -> None:
+        started = time.perf_counter()
+        everything, self._all = self._all, False
+        touched, self._touched = self._touched, set()
+        if everything:
+            touched = self._eips.keys() | self.selections.keys()
+        rules = Rules(accepted.config, self._me, self._managers)
+        ordered = sorted(touched, key=lambda a: (a.version, int(a)))
+        for start in range(0, len(ordered), _CHUNK):
+            # Probes and pings go on while ten thousand EIPs are looked at.
+            await asyncio.sleep(0)
+            self._select(rules, ordered[start : start + _CHUNK])
+        self._announce(accepted)
+        self._metrics.select_seconds.observe(time.perf_counter() - started)
+        self._leaving.set()
+
+    def _select(self, rules: Rules, touched: Sequence[Address]) -> None:
+        eips = [self._eips[address] for address in touched if address in self._eips]
+        services: dict[ObjectRef, Service] = {}
+        endpoints: dict[ObjectRef, ServiceEndpoints] = {}
+        for eip in eips:
+            service = self._inputs.services.cache.get(eip.owner)
+            if service is not None:
+                services[eip.owner] = service
+                endpoints[eip.owner] = self._inputs.index.of(eip.owner)
+        found = select(rules, eips, services, endpoints, self._nodes, self._views, self._ids)
+        for address in touched:
+            old, new = self.selections.pop(address, None), found.eips.get(address)
+            if new is not None:
+                self.selections[address] = new
+            if old is not None:
+                self._paths -= old.paths
+            if new is not None:
+                self._paths |= new.paths
+            if new is not None and (old is None or old.reason is not new.reason):
+                self._on_selected(self._eips[address].owner)
+
+    def _announce(self, accepted: Accepted) -> None:
+        try:
+            self.number = self._speaker.set(self._peers(accepted), frozenset(self._paths))
+        except errors.SpeakerError as error:
+            # Values were checked when the configuration was accepted: this is a fault of ours.
+            _log.error("announce_refused", error=str(error))
+
+    # Giving back
+
+    async def _withdrawals(self) -> None:
+        """Put our name into `withdrawnBy` of what we have withdrawn for certain."""
+        while True:
+            await self._leaving.wait()
+            self._leaving.clear()
+            leaving = (self._eips[address] for address in sorted(self._releasing, key=str))
+            due = [eip for eip in leaving if self._withdrawn(eip)]
+            if not due or self.number is None:
+                continue
+            try:
+                async with asyncio.timeout(_SETTLE_S):
+                    await self._speaker.settled(self.number)
+                left = await self._sign(due)
+            except TimeoutError:
+                _log.warning("withdrawal_waits_for_speaker", eips=len(due))
+                left = True
+            if left:
+                await asyncio.sleep(_RETRY_S)
+                self._leaving.set()
+
+    def _withdrawn(self, eip: Eip) -> bool:
+        """Whether it is given back, is in no set any more, and does not say so yet."""
+        if self._me in eip.withdrawn_by:
+            return False
+        selection = self.selections.get(eip.address)
+        return selection is not None and not selection.paths
+
+    async def _sign(self, due: list[Eip]) -> bool:
+        """Patch; whether something is left to do."""
+        slots = asyncio.Semaphore(_AT_A_TIME)
+
+        async def one(eip: Eip) -> bool:
+            async with slots:
+                # Guarded: the address may have been bound again since, with our route back.
+                body = {
+                    "metadata": {"resourceVersion": eip.version},
+                    "spec": {"withdrawnBy": {self._me: timestamp(time.time())}},
+                }
+                path = api.EIPS.path(name=eip_object_name(eip.address))
+                try:
+                    await self._client.patch(path, body)
+                except errors.NotFound:
+                    return True
+                except errors.Conflict:
+                    return False  # mostly another manager that signed in the same moment
+                except errors.KubeError as error:
+                    _log.info("withdrawal_not_signed", address=str(eip.address), error=str(error))
+                    return False
+                _log.info("withdrawn", address=str(eip.address), service=str(eip.owner))
+                return True
+
+        return not all(await asyncio.gather(*(one(eip) for eip in due)))
+
+    def measure(self) -> None:
+        """Fill in the metrics."""
+        self._metrics.paths.set(len(self._paths))
+        self._metrics.prefixes.set(sum(1 for s in self.selections.values() if s.paths))
+        hops: dict[str, int] = dict.fromkeys(self._nodes, 0)
+        for path in self._paths:
+            hops[path.node] = hops.get(path.node, 0) + 1
+        self._metrics.next_hops.clear()
+        for name, count in sorted(hops.items()):
+            self._metrics.next_hops.labels(name).set(count)
+        self._metrics.session_up.clear()
+        for session in self._speaker.sessions():
+            self._metrics.session_up.labels(session.peer).set(session.up)
+
+
+def _judgement(view: NodeView) -> tuple[object, ...]:
+    """What holds for a node whatever the EIP."""
+    since_s = view.since_s if view.state is NodeState.SUSPECT else 0.0
+    return view.state, view.held, view.stable, view.lags, since_s

@@ -1,0 +1,138 @@
+"""What people read on a Service: condition `lbctl.io/Announced` and Events.
+
+Rules: only the leader writes; a condition is written when its status or reason changes, not for
+each change of its text; at most `_PER_S` a second, so that a fault that touches every Service does
+not drown the API server.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Final
+
+import structlog
+
+from lbctl import errors
+from lbctl.core import names
+from lbctl.core.actions import Action, CreateEip, RebindEip, Refused
+from lbctl.core.allocator import Decision
+from lbctl.core.model import ObjectRef, Service
+from lbctl.core.reasons import SENTENCE, Reason
+from lbctl.kube import client as api
+from lbctl.kube.cache import Cache
+from lbctl.kube.client import Client
+from lbctl.kube.events import EventRecorder, Subject
+from lbctl.kube.objects import timestamp
+
+_PER_S: Final = 100.0
+_SETTLE_S: Final = 0.2  # a new Service passes through several states in its first moments
+_log = structlog.get_logger()
+
+
+class Conditions:
+    """Keeps the condition of every Service of ours.
+
+    decision: the allocator's, of a Service. announced: Announced, or why nothing is.
+    """
+
+    def __init__(
+        self,
+        client: Client,
+        services: Cache[Service],
+        events: EventRecorder,
+        is_leader: Callable[[], bool],
+        decision: Callable[[ObjectRef], Decision | None],
+        announced: Callable[[ObjectRef], Reason],
+    ) -> None:
+        self._client = client
+        self._services = services
+        self._events = events
+        self._is_leader = is_leader
+        self._decision = decision
+        self._announced = announced
+        self._dirty: dict[ObjectRef, None] = {}
+        self._written: dict[ObjectRef, tuple[str, str]] = {}
+        self._wake = asyncio.Event()
+
+    def mark(self, ref: ObjectRef) -> None:
+        """Something about a Service changed. Cheap; costs nothing while another leads."""
+        if self._is_leader():
+            self._dirty[ref] = None
+            self._wake.set()
+
+    def written(self, action: Action) -> None:
+        """An action was carried out: the Event that goes with it."""
+        if isinstance(action, Refused):
+            self._say(action.service, action.seen.uid, action.reason, action.sentence, warning=True)
+        elif isinstance(action, CreateEip | RebindEip):
+            eip = action.eip
+            text = f"{eip.address} of pool {eip.pool}: {SENTENCE[action.reason]}"
+            self._say(action.service, eip.owner_uid, action.reason, text)
+        self.mark(action.service)
+
+    def _say(
+        self, ref: ObjectRef, uid: str, reason: Reason, text: str, warning: bool = False
+    ) -> None:
+        self._events.emit(Subject("Service", ref, uid), reason, text, warning)
+
+    async def lead(self) -> None:
+        """The leader's task. Ends only by cancellation."""
+        self._written.clear()
+        for ref in self._services.items:
+            self.mark(ref)
+        while True:
+            await self._wake.wait()
+            await asyncio.sleep(_SETTLE_S)
+            self._wake.clear()
+            dirty, self._dirty = self._dirty, {}
+            for ref in dirty:
+                if await self._update(ref):
+                    await asyncio.sleep(1 / _PER_S)
+
+    async def _update(self, ref: ObjectRef) -> bool:
+        service = self._services.get(ref)
+        wanted = self._wanted(ref)
+        if service is None or wanted is None or not self._is_leader():
+            self._written.pop(ref, None)
+            return False
+        status, reason, message = wanted
+        now = self._written.get(ref) or (service.condition or ("", "", ""))[:2]
+        if now == (status, reason):
+            return False
+        entry = {
+            "type": names.CONDITION_ANNOUNCED,
+            "status": status,
+            "reason": reason,
+            "message": message[:1024],
+            "lastTransitionTime": timestamp(time.time()),
+        }
+        path = api.SERVICES.path(ref.namespace, ref.name, "status")
+        try:
+            await self._client.patch(path, {"status": {"conditions": [entry]}}, api.STRATEGIC)
+        except errors.NotFound:
+            return True
+        except errors.KubeError as error:
+            _log.warning("condition_not_written", service=str(ref), error=str(error))
+            self._dirty[ref] = None
+            self._wake.set()
+            return True
+        self._written[ref] = (status, reason)
+        _log.info("condition", service=str(ref), status=status, reason=reason)
+        return True
+
+    def _wanted(self, ref: ObjectRef) -> tuple[str, str, str] | None:
+        decision = self._decision(ref)
+        service = self._services.get(ref)
+        if decision is None or service is None:
+            return None
+        foreign = (Reason.NOT_LOAD_BALANCER, Reason.OTHER_CLASS)
+        if decision.reason in foreign and service.condition is None:
+            return None
+        if decision.reason in foreign or not decision.addresses:
+            return "False", str(decision.reason), decision.sentence
+        reason = self._announced(ref)
+        if reason is not Reason.ANNOUNCED:
+            return "False", str(reason), SENTENCE[reason]
+        return "True", str(reason), "the switches have a route to it"

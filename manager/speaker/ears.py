@@ -1,0 +1,78 @@
+"""The ears of the speaker container: does another manager announce, now?
+
+Other managers send their heartbeats here too (UDP, `names.SPEAKER_PEER_PORT`), authenticated with
+the managers' key, which this container has from its own manager. Replayed ones do not count.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable
+from typing import Final
+
+import structlog
+
+from lbctl.core import probe
+from lbctl.core.keys import KeyRing
+from lbctl.errors import MessageError, SpeakerError
+
+log = structlog.get_logger()
+
+FRESH_S: Final = 1.0  # heartbeats come every 100 ms
+
+
+class Ears(asyncio.DatagramProtocol):
+    """Remembers when each manager was last heard to announce."""
+
+    def __init__(self, port: int, ring: Callable[[], KeyRing | None]) -> None:
+        self._port, self._ring = port, ring
+        self._newest: dict[str, tuple[int, int]] = {}
+        self._heard_s: dict[str, float] = {}
+        self._transport: asyncio.BaseTransport | None = None
+
+    async def start(self) -> None:
+        """Listen on all addresses; SpeakerError if the port is taken."""
+        try:
+            found = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
+            found.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+            anywhere = "::"
+        except OSError:  # a kernel without IPv6
+            found, anywhere = socket.socket(socket.AF_INET, socket.SOCK_DGRAM), "0.0.0.0"
+        try:
+            found.bind((anywhere, self._port))
+        except OSError as error:
+            found.close()
+            raise SpeakerError(f"UDP port {self._port} cannot be used: {error.strerror}") from error
+        loop = asyncio.get_running_loop()
+        self._transport, _ = await loop.create_datagram_endpoint(lambda: self, sock=found)
+
+    def close(self) -> None:
+        """Stop listening."""
+        if self._transport is not None:
+            self._transport.close()
+
+    def datagram_received(self, data: bytes, addr: tuple[object, ...]) -> None:
+        """One datagram, from anybody."""
+        ring = self._ring()
+        if ring is None:
+            return
+        try:
+            beat = probe.decode_heartbeat(data, ring)
+        except MessageError as error:
+            log.debug("heartbeat_refused", source=str(addr[0]), error=str(error))
+            return
+        at = (beat.boot, beat.sequence)
+        if at <= self._newest.get(beat.manager, (-1, -1)):
+            return
+        self._newest[beat.manager] = at
+        if beat.announcing:
+            self._heard_s[beat.manager] = asyncio.get_running_loop().time()
+        else:
+            self._heard_s.pop(beat.manager, None)
+
+    def other_announces(self, own: str, now: float) -> bool:
+        """Whether a manager other than `own` was heard to announce in the last second."""
+        return any(
+            now - heard_s <= FRESH_S for name, heard_s in self._heard_s.items() if name != own
+        )

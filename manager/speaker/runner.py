@@ -1,0 +1,204 @@
+"""Runs ExaBGP 5.0.15 in this process, with what it lacks. `python -m manager.speaker.runner FILE`.
+
+What is added and repaired, each in one function here; `tests/unit/test_exabgp_runner.py` holds that
+it still behaves:
+
+- The API command `lbctl-barrier NONCE`: answered in order with the other commands, it says for each
+  neighbour whether it is up and whether all is on the wire (`done` says only "in the RIB"), and
+  counts reloads (ExaBGP forgets a SIGUSR1 that comes while updates wait).
+- A change that has not been sent yet is dropped when a newer one for the same NLRI comes. ExaBGP
+  sends both, ordered by when their *attributes* were first seen: the older may win on the wire.
+- A helper that died while ExaBGP wrote to it does not stop the peers once it is started again.
+- Reconnecting after at most 5 s (ExaBGP: 60 s).
+- Three costs: a deep copy per neighbour and route, a scan of the command queue and a new event loop
+  per turn, and a sleep while commands wait.
+- It dies with the launcher (PR_SET_PDEATHSIG), so that no second ExaBGP meets it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from importlib.metadata import version
+from typing import Any, Final
+
+from lbctl.core.exabgp import BARRIER
+
+EXABGP_VERSION: Final = "5.0.15"
+MAX_RECONNECT_S: Final = 5
+PR_SET_PDEATHSIG: Final = 1
+
+
+def add_barrier() -> None:
+    """Register the barrier command, and count reloads for it."""
+    from exabgp.bgp.fsm import FSM
+    from exabgp.reactor.api.command.command import Command
+    from exabgp.reactor.api.processes import Processes
+    from exabgp.reactor.loop import Reactor
+
+    counts = {"reloads": 0, "failures": 0}
+    told: set[str] = set()  # neighbours whose `up` event was written, and no `down` since
+    load, up, down = Reactor.reload, Processes.up, Processes.down
+
+    def reload(self: Any) -> bool:
+        loaded = bool(load(self))
+        counts["reloads" if loaded else "failures"] += 1
+        return loaded
+
+    def tell_up(self: Any, neighbor: Any) -> None:
+        told.add(str(neighbor["peer-address"]))
+        up(self, neighbor)
+
+    def tell_down(self: Any, neighbor: Any, reason: str) -> None:
+        told.discard(str(neighbor["peer-address"]))
+        down(self, neighbor, reason)
+
+    def state(peer: Any) -> dict[str, bool | None]:
+        out = peer.neighbor.rib.outgoing
+        if peer.fsm != FSM.ESTABLISHED or str(peer.neighbor["peer-address"]) not in told:
+            return {"up": False, "add_path": None, "flushed": True}
+        agreed = peer.proto.negotiated
+        send = [agreed.addpath.send(*family) for family in agreed.families]
+        flushed = not (out.pending() or out.lbctl_sending)
+        return {"up": True, "add_path": bool(send) and all(send), "flushed": flushed}
+
+    def barrier(self: Any, reactor: Any, service: str, line: str, use_json: bool) -> bool:
+        def answer() -> Iterator[bool]:
+            peers = {
+                str(peer.neighbor["peer-address"]): state(peer)
+                for peer in reactor._peers.values()
+                if not peer.stopping()
+            }
+            text = json.dumps({BARRIER: line.split(" ")[-1], "peers": peers, **counts})
+            reactor.processes.write(service, text)
+            reactor.processes.answer_done(service)
+            yield True
+
+        reactor.asynchronous.schedule(service, line, answer())
+        return True
+
+    Reactor.reload, Processes.up, Processes.down = reload, tell_up, tell_down
+    Command.register(BARRIER, False)(barrier)
+
+
+def order_changes() -> None:
+    """Let the newest change of an NLRI win, and know when changes are being sent."""
+    from exabgp.rib.outgoing import OutgoingRIB
+
+    update, updates = OutgoingRIB._update_rib, OutgoingRIB.updates
+
+    def _update_rib(self: Any, change: Any) -> None:
+        index = change.index()
+        previous = self._new_nlri.get(index)
+        if previous is not None:
+            family = previous.nlri.family().afi_safi()
+            bucket = self._new_attr_af_nlri.get(previous.attributes.index(), {})
+            bucket.get(family, {}).pop(index, None)
+        update(self, change)
+
+    def sending(self: Any, grouped: bool) -> Iterator[Any]:
+        self.lbctl_sending += 1
+        try:
+            yield from updates(self, grouped)
+        finally:
+            self.lbctl_sending -= 1
+
+    OutgoingRIB.lbctl_sending = 0
+    OutgoingRIB._update_rib = _update_rib
+    OutgoingRIB.updates = sending
+
+
+def forgive_helpers() -> None:
+    """Let a helper that was started again count as whole: ExaBGP stops the peers for ever else."""
+    from exabgp.reactor.api.processes import Processes
+
+    start = Processes._start
+
+    def _start(self: Any, process: str) -> None:
+        self._broken = [other for other in self._broken if other != process]
+        start(self, process)
+
+    Processes._start = _start
+
+
+def reconnect_soon() -> None:
+    """Cap the back-off."""
+    from exabgp.reactor.delay import Delay
+
+    increase = Delay.increase
+
+    def capped(self: Any) -> None:
+        increase(self)
+        self._next = min(self._next, MAX_RECONNECT_S)
+
+    Delay.increase = capped
+
+
+def spare_work() -> None:
+    """The three costs."""
+    from exabgp.bgp.neighbor import Neighbor
+    from exabgp.reactor.asynchronous import ASYNC
+    from exabgp.reactor.loop import Reactor
+
+    remove_self, wait = Neighbor.remove_self, Reactor._wait_for_io
+
+    def shared(self: Any, change: Any) -> Any:
+        return remove_self(self, change) if change.nlri.nexthop.SELF else change
+
+    def run(self: Any) -> bool:
+        for _ in range(self.LIMIT):
+            if not self._async:
+                return False
+            uid, callback = self._async[0]
+            try:
+                next(callback)
+            except StopIteration:
+                self._async.popleft()
+            except Exception:  # noqa: BLE001 - as ExaBGP does: the command failed, say so and go on
+                self._async.popleft()
+                self._notify_error(uid)
+        return True
+
+    def wait_for_io(self: Any, sleep: int) -> Any:
+        return wait(self, 0 if self.asynchronous._async else sleep)
+
+    Neighbor.remove_self = shared
+    ASYNC.run = run
+    Reactor._wait_for_io = wait_for_io
+
+
+def die_with_parent() -> None:
+    """SIGKILL this process when the one that started it dies."""
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        sys.exit(1)
+
+
+def repair() -> None:
+    """All of it. SystemExit if ExaBGP is not the version that this was written for."""
+    if version("exabgp") != EXABGP_VERSION:
+        sys.exit(f"the speaker needs exabgp {EXABGP_VERSION}, not {version('exabgp')}")
+    add_barrier()
+    order_changes()
+    forgive_helpers()
+    reconnect_soon()
+    spare_work()
+
+
+def main() -> int:
+    """Run `exabgp server FILE`."""
+    die_with_parent()
+    from exabgp.application.main import main as exabgp_main
+
+    repair()
+    sys.argv = ["exabgp", "server", *sys.argv[1:]]
+    return int(exabgp_main() or 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""`make bench`: measurements, printed with machine and date. Nothing here passes or fails."""

@@ -1,0 +1,69 @@
+"""Print the medians that `docs/benchmarks.md` holds, as a Markdown table.
+
+`python -m tests.bench [--runs N] [--services N] [--only pure|lab]`. Absolute times depend on the
+machine, which is printed; compare rows of one run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime as dt
+import os
+import platform
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import lab, pure
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line: what, the median and the worst, the unit, and of how many runs."""
+
+    what: str
+    values: tuple[float, ...]
+    unit: str
+
+    def render(self) -> str:
+        """As a Markdown table row."""
+        median = statistics.median(self.values)
+        return (
+            f"| {self.what} | {median:.4g} {self.unit} "
+            f"| {max(self.values):.4g} {self.unit} | {len(self.values)} |"
+        )
+
+
+def machine() -> str:
+    """Processor, cores, memory, kernel and Python."""
+    with Path("/proc/cpuinfo").open() as file:
+        model = next((line.split(":")[1].strip() for line in file if "model name" in line), "?")
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return (
+        f"{os.cpu_count()} × {model}, {memory:.0f} GiB, Linux {platform.release()}, "
+        f"Python {platform.python_version()}"
+    )
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run and print."""
+    parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--services", type=int, default=1000)
+    parser.add_argument("--only", choices=("pure", "lab"), default=None)
+    chosen = parser.parse_args(argv)
+    print(f"{dt.datetime.now(dt.UTC):%Y-%m-%d %H:%M} UTC, {machine()}\n")
+    print("| what | median | worst | runs |\n|---|---|---|---|")
+    if chosen.only != "lab":
+        for what, values, unit in pure.measure(chosen.runs):
+            print(Row(what, values, unit).render(), flush=True)
+    if chosen.only != "pure":
+        for what, values, unit in lab.measure(chosen.runs, chosen.services):
+            print(Row(what, values, unit).render(), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,1 @@
+"""Contract tests on both clusters of the lab, and tests of our own parts against an API server."""

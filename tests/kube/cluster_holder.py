@@ -1,0 +1,66 @@
+"""Holds one cluster for all test workers: `python cluster_holder.py KIND DIRECTORY`.
+
+Workers add a file named after their pid to DIRECTORY/users. The cluster ends on SIGTERM, or when no
+worker in there is alive any more, however they ended.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import time
+from pathlib import Path
+
+from lbctl.errors import LabError, MissingFeature
+from lbctl.lab.cluster.handle import ClusterSpec
+
+POLL_S = 0.3
+HISTORY = 500  # small, so that the suite can outrun it
+
+
+def main() -> None:
+    """Start, say where it is (or why not), hold, stop."""
+    kind, directory = sys.argv[1], Path(sys.argv[2])
+    ended: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda n, _: ended.append(n))
+    spec = ClusterSpec(directory)
+    try:
+        if kind == "embedded":
+            from lbctl.lab.cluster import embedded
+
+            cluster = embedded.start(spec, history=HISTORY)
+        else:
+            from lbctl.lab.cluster import kubernetes
+
+            cluster = kubernetes.start(spec)
+    except LabError as error:
+        problem = {"missing": isinstance(error, MissingFeature), "error": str(error)}
+        _write(directory / "access.json", problem)
+        return
+    access = {
+        "url": cluster.url,
+        "ca_file": str(cluster.ca_file),
+        "admin_token": cluster.admin_token,
+        "kubeconfig": str(cluster.kubeconfig),
+        "pids": cluster.pids(),
+    }
+    _write(directory / "access.json", access)
+    while not ended and _users(directory):
+        time.sleep(POLL_S)
+    cluster.stop()
+
+
+def _users(directory: Path) -> bool:
+    return any(Path("/proc", path.name).exists() for path in (directory / "users").iterdir())
+
+
+def _write(path: Path, content: object) -> None:
+    temporary = path.with_suffix(".new")
+    temporary.write_text(json.dumps(content))
+    temporary.replace(path)
+
+
+if __name__ == "__main__":
+    main()

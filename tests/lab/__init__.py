@@ -1,0 +1,1 @@
+"""Tests in network namespaces: real switches, real packets. Root only."""

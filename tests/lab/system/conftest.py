@@ -1,0 +1,56 @@
+"""The `system` fixture: one lab for the session; each test removes the Services that it made.
+
+LBCTL_LAB_CLUSTER=kubernetes takes the real cluster. LBCTL_TEST_LAB=NAME uses a lab that is up, and
+leaves it up. After a failure the logs of a lab of our own are kept, and their place is printed.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lbctl.lab.api import Api
+from lbctl.lab.bringup import KUBECONFIG, bring_up
+from lbctl.lab.lab import Lab, take_down
+
+from .support import TOPOLOGY, System
+
+
+@pytest.fixture(scope="session")
+def running(worker_id: str, request: pytest.FixtureRequest) -> Iterator[System]:
+    """A lab with the embedded cluster, or with the real one."""
+    if existing := os.environ.get("LBCTL_TEST_LAB"):
+        lab = Lab.load(existing)
+        with Api(lab.directory / KUBECONFIG) as api:
+            yield System(lab, api)
+        return
+    real = os.environ.get("LBCTL_LAB_CLUSTER") == "kubernetes"
+    name = f"t-{os.getpid()}-{worker_id}"
+    lab = Lab.up(TOPOLOGY, name, print)
+    try:
+        bring_up(lab, "kubernetes" if real else "embedded", print)
+        with Api(lab.directory / KUBECONFIG) as api:
+            yield System(lab, api)
+    finally:
+        if request.session.testsfailed:
+            kept = Path(tempfile.gettempdir()) / f"lbctl-{name}-logs"
+            shutil.copytree(lab.directory / "logs", kept, dirs_exist_ok=True)
+            print(f"logs: {kept}")
+        take_down(name)
+
+
+@pytest.fixture
+def system(running: System) -> Iterator[System]:
+    """The running system, whole: what a test cut is on again before the next one."""
+    running.wait_system_ready()
+    yield running
+    for machine in running.lab.machines:
+        if not machine.alive:
+            running.lab.power_on(machine.name)
+    for name in list(running.made):
+        running.remove(name)

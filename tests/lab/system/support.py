@@ -1,0 +1,180 @@
+"""What the system tests share: a running lab with everything of ours in it, and eyes on it."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lbctl.core import names
+from lbctl.kube import client as kube
+from lbctl.lab import workload
+from lbctl.lab.api import DEPLOYMENTS, Api, is_ready, wait
+from lbctl.lab.lab import Lab
+
+SWITCHES = ("tor-a", "tor-b")
+CLIENT = "203.0.113.10"
+TOPOLOGY = Path(__file__).parents[3] / "bgp-lab" / "small.clab.yml"
+
+
+# The switches send from the interface's own MAC or, as VRRP master, from the virtual one.
+_WATCH = """
+add table ip watch
+delete table ip watch
+table ip watch {{
+  set entered {{ type inet_service; flags dynamic; size 65535; }}
+  chain see {{
+    type filter hook prerouting priority -450;
+    ip daddr {eip} ether saddr {{ {macs}, 00:00:5e:00:01:0a }} add @entered {{ th sport }}
+  }}
+}}
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """One answer of a pod: its name, and the peer address that it saw."""
+
+    pod: str
+    peer: str
+
+
+@dataclass(slots=True)
+class System:
+    """A lab that is up, its cluster's API, and the services that tests made."""
+
+    lab: Lab
+    api: Api
+    made: list[str] = field(default_factory=list)
+
+    def deploy(
+        self,
+        name: str,
+        replicas: int = 4,
+        policy: str = "Cluster",
+        ports: Iterable[tuple[str, int, int]] = (("TCP", 80, 8080),),
+        announced: bool = True,
+    ) -> str:
+        """A Deployment and its Service; returns the EIP once both switches route to it."""
+        ports = tuple(ports)
+        self.made.append(name)
+        targets = tuple((protocol, target) for protocol, _, target in ports)
+        self.api.apply(
+            workload.deployment(name, replicas, targets),
+            workload.service(name, ports=ports, policy=policy),
+        )
+        self.wait_pods(name, replicas)
+        eip = wait(f"an EIP for Service {name}", lambda: self.api.eip_of(name))
+        if announced:
+            self.wait_routed(eip)
+        return eip
+
+    def remove(self, name: str) -> None:
+        """Delete the Service and the Deployment, and wait until both are gone."""
+        if name in self.made:
+            self.made.remove(name)
+        self.api.delete(kube.SERVICES, name)
+        self.api.delete(DEPLOYMENTS, name)
+        wait(
+            f"Service {name} to be gone",
+            lambda: self.api.find(kube.SERVICES, name) is None,
+        )
+        wait(f"the pods of {name} to be gone", lambda: not self.api.pod_nodes(name))
+
+    def wait_pods(self, name: str, count: int) -> None:
+        """Wait for exactly `count` ready pods."""
+        wait(
+            f"{count} ready pods of {name}",
+            lambda: (
+                len(self.api.ready_pods(name)) == count and len(self.api.pod_nodes(name)) == count
+            ),
+        )
+
+    def hops(self, eip: str) -> dict[str, list[str]]:
+        """Next hops of an EIP in each living switch's kernel."""
+        return {
+            name: self.lab.kernel_routes(name, f"{eip}/32")
+            for name in SWITCHES
+            if self.lab.machine(name).alive
+        }
+
+    def wait_routed(self, eip: str, to: Iterable[str] = ("node-1", "node-2", "node-3")) -> None:
+        """Wait until every switch routes the EIP to exactly these nodes; none: no route."""
+        wanted = sorted(self.lab.machine(name).address for name in to)
+        wait(
+            f"every switch to route {eip} to {wanted or 'nobody'}",
+            lambda: all(found == wanted for found in self.hops(eip).values()),
+        )
+
+    def replies(self, eip: str, count: int, port: int = 80, expect_all: bool = True) -> list[Reply]:
+        """Answers to `count` requests from the client, each on a connection of its own."""
+        done = self.lab.machine("client").run(
+            *("curl", "-s", "--max-time", "60", "--connect-timeout", "5"),
+            *("-H", "Connection: close", f"http://{eip}:{port}/n/[1-{count}]"),
+            check=False,
+            timeout_s=120,
+        )
+        words = [line.split() for line in done.stdout.splitlines() if line.strip()]
+        found = [Reply(line[0], line[1]) for line in words]
+        if expect_all:
+            assert len(found) == count, f"{len(found)} of {count} answered: {done.stderr}"
+        return found
+
+    def spread(self, eip: str, count: int) -> Counter[str]:
+        """How many of `count` requests each pod answered."""
+        return Counter(reply.pod for reply in self.replies(eip, count))
+
+    def eip_object(self, eip: str) -> dict[str, Any] | None:
+        """The spec of the EIP object of an IPv4 address."""
+        found = self.api.find(kube.EIPS, eip, "")
+        return None if found is None else dict(found["spec"])
+
+    def managers(self) -> dict[str, str]:
+        """Pod name of the manager on each control node."""
+        pods = self.api.system_pods(names.MANAGER_APP)
+        return {p["spec"]["nodeName"]: p["metadata"]["name"] for p in pods}
+
+    def wait_system_ready(self) -> None:
+        """Both managers and an agent on every living node are ready."""
+
+        def ready() -> bool:
+            agents = {
+                p["spec"]["nodeName"] for p in self.api.system_pods(names.AGENT_APP) if is_ready(p)
+            }
+            managers = [p for p in self.api.system_pods(names.MANAGER_APP) if is_ready(p)]
+            alive = {m.name for m in self.lab.of_role("node") if m.alive}
+            return alive <= agents and len(managers) == 2
+
+        wait("managers and agents to be ready", ready, limit_s=120)
+
+    def watch_entries(self, eip: str) -> None:
+        """Have every node note the client ports whose packets a switch hands it, from now on.
+
+        A table of the test's own that decides nothing; by it a traffic test proves that it could
+        have failed (how many flows entered at the node that dies, how many were steered).
+        """
+        macs = ", ".join(
+            self.lab.machine(name).run("cat", "/sys/class/net/eth0/address").stdout.strip()
+            for name in SWITCHES
+        )
+        for node in self.lab.of_role("node"):
+            if node.alive:
+                node.run("nft", "-f", "-", input=_WATCH.format(eip=eip, macs=macs))
+
+    def entries(self, eip: str) -> dict[int, str]:
+        """Node at which each client port's packets entered last, from `watch_entries`."""
+        found: dict[int, str] = {}
+        for node in self.lab.of_role("node"):
+            if node.alive:
+                said = node.run("nft", "-j", "list", "set", "ip", "watch", "entered").stdout
+                for item in json.loads(said)["nftables"]:
+                    for port in item.get("set", {}).get("elem", ()):
+                        found[int(port)] = node.name
+        return found
+
+    def vtysh(self, switch: str, command: str) -> Any:
+        """JSON of a vtysh command."""
+        return json.loads(self.lab.machine(switch).run("vtysh", "-c", command).stdout)

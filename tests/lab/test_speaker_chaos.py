@@ -1,0 +1,187 @@
+"""Chaos: whatever happens to the speaker and its sessions, the switch ends with what is desired.
+
+Real ExaBGP through launcher, relay and port; real bgpd and zebra. The seed is fixed; a variable
+lengthens the run and another changes it:
+
+    LBCTL_CHAOS_S=600 LBCTL_CHAOS_SEED=7 .venv/bin/pytest -s tests/lab/test_speaker_chaos.py
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path as FilePath
+
+import pytest
+
+from lbctl.core.model import Path
+from manager.speaker.port import ExabgpSpeaker
+
+from . import speaker_bed
+from .speaker_bed import Bed, expected, peer
+
+SECONDS = float(os.environ.get("LBCTL_CHAOS_S", "25"))
+SEED = int(os.environ.get("LBCTL_CHAOS_SEED", "20261121"))
+EIPS, NODES = 120, 6
+QUIET_S = 90.0
+
+
+@pytest.fixture
+def bed(tmp_path: FilePath) -> Iterator[Bed]:
+    """A bed with FRR and the speaker running."""
+    made = Bed(tmp_path)
+    try:
+        made.open()
+        made.start_speaker()
+        yield made
+    finally:
+        made.close()
+
+
+class Chaos:
+    """Random operations and faults, and what they add up to."""
+
+    def __init__(self, bed: Bed, seed: int) -> None:
+        self.bed, self.random = bed, random.Random(seed)
+        self.counts: Counter[str] = Counter()
+        self.wanted: dict[tuple[int, int], Path] = {}
+        self.speaker: ExabgpSpeaker | None = None
+        self.number = 0
+        self.faults: dict[str, Callable[[], None]] = {
+            "clear": lambda: self._clear("clear bgp *"),
+            "soft-clear": lambda: self._clear("clear bgp * soft in"),
+            "bgpd-kill": self._kill_bgpd,
+            "link-down": self._link_down,
+            "relay-kill": lambda: self._signal("relay", signal.SIGKILL),
+            "exabgp-kill": lambda: self._signal("runner", signal.SIGKILL),
+            "exabgp-stop": lambda: self._signal("runner", signal.SIGSTOP),
+            "exabgp-pause": self._pause,
+            "speaker-kill": self._kill_speaker,
+        }
+
+    def operate(self) -> None:
+        """Some announces, withdraws and changes, then the new desired state as a whole."""
+        for _ in range(self.random.choice((1, 1, 5, 60))):
+            key = self.random.randrange(EIPS), self.random.randrange(NODES)
+            self.counts["operations"] += 1
+            if key in self.wanted and self.random.random() < 0.4:
+                del self.wanted[key]
+            else:
+                self.wanted[key] = self._path(*key)
+        if self.random.random() < 0.05:  # a node goes, from everywhere
+            gone = self.random.randrange(NODES)
+            victims = [key for key in self.wanted if key[1] == gone]
+            self.counts["operations"] += len(victims)
+            for key in victims:
+                del self.wanted[key]
+        self.set()
+
+    def _path(self, eip: int, node: int) -> Path:
+        med = self.random.choice((None, None, 10, 20))
+        words = self.random.choice(((), ("64512:1",), ("64512:1", "64512:2")))
+        return speaker_bed.path(eip, node, med, words)
+
+    def set(self) -> None:
+        """Hand the desired state to the port, if there is one."""
+        if self.speaker is not None:
+            self.number = self.speaker.set([peer()], frozenset(self.wanted.values()))
+
+    def fault(self) -> None:
+        """One random fault."""
+        names = sorted(self.faults)
+        # What ends ExaBGP also ends what could be wrong in it: the rarer fault.
+        weights = [
+            1 if name in ("exabgp-kill", "exabgp-stop", "speaker-kill") else 4 for name in names
+        ]
+        (name,) = self.random.choices(names, weights)
+        self.counts[name] += 1
+        self.faults[name]()
+
+    def _clear(self, command: str) -> None:
+        self.bed.vtysh("-d", "bgpd", "-c", command)
+
+    def _kill_bgpd(self) -> None:
+        self.bed.stop("bgpd", signal.SIGKILL)
+        self.bed.start_frr("bgpd")
+
+    def _link_down(self) -> None:
+        down = ["ip", "-n", self.bed.switch, "link", "set", "eth0", "down"]
+        subprocess.run(down, check=True)
+        subprocess.run([*down[:-1], "up"], check=True)
+        address = f"{speaker_bed.SWITCH6}/64"
+        subprocess.run(
+            ["ip", "-n", self.bed.switch, "address", "replace", address, "dev", "eth0", "nodad"],
+            check=True,
+        )
+
+    def _signal(self, module: str, number: int) -> None:
+        for pid in self.bed.descendants(module):
+            os.kill(pid, number)
+
+    def _pause(self) -> None:
+        pids = self.bed.descendants("runner")
+        for number in (signal.SIGSTOP, signal.SIGCONT):
+            for pid in pids:
+                os.kill(pid, number)
+
+    def _kill_speaker(self) -> None:
+        self.bed.stop("speaker", signal.SIGKILL)
+        self.bed.start_speaker()
+
+    async def quiet(self) -> None:
+        """Nothing happens: the switch must come to what is desired, and stay."""
+        desired = expected(frozenset(self.wanted.values()))
+        until = time.monotonic() + QUIET_S
+        seen = await asyncio.to_thread(self.bed.routes)
+        while seen != desired and time.monotonic() < until:
+            await asyncio.sleep(0.2)
+            seen = await asyncio.to_thread(self.bed.routes)
+        missing, stale = len(desired - seen), len(seen - desired)
+        self.counts["quiet periods"] += 1
+        self.counts["missing"] += missing
+        self.counts["stale"] += stale
+        log = (self.bed.directory / "speaker.log").read_text()[-4000:]
+        assert (missing, stale) == (0, 0), f"{dict(self.counts)}\n{log}"
+        assert self.speaker is not None
+        async with asyncio.timeout(QUIET_S):
+            await self.speaker.settled(self.number)
+
+    async def episode(self) -> None:
+        """One life of a manager's port: operations and faults, then quiet."""
+        self.counts["manager starts"] += 1
+        async with ExabgpSpeaker(self.bed.speaker_directory, "chaos") as self.speaker:
+            self.set()
+            for _ in range(self.random.randrange(1, 4)):
+                for _ in range(self.random.randrange(1, 30)):
+                    self.operate()
+                    await asyncio.sleep(self.random.choice((0, 0, 0.005, 0.05)))
+                if self.random.random() < 0.8:
+                    await asyncio.to_thread(self.fault)
+                    self.operate()
+            if self.random.random() < 0.6:
+                await self.quiet()
+
+
+@pytest.mark.timeout(SECONDS + 4 * QUIET_S)
+async def test_the_switch_ends_with_what_is_desired(bed: Bed) -> None:
+    """Operations and faults at random; after each quiet period 0 missing and 0 stale."""
+    chaos = Chaos(bed, SEED)
+    until = time.monotonic() + SECONDS
+    while time.monotonic() < until:
+        await chaos.episode()
+    async with ExabgpSpeaker(bed.speaker_directory, "chaos") as chaos.speaker:
+        chaos.set()
+        await chaos.quiet()
+        chaos.wanted.clear()
+        chaos.set()
+        await chaos.quiet()
+    flaps = sum(chaos.counts[name] for name in chaos.faults)
+    print(f"\nseed {SEED}: {flaps} faults, {dict(sorted(chaos.counts.items()))}")
+    assert chaos.counts["quiet periods"] >= 3
+    assert flaps >= 5

@@ -1,0 +1,359 @@
+"""The speaker alone against real FRR: what it promises the manager and the switch, one by one."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import os
+import secrets
+import signal
+import socket
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from ipaddress import IPv6Address, IPv6Network
+from pathlib import Path as FilePath
+
+import pytest
+
+from lbctl.core import names, probe
+from lbctl.core.keys import Keys
+from lbctl.core.model import Path, Session
+from manager.speaker.port import ExabgpSpeaker
+
+from . import speaker_bed
+from .speaker_bed import SPEAKER, SWITCH6, Bed, expected, frr_config, path, peer
+
+LIMIT_S = 90.0
+SIX = Path(IPv6Network("2001:db8::1/128"), IPv6Address("fd99::20"), 7, "node-0")
+
+
+@pytest.fixture
+def bed(tmp_path: FilePath) -> Iterator[Bed]:
+    """A bed with FRR running; the test starts the speaker."""
+    made = Bed(tmp_path)
+    try:
+        made.open()
+        yield made
+    finally:
+        made.close()
+
+
+@asynccontextmanager
+async def speaking(
+    bed: Bed, name: str = "control-1", **more: object
+) -> AsyncIterator[ExabgpSpeaker]:
+    """A port, connected or not, that pings as a manager does."""
+    async with ExabgpSpeaker(bed.speaker_directory, name, **more) as port:  # type: ignore[arg-type]
+
+        async def ping() -> None:
+            while True:
+                port.ping(others=False)
+                await asyncio.sleep(0.2)
+
+        task = asyncio.create_task(ping())
+        try:
+            yield port
+        finally:
+            task.cancel()
+
+
+async def until(condition: Callable[[], object], what: str) -> None:
+    """Poll until true, without blocking the port."""
+    end = time.monotonic() + LIMIT_S
+    while not await asyncio.to_thread(condition):
+        assert time.monotonic() < end, f"waited {LIMIT_S} s for {what}"
+        await asyncio.sleep(0.05)
+
+
+async def settle(port: ExabgpSpeaker, number: int, sessions: int = 1) -> None:
+    """Until that many sessions are up and have the number."""
+    await until(lambda: sum(s.up for s in port.sessions()) == sessions, "the sessions")
+    async with asyncio.timeout(LIMIT_S):
+        await port.settled(number)
+
+
+def neighbor(bed: Bed, address: object = SPEAKER) -> dict[str, object]:
+    """The switch's view of a session."""
+    done = bed.vtysh("-d", "bgpd", "-c", f"show bgp neighbors {address} json")
+    found: dict[str, dict[str, object]] = json.loads(done.stdout)
+    return found[str(address)]
+
+
+async def test_settled_means_that_the_switch_has_it(bed: Bed) -> None:
+    """Load, withdraw of a node, change of attributes, both families: right soon after settled."""
+    bed.start_speaker()
+    async with speaking(bed) as port:
+        paths = frozenset(path(eip, node) for eip in range(500) for node in range(4))
+        await settle(port, port.set([peer()], paths | {SIX}))
+        await until(lambda: bed.routes() == expected(paths), "the load")
+        assert bed.routes(6) == expected(frozenset({SIX}))
+        paths = frozenset(p for p in paths if p.node != "node-1")
+        await settle(port, port.set([peer()], paths))
+        await until(lambda: bed.routes() == expected(paths), "the withdraw")
+        assert bed.routes(6) == set()
+        paths = frozenset(path(e, n, 10, ("64512:1",)) for e in range(500) for n in (0, 2, 3))
+        await settle(port, port.set([peer()], paths))
+        await until(lambda: bed.routes() == expected(paths), "the change")
+        assert port.sessions() == (Session("tor", True, True, ""),)
+
+
+async def test_a_manager_restarts_without_a_route_moving(bed: Bed) -> None:
+    """Nothing is withdrawn or sent again; what the new one does not want goes."""
+    bed.start_speaker()
+    paths = frozenset(path(eip, node) for eip in range(50) for node in range(2))
+    async with speaking(bed) as port:
+        await settle(port, port.set([peer()], paths))
+        await until(lambda: bed.routes() == expected(paths), "the load")
+    before = neighbor(bed)
+    fewer = frozenset(p for p in paths if p.node == "node-0")
+    async with speaking(bed) as port:
+        await until(lambda: port.connected, "the speaker")
+        assert bed.routes() == expected(paths)
+        await settle(port, port.set([peer()], fewer))
+        await until(lambda: bed.routes() == expected(fewer), "the difference")
+    after = neighbor(bed)
+    assert after["connectionsEstablished"] == before["connectionsEstablished"]
+    sent = [state["messageStats"]["updatesRecv"] for state in (before, after)]  # type: ignore[index]
+    assert sent[1] - sent[0] == 1, "one UPDATE withdraws 50 paths; anything more was sent again"
+
+
+async def test_a_new_peer_does_not_disturb_the_others(bed: Bed) -> None:
+    """IPv6 peer with a password added, changed, removed by reload; the first session stays."""
+    password = "it's-a-secret!"  # FRR 8.4 takes no space
+    bed.config = frr_config(ipv6_peer=True, password6=password)
+    bed.stop("bgpd", signal.SIGKILL)
+    bed.start_frr("bgpd")
+    bed.start_speaker()
+    four = peer()
+    six = peer("tor6", address=SWITCH6, password=password, router_id=SPEAKER)
+    paths = frozenset(path(eip, node) for eip in range(20) for node in range(2))
+    async with speaking(bed) as port:
+        await settle(port, port.set([four], paths))
+        await settle(port, port.set([four, six], paths), 2)
+        file = bed.speaker_directory / "exabgp.conf"
+        assert file.stat().st_mode & 0o777 == 0o600
+        await until(lambda: prefixes(bed, SPEAKER) == prefixes(bed, "fd99::2") == 40, "both peers")
+        number = port.set([four, dataclasses.replace(six, hold_time_s=30)], paths)
+        await until(
+            lambda: neighbor(bed, "fd99::2")["connectionsEstablished"] == 2, "the new timer"
+        )
+        await settle(port, number, 2)
+        await until(lambda: prefixes(bed, "fd99::2") == 40, "the changed peer")
+        await settle(port, port.set([four], paths))
+        await until(lambda: prefixes(bed, "fd99::2") == 0, "the end of the second session")
+        number = port.set([four, six], frozenset(p for p in paths if p.node == "node-0"))
+        await settle(port, number, 2)
+        await until(lambda: prefixes(bed, "fd99::2") == 20, "the peer that came back")
+    assert neighbor(bed)["connectionsEstablished"] == 1
+
+
+def prefixes(bed: Bed, address: object) -> int:
+    """How many IPv4 paths the switch has from a neighbour; 0 while it is not established."""
+    families = neighbor(bed, address).get("addressFamilyInfo", {})
+    count = families.get("ipv4Unicast", {}).get("acceptedPrefixCounter", 0)  # type: ignore[attr-defined]
+    return int(count) if neighbor(bed, address)["bgpState"] == "Established" else 0
+
+
+async def test_a_switch_without_add_path_gets_one_path(bed: Bed) -> None:
+    """And changes in place, with no moment without a route; then ADD-PATH is agreed after all."""
+    bed.config = frr_config(add_path=False)
+    bed.stop("bgpd", signal.SIGKILL)
+    bed.start_frr("bgpd")
+    bed.start_speaker()
+    paths = frozenset(path(eip, node) for eip in range(50) for node in range(3))
+    async with speaking(bed) as port:
+        await settle(port, port.set([peer()], paths))
+        assert port.sessions()[0].add_path is False
+        await until(lambda: bed.routes() == expected(paths, add_path=False), "one path each")
+        fewer = frozenset(p for p in paths if p.node != "node-0")
+        await settle(port, port.set([peer()], fewer))
+        await until(lambda: bed.routes() == expected(fewer, add_path=False), "the next path")
+        bed.config = frr_config()
+        bed.stop("bgpd", signal.SIGKILL)
+        bed.start_frr("bgpd")
+        await until(lambda: bed.routes() == expected(fewer), "all paths")
+        assert port.sessions()[0].add_path is True
+
+
+class Other:
+    """Another manager, as far as its heartbeats go."""
+
+    def __init__(self, bed: Bed, keys: Keys, manager: str = "control-2") -> None:
+        self.keys, self.manager, self.sequence = keys, manager, 0
+        with (
+            FilePath(f"/run/netns/{bed.speaker}").open() as inside,
+            FilePath("/proc/self/ns/net").open() as outside,
+        ):
+            _setns(inside.fileno())
+            try:
+                self.socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+            finally:
+                _setns(outside.fileno())
+
+    async def beat(self) -> None:
+        """A heartbeat every 100 ms, until cancelled."""
+        while True:
+            self.sequence += 1
+            beat = probe.Heartbeat(self.manager, 1, self.sequence, True, True, 3, 0, frozenset())
+            data = probe.encode_heartbeat(beat, self.keys.managers().signing)
+            self.socket.sendto(data, (str(SPEAKER), names.SPEAKER_PEER_PORT))
+            await asyncio.sleep(0.1)
+
+
+def _setns(descriptor: int) -> None:
+    import ctypes
+
+    if ctypes.CDLL(None, use_errno=True).setns(descriptor, 0) != 0:
+        raise OSError(ctypes.get_errno(), "setns")
+
+
+async def test_a_silent_manager_is_cut_off_only_beside_a_living_one(bed: Bed) -> None:
+    """Alone: held. Heartbeats of a stranger or of itself: held. Another announces: closed."""
+    bed.start_speaker()
+    keys, paths = Keys(secrets.token_bytes(32)), frozenset({path(1, 1), path(2, 1)})
+    async with speaking(bed, ring=keys.managers()) as port:
+        await settle(port, port.set([peer()], paths))
+        await until(lambda: bed.routes() == expected(paths), "the load")
+    stranger = Other(bed, Keys(secrets.token_bytes(32)))
+    itself = Other(bed, keys, "control-1")
+    tasks = [asyncio.create_task(one.beat()) for one in (stranger, itself)]
+    silent_s = time.monotonic()
+    await until(lambda: time.monotonic() - silent_s > 5, "5 s of silence")
+    assert bed.routes() == expected(paths), "held while no other manager announces"
+    other = Other(bed, keys)
+    tasks.append(asyncio.create_task(other.beat()))
+    await until(lambda: bed.routes() == set(), "the withdrawal beside a living manager")
+    assert neighbor(bed)["lastNotificationReason"] == "Cease/Administrative Shutdown"
+    async with speaking(bed, ring=keys.managers()) as port:
+        await settle(port, port.set([peer()], paths))
+        await until(lambda: bed.routes() == expected(paths), "the replay")
+    for task in tasks:
+        task.cancel()
+    for one in (stranger, itself, other):
+        one.socket.close()
+
+
+@pytest.mark.parametrize("others", [True, False])
+async def test_sigterm_says_cease_only_when_another_announces(bed: Bed, others: bool) -> None:
+    """And ExaBGP and the relay are gone either way."""
+    bed.start_speaker()
+    async with ExabgpSpeaker(bed.speaker_directory, "control-1") as port:
+        await settle(port, port.set([peer()], frozenset({path(1, 1)})))
+        port.ping(others)
+        await until(lambda: bed.descendants("relay"), "the relay")
+        left = bed.descendants("runner") + bed.descendants("relay")
+        await until(lambda: bed.routes(), "the route")
+        await asyncio.to_thread(bed.stop, "speaker")
+    await until(lambda: neighbor(bed)["bgpState"] != "Established", "the end of the session")
+    cease = neighbor(bed).get("lastNotificationReason") == "Cease/Administrative Shutdown"
+    assert cease is others
+    await until(lambda: not any(alive(pid) for pid in left), "the end of ExaBGP and relay")
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs (a zombie does not)."""
+    try:
+        return FilePath(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+async def test_a_frozen_exabgp_is_replaced(bed: Bed) -> None:
+    """SIGSTOP for ever: it is killed, and the routes are back without help."""
+    bed.start_speaker()
+    paths = frozenset(path(eip, 1) for eip in range(50))
+    async with speaking(bed) as port:
+        await settle(port, port.set([peer()], paths))
+        (frozen,) = bed.descendants("runner")
+        os.kill(frozen, signal.SIGSTOP)
+        await until(lambda: not alive(frozen), "the end of the frozen ExaBGP")
+        await settle(port, port.set([peer()], paths | {path(99, 1)}))
+        await until(lambda: bed.routes() == expected(paths | {path(99, 1)}), "the routes")
+
+
+async def test_a_relay_that_dies_often_does_not_matter(bed: Bed) -> None:
+    """Six deaths make ExaBGP end with code 0; it is started again and gets everything."""
+    bed.start_speaker()
+    paths = frozenset(path(eip, 1) for eip in range(50))
+    async with speaking(bed) as port:
+        await settle(port, port.set([peer()], paths))
+        (first,) = bed.descendants("runner")
+        for round_ in range(8):
+            await until(lambda: bed.descendants("relay"), f"relay {round_}")
+            for pid in bed.descendants("relay"):
+                os.kill(pid, signal.SIGKILL)
+            await until(lambda pid=pid: not alive(pid), "its end")  # type: ignore[misc]
+        await until(lambda: bed.descendants("runner") not in ([first], []), "another ExaBGP")
+        await settle(port, port.set([peer()], paths | {path(99, 1)}))
+        await until(lambda: bed.routes() == expected(paths | {path(99, 1)}), "the routes")
+
+
+async def test_unprivileged_with_a_read_only_root(bed: Bed) -> None:
+    """A uid that no passwd has, no capabilities, only the speaker's directory writable."""
+    uid = "65532"
+    bed.speaker_directory = bed.run_directory / "speaker"
+    bed.speaker_directory.mkdir()
+    os.chown(bed.speaker_directory, int(uid), int(uid))
+    bed.run_directory.chmod(0o755)
+    # /root is closed to others, and may hold the interpreter: show that uid the interpreter only.
+    base = sys.base_prefix
+    script = f"""set -e
+    mount --make-rprivate /
+    case {base}/ in /root/*)
+        mkdir -p {bed.run_directory}/base
+        mount --bind {base} {bed.run_directory}/base
+        mount -t tmpfs -o mode=755 none /root
+        mkdir -p {base}
+        mount --bind {bed.run_directory}/base {base};;
+    esac
+    mount --bind {bed.speaker_directory} {bed.speaker_directory}
+    mount -t tmpfs -o ro,mode=755 none /tmp
+    mount -o remount,bind,ro /
+    exec setpriv --reuid {uid} --regid {uid} --clear-groups --no-new-privs \\
+        --bounding-set=-all --inh-caps=-all "$@"
+    """
+    bed.speaker_prefix = ("unshare", "--mount", "sh", "-c", script, "sh")
+    bed.start_speaker()
+    paths = frozenset(path(eip, node) for eip in range(20) for node in range(2))
+    async with speaking(bed) as port:
+        await settle(port, port.set([peer()], paths))
+        await until(lambda: bed.routes() == expected(paths), "the routes")
+    (runner,) = bed.descendants("runner")
+    status = FilePath(f"/proc/{runner}/status").read_text()
+    assert f"Uid:\t{uid}\t{uid}" in status
+    assert "CapEff:\t0000000000000000" in status
+    places = ("/tmp", "/run", "/var/tmp", str(speaker_bed.CHECKOUT), str(bed.run_directory))
+    enter = ("nsenter", "-t", str(runner), "-m", "-S", uid, "-G", uid, "touch")
+    for place in (*places, str(bed.speaker_directory)):
+        touch = await asyncio.create_subprocess_exec(*enter, f"{place}/x", stderr=-3)
+        assert (await touch.wait() == 0) is (place == str(bed.speaker_directory)), place
+
+
+async def test_what_is_not_the_protocol_is_refused(bed: Bed) -> None:
+    """Injections and garbage on the manager's socket: no route, no crash, the next one works."""
+    bed.start_speaker()
+    good = frozenset({path(1, 1)})
+    async with speaking(bed) as port:
+        await settle(port, port.set([peer()], good))
+    (before,) = bed.descendants("runner")
+    evil: tuple[object, ...] = (
+        {"op": "run", "verb": "announce", "attributes": "next-hop self", "prefixes": ["0.0.0.0/0"]},
+        {"op": "peers", "peers": [{"name": "x\n}", "address": "10.99.0.1"}]},
+        {"op": "peers", "peers": "all"},
+        {"op": "shutdown"},
+        "\x00\xff",
+    )
+    for one in evil:
+        reader, writer = await asyncio.open_unix_connection(bed.speaker_directory / "manager.sock")
+        writer.write(b'{"op":"hello","manager":"evil"}\n' + json.dumps(one).encode() + b"\n")
+        async with asyncio.timeout(LIMIT_S):
+            await reader.read()
+        writer.close()
+    assert bed.descendants("runner") == [before]
+    assert bed.routes() == expected(good)
+    async with speaking(bed) as port:
+        await settle(port, port.set([peer()], good | {path(2, 1)}))
+        await until(lambda: bed.routes() == expected(good | {path(2, 1)}), "the next manager")

@@ -1,0 +1,1 @@
+"""Tests of pure code, with no more than the standard library and hypothesis."""

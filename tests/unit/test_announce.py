@@ -1,0 +1,442 @@
+"""The announcer against a model of ExaBGP: what it sends, in which order, and where it ends."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import deque
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from lbctl.core import exabgp
+from lbctl.core.announce import TRANSITIONS, WINDOW, Announcer, Held, LinkEvent, LinkState, Send
+from lbctl.core.exabgp import Command, Verb
+from lbctl.core.model import Path
+from lbctl.errors import MessageError, SpeakerError
+
+A, B = "192.0.2.1", "192.0.2.2"
+
+
+def path(eip: int = 1, node: int = 1, tag: int = 0) -> Path:
+    """A path; `tag` changes its attributes and with them its path-id."""
+    return Path(
+        IPv4Network(f"198.51.{eip // 256}.{eip % 256}/32"),
+        IPv4Address(f"192.0.2.{20 + node}"),
+        1 + node + 100 * tag,
+        f"node-{node}",
+        (f"64512:{tag}",) if tag else (),
+    )
+
+
+class Exabgp:
+    """A model: per peer and slot the attributes; commands done in order, answers when asked."""
+
+    def __init__(self) -> None:
+        self.rib: dict[str, dict[tuple[str, int | None], str]] = {A: {}, B: {}}
+        self.wire: dict[str, dict[tuple[str, int | None], str]] = {A: {}, B: {}}
+        self.add_path = {A: True, B: True}
+        self.queue: deque[Send] = deque()
+        self.lines: list[Command] = []
+
+    def send(self, sends: tuple[Send, ...]) -> None:
+        self.queue.extend(sends)
+        self.lines += [send.command for send in sends if send.command is not None]
+
+    def step(self, announcer: Announcer, ok: bool = True, heard: bool = True) -> None:
+        """Do the oldest command; it is answered only if `heard`."""
+        send = self.queue.popleft()
+        if send.command is None:
+            if heard:
+                announcer.barrier(send.id, {A: True, B: True})
+            return
+        if ok:
+            self.apply(exabgp.check_command(send.command))
+        if heard:
+            announcer.acknowledged(send.id, ok)
+
+    def apply(self, command: Command) -> None:
+        for peer in command.peers:
+            for prefix in command.prefixes:
+                number = exabgp.path_id(command.attributes)
+                there = number if self.add_path[peer] else None
+                if command.verb is Verb.ANNOUNCE:
+                    self.rib[peer][prefix, number] = command.attributes
+                    self.wire[peer][prefix, there] = command.attributes
+                else:
+                    self.rib[peer].pop((prefix, number), None)
+                    self.wire[peer].pop((prefix, there), None)
+
+    def ledger(self, sure: bool = False) -> list[Held]:
+        """What a speaker would say that it holds: commands in flight may have been done."""
+        held = [
+            Held(peer, attributes, (prefix,), sure)
+            for peer, slots in self.rib.items()
+            for (prefix, _), attributes in slots.items()
+        ]
+        for send in self.queue:
+            if send.command is not None and send.command.verb is Verb.ANNOUNCE:
+                c = send.command
+                held += [Held(peer, c.attributes, c.prefixes, False) for peer in c.peers]
+        return held
+
+    def drain(self, announcer: Announcer) -> None:
+        for _ in range(100_000):
+            self.send(announcer.take())
+            if not self.queue:
+                return
+            self.step(announcer)
+        raise AssertionError("the announcer never comes to rest")
+
+
+def ready(*peers: str) -> tuple[Announcer, Exabgp]:
+    """A linked announcer whose sessions are up."""
+    announcer = Announcer()
+    announcer.connected()
+    for peer in peers or (A, B):
+        announcer.negotiated(peer, True)
+        announcer.established(peer, True)
+    announcer.held(())
+    return announcer, Exabgp()
+
+
+def shown(paths: frozenset[Path], add_path: bool = True) -> dict[tuple[str, int | None], str]:
+    """What a switch shall have."""
+    slots: dict[tuple[str, int | None], str] = {}
+    for one in sorted(paths, key=lambda p: (str(p.prefix), int(p.next_hop), p.path_id)):
+        number = one.path_id if add_path else None
+        slots.setdefault((str(one.prefix), number), exabgp.attributes(one, add_path))
+    return slots
+
+
+def test_a_load_is_batched_windowed_and_shared_by_the_peers() -> None:
+    """1,000 EIPs over 2 nodes: 10 commands for both peers, at most 8 in flight."""
+    announcer, model = ready()
+    paths = frozenset(path(eip, node) for eip in range(1000) for node in (1, 2))
+    number = announcer.want((A, B), paths)
+    model.send(announcer.take())
+    assert announcer.in_flight == len(model.queue) == WINDOW
+    assert announcer.settled < number
+    model.drain(announcer)
+    assert len(model.lines) == 10
+    assert {line.peers for line in model.lines} == {(A, B)}
+    assert max(len(line.prefixes) for line in model.lines) == exabgp.MAX_PREFIXES
+    assert model.wire == {A: shown(paths), B: shown(paths)}
+    assert announcer.settled == number
+
+
+def test_an_urgent_withdraw_goes_before_the_rest_of_a_load() -> None:
+    """It is the next command after those in flight."""
+    announcer, model = ready(A)
+    first = frozenset(path(eip) for eip in range(10))
+    announcer.want((A,), first)
+    model.drain(announcer)
+    load = frozenset(path(eip, 2) for eip in range(5000))
+    announcer.want((A,), first | load)
+    model.send(announcer.take())
+    announcer.want((A,), load)
+    sent = len(model.lines)
+    model.step(announcer)
+    model.send(announcer.take())
+    assert model.lines[sent].verb is Verb.WITHDRAW
+    assert len(model.lines[sent].prefixes) == 10
+    assert len(model.lines) < 25
+
+
+def test_a_change_of_attributes_announces_the_new_path_first() -> None:
+    """The old one goes, with its own attributes, when the new one is acknowledged."""
+    announcer, model = ready(A)
+    announcer.want((A,), frozenset({path()}))
+    model.drain(announcer)
+    announcer.want((A,), frozenset({path(tag=1)}))
+    model.send(announcer.take())
+    assert [line.verb for line in model.lines[1:]] == [Verb.ANNOUNCE]
+    model.drain(announcer)
+    assert [line.verb for line in model.lines[1:]] == [Verb.ANNOUNCE, Verb.WITHDRAW]
+    assert model.lines[2].attributes == model.lines[0].attributes
+    assert model.wire[A] == shown(frozenset({path(tag=1)}))
+
+
+def test_a_reused_path_id_is_replaced_and_never_withdrawn() -> None:
+    """The rule is broken by the caller; the switch is right all the same."""
+    announcer, model = ready(A)
+    announcer.want((A,), frozenset({path()}))
+    model.drain(announcer)
+    again = dataclasses.replace(path(), med=5)
+    announcer.want((A,), frozenset({again}))
+    model.drain(announcer)
+    assert [line.verb for line in model.lines] == [Verb.ANNOUNCE, Verb.ANNOUNCE]
+    assert model.wire[A] == shown(frozenset({again}))
+
+
+def test_without_add_path_a_prefix_has_one_path_and_changes_in_place() -> None:
+    """The first by next hop; when that goes, the next replaces it without a withdraw."""
+    announcer, model = ready(A)
+    model.add_path[A] = False
+    announcer.negotiated(A, False)
+    both = frozenset({path(node=1), path(node=2)})
+    announcer.want((A,), both)
+    model.drain(announcer)
+    assert model.wire[A] == shown(both, False) and len(model.wire[A]) == 1
+    announcer.want((A,), frozenset({path(node=2)}))
+    model.drain(announcer)
+    assert [line.verb for line in model.lines] == [Verb.ANNOUNCE, Verb.ANNOUNCE]
+    assert model.wire[A] == shown(frozenset({path(node=2)}), False)
+    announcer.want((A,), frozenset())
+    model.drain(announcer)
+    assert model.wire[A] == {}
+
+
+def test_nothing_is_sent_before_it_is_known_how_many_paths_a_peer_takes() -> None:
+    """And the other peer does not wait for it."""
+    announcer, model = ready(A)
+    number = announcer.want((A, B), frozenset({path()}))
+    model.drain(announcer)
+    assert {line.peers for line in model.lines} == {(A,)}
+    assert announcer.settled == number
+    announcer.negotiated(B, True)
+    assert announcer.settled < number
+    announcer.established(B, True)
+    model.drain(announcer)
+    assert model.wire[B] == shown(frozenset({path()}))
+    assert announcer.settled == number
+
+
+def test_a_peer_that_loses_add_path_is_emptied_before_it_is_filled() -> None:
+    """Withdraws, a barrier, then announces: on such a session a withdraw takes the prefix."""
+    announcer, model = ready(A)
+    both = frozenset({path(node=1), path(node=2)})
+    announcer.want((A,), both)
+    model.drain(announcer)
+    model.add_path[A], model.wire[A] = False, {}
+    announcer.negotiated(A, False)
+    model.send(announcer.take())
+    while model.queue:
+        barrier_next = model.queue[0].command is None
+        model.step(announcer)
+        sends = announcer.take()
+        if not barrier_next:
+            assert all(s.command is None or s.command.verb is Verb.WITHDRAW for s in sends)
+        model.send(sends)
+    assert model.wire[A] == shown(both, False)
+
+
+def test_a_new_manager_keeps_what_is_right_and_removes_what_is_not() -> None:
+    """The ledger decides; sure and right means no command at all."""
+    announcer, model = Announcer(), Exabgp()
+    announcer.connected()
+    announcer.negotiated(A, True)
+    announcer.established(A, True)
+    kept, gone, unsure = path(1), path(2), path(3)
+    announcer.held(
+        [
+            Held(A, exabgp.attributes(kept), (str(kept.prefix),), True),
+            Held(A, exabgp.attributes(gone), (str(gone.prefix),), True),
+            Held(A, exabgp.attributes(unsure), (str(unsure.prefix),), False),
+        ]
+    )
+    announcer.want((A,), frozenset({kept, unsure}))
+    model.drain(announcer)
+    found = {(line.verb, line.prefixes) for line in model.lines}
+    assert found == {
+        (Verb.WITHDRAW, (str(gone.prefix),)),
+        (Verb.ANNOUNCE, (str(unsure.prefix),)),
+    }
+
+
+def test_a_refused_command_is_sent_again_only_after_retry() -> None:
+    """No storm; and the number does not settle meanwhile."""
+    announcer, model = ready(A)
+    number = announcer.want((A,), frozenset({path()}))
+    model.send(announcer.take())
+    model.step(announcer, ok=False)
+    model.send(announcer.take())
+    assert not model.queue and announcer.settled < number
+    announcer.retry()
+    model.drain(announcer)
+    assert model.wire[A] == shown(frozenset({path()}))
+    assert announcer.settled == number
+
+
+def test_settled_needs_the_wire_of_every_established_session() -> None:
+    """A barrier that finds something unsent is not enough; a new session starts it anew."""
+    announcer, model = ready()
+    number = announcer.want((A, B), frozenset({path()}))
+    model.send(announcer.take())
+    model.step(announcer)
+    (barrier,) = announcer.take()
+    assert barrier.command is None
+    assert not announcer.barrier(barrier.id, {A: True, B: False})
+    assert announcer.settled < number
+    (barrier,) = announcer.take()
+    announcer.established(B, False)
+    assert announcer.barrier(barrier.id, {A: True, B: False})
+    assert announcer.settled == number
+    announcer.established(B, True)
+    assert announcer.settled < number
+    model.drain(announcer)
+    assert announcer.settled == number
+
+
+def test_an_old_number_settles_while_new_ones_keep_coming() -> None:
+    """Nobody waits for ever because others are busy."""
+    announcer, model = ready(A)
+    number = announcer.want((A,), frozenset({path()}))
+    for eip in range(2, 30):
+        model.send(announcer.take())
+        announcer.want((A,), frozenset(path(other) for other in range(1, eip)))
+        if model.queue:
+            model.step(announcer)
+    assert announcer.settled >= number
+
+
+def test_bad_values_change_nothing() -> None:
+    """The whole set is refused, by name of what is wrong."""
+    announcer, model = ready(A)
+    good = frozenset({path()})
+    announcer.want((A,), good)
+    for bad in (
+        dataclasses.replace(path(2), path_id=0),
+        dataclasses.replace(path(2), communities=("x",)),
+        dataclasses.replace(path(2), next_hop=IPv6Address("2001:db8::1")),
+        dataclasses.replace(path(), med=7),
+    ):
+        with pytest.raises(SpeakerError):
+            announcer.want((A,), good | {bad})
+    model.drain(announcer)
+    assert model.wire[A] == shown(good)
+
+
+def test_both_families() -> None:
+    """IPv6 beside IPv4, each with its own next hop."""
+    announcer, model = ready(A)
+    six = Path(IPv6Network("2001:db8::1/128"), IPv6Address("2001:db8:1::1"), 9, "node-1")
+    announcer.want((A,), frozenset({path(), six}))
+    model.drain(announcer)
+    assert model.wire[A] == shown(frozenset({path(), six}))
+
+
+def test_a_peer_that_goes_and_comes_back_gets_all_of_it() -> None:
+    """What it had is in doubt: wanted routes are sent again, others withdrawn."""
+    announcer, model = ready()
+    announcer.want((A, B), frozenset({path(1), path(2)}))
+    model.drain(announcer)
+    announcer.want((A,), frozenset({path(1), path(2)}))
+    announcer.want((A, B), frozenset({path(1)}))
+    model.drain(announcer)
+    assert model.wire[B] == shown(frozenset({path(1)}))
+
+
+def test_every_pair_of_state_and_event_is_in_the_table_or_an_error() -> None:
+    """One table; what is not in it is refused."""
+    doing = {
+        LinkEvent.CONNECTED: Announcer.connected,
+        LinkEvent.CLOSED: Announcer.closed,
+        LinkEvent.PAUSED: Announcer.paused,
+        LinkEvent.HELD: lambda announcer: announcer.held(()),
+    }
+    reach = {
+        LinkState.AWAY: (),
+        LinkState.SYNCING: (LinkEvent.CONNECTED,),
+        LinkState.READY: (LinkEvent.CONNECTED, LinkEvent.HELD),
+    }
+    for state in LinkState:
+        for event in LinkEvent:
+            announcer = Announcer()
+            for step in reach[state]:
+                doing[step](announcer)
+            assert announcer.state is state
+            if (state, event) in TRANSITIONS:
+                doing[event](announcer)
+                assert announcer.state is TRANSITIONS[state, event]
+            else:
+                with pytest.raises(MessageError):
+                    doing[event](announcer)
+
+
+steps = st.lists(
+    st.one_of(
+        st.tuples(
+            st.just("want"),
+            st.sets(st.sampled_from((A, B)), min_size=1),
+            st.sets(
+                st.tuples(st.integers(1, 4), st.integers(1, 3), st.integers(0, 2)), max_size=10
+            ),
+        ),
+        st.tuples(st.just("step"), st.booleans(), st.sampled_from((True, True, True, False))),
+        st.tuples(st.just("resync"), st.booleans(), st.booleans()),
+        st.tuples(st.just("mode"), st.sampled_from((A, B)), st.booleans()),
+        st.tuples(st.just("flap"), st.sampled_from((A, B)), st.booleans()),
+        st.tuples(st.just("retry"), st.booleans(), st.booleans()),
+    ),
+    max_size=40,
+)
+
+
+class Storm:
+    """Carries out a script against announcer and model."""
+
+    def __init__(self) -> None:
+        self.announcer, self.model = ready()
+        self.wanted: frozenset[Path] = frozenset()
+
+    def want(self, peers: set[str], chosen: set[tuple[int, int, int]]) -> None:
+        # A path-id belongs to a node and attribute set: one tag per (eip, node).
+        tags = {(eip, node): tag for eip, node, tag in sorted(chosen)}
+        self.wanted = frozenset(path(eip, node, tag) for (eip, node), tag in tags.items())
+        self.announcer.want(sorted(peers), self.wanted)
+
+    def step(self, _: bool, ok: bool) -> None:
+        if self.model.queue:
+            self.model.step(self.announcer, ok=ok)
+
+    def resync(self, done: bool, reconnect: bool) -> None:
+        """What is in flight is done or not, and its answers are lost."""
+        for _ in range(len(self.model.queue) if done else 0):
+            self.model.step(self.announcer, heard=False)
+        ledger = self.model.ledger()
+        self.model.queue.clear()
+        if reconnect:
+            self.announcer.closed()
+            self.announcer.connected()
+            for peer in (A, B):
+                self.announcer.negotiated(peer, self.model.add_path[peer])
+                self.announcer.established(peer, True)
+        self.announcer.held(ledger)
+
+    def mode(self, peer: str, add_path: bool) -> None:
+        """A new session, which sends all again, with other capabilities."""
+        self.model.add_path[peer] = add_path
+        self.model.wire[peer] = {
+            (prefix, number if add_path else None): attributes
+            for (prefix, number), attributes in self.model.rib[peer].items()
+        }
+        self.announcer.negotiated(peer, add_path)
+
+    def flap(self, peer: str, up: bool) -> None:
+        self.announcer.established(peer, up)
+
+    def retry(self, _: bool, __: bool) -> None:
+        self.announcer.retry()
+
+
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(steps)
+def test_whatever_happens_it_ends_with_what_is_desired(
+    script: list[tuple[str, object, object]],
+) -> None:
+    """Refusals, lost answers, new links, mode changes and flaps in any order."""
+    storm = Storm()
+    announcer, model = storm.announcer, storm.model
+    for kind, one, two in script:
+        getattr(storm, kind)(one, two)
+        model.send(announcer.take())
+        assert announcer.in_flight <= WINDOW
+    number = announcer.want((A, B), storm.wanted)
+    for _ in range(3):
+        announcer.retry()
+        model.drain(announcer)
+    for peer in (A, B):
+        assert model.wire[peer] == shown(storm.wanted, model.add_path[peer]), peer
+    assert announcer.settled == number

@@ -1,0 +1,231 @@
+"""The common tables, a node's part of them, and where packets go by the rendered text."""
+
+from __future__ import annotations
+
+from ipaddress import ip_address, ip_network
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lbctl.core import nft, nodeview
+from lbctl.core.forwarding import Locator
+from lbctl.core.model import Endpoint, Node, Protocol
+from lbctl.core.nodeview import PortView
+from lbctl.errors import DataplaneError
+
+from .faketable import FakeTable
+from .forwarding_cases import EIP, INDEX, nodes, pod, ruleset, service, table
+
+PODS = [pod(n, p) for n in (1, 2, 3) for p in (2, 3)]
+CLIENTS = [("203.0.113.10", 20000 + 7 * k) for k in range(200)]
+
+
+class Cluster:
+    """A fake table on each node, kept as agents keep the real ones."""
+
+    def __init__(self) -> None:
+        self.fakes = {name: FakeTable() for name in INDEX}
+        self.views: dict[str, dict[object, tuple[PortView, ...]]] = {n: {} for n in INDEX}
+        self.rules = {name: nft.Ruleset() for name in INDEX}
+        self.generation = 0
+
+    def apply(self, new: object, only: tuple[str, ...] = tuple(INDEX)) -> None:
+        self.generation += 1
+        for name in only:
+            self.views[name] = nodeview.advance(self.views[name], new)  # type: ignore[arg-type]
+            rules = ruleset(self.views[name], name, self.generation)  # type: ignore[arg-type]
+            old = self.rules[name]
+            for piece in nft.difference(old, rules) if old.generation else nft.full(rules):
+                self.fakes[name].apply(piece)
+            self.rules[name] = rules
+
+    def lands(self, entry: str, client: tuple[str, int], **more: object) -> str:
+        """Follow a packet from the node where it enters; at most three nodes."""
+        where, peer = entry, False
+        for _ in range(3):
+            out = self.fakes[where].where(str(EIP), 80, *client, peer=peer, **more)  # type: ignore[arg-type]
+            if not out.startswith(("node ", "chance ")):
+                return f"{out} @{where}"
+            where, peer = f"n{out.split()[1]}", True
+        return "circle"
+
+
+def test_every_node_agrees_and_only_the_owner_delivers() -> None:
+    cluster = Cluster()
+    cluster.apply(table(*PODS))
+    seen = set()
+    for client in CLIENTS:
+        outs = {cluster.lands(entry, client) for entry in INDEX}
+        assert len(outs) == 1
+        seen |= outs
+    assert seen == {f"pod {p.address}:8080 @{p.node}" for p in PODS}
+
+
+def test_established_flows_reach_their_old_pod() -> None:
+    """Wherever a packet enters, it comes to the node that has its flow, over a size class too."""
+    cluster = Cluster()
+    cluster.apply(table(*PODS[:3]))
+    homes = {client: cluster.lands("n1", client).split("@")[1] for client in CLIENTS}
+    cluster.apply(table(*PODS))
+    moved = 0
+    for client, home in homes.items():
+        for entry in INDEX:
+            out = cluster.lands(entry, client, syn=False)
+            moved += not out.endswith(home) or cluster.lands(entry, client) != out
+            assert out.endswith(f"@{home}"), (client, entry, out)
+    assert moved > 0
+
+
+def test_a_node_that_lags_neither_circles_nor_resets() -> None:
+    cluster = Cluster()
+    cluster.apply(table(*PODS[:3]))
+    cluster.apply(table(*PODS), only=("n1", "n2"))
+    for client in CLIENTS:
+        for entry in INDEX:
+            for syn in (True, False):
+                assert cluster.lands(entry, client, syn=syn) != "circle"
+
+
+def test_down_nodes_take_no_new_flows_and_no_hand_over() -> None:
+    cluster = Cluster()
+    cluster.apply(table(*PODS))
+    new = table(*PODS, down=frozenset({"n1"}))
+    cluster.apply(new, only=("n2", "n3"))
+    for client in CLIENTS:
+        for entry in ("n2", "n3"):
+            for syn in (True, False):
+                assert "@n1" not in cluster.lands(entry, client, syn=syn)
+    assert table(*PODS, down=frozenset({"n1"})).digest == new.digest != table(*PODS).digest
+
+
+def test_closed_ports_keep_established_flows() -> None:
+    cluster = Cluster()
+    cluster.apply(table(*PODS))
+    homes = {client: cluster.lands("n1", client).split("@")[1] for client in CLIENTS}
+    cluster.apply(table(*(pod(n, p, "") for n in (1, 2, 3) for p in (2, 3))))
+    for client, home in homes.items():
+        assert cluster.lands("n2", client) == "refuse @n2"
+        assert cluster.lands("n2", client, syn=False).endswith(home)
+    cluster.apply(table())
+    assert cluster.lands("n2", CLIENTS[0], syn=False) == "refuse @n2"
+
+
+def test_terminating_ones_serve_when_nothing_else_does() -> None:
+    leaving = [pod(1, 2, "st"), pod(2, 2, "st")]
+    assert table(*leaving, pod(3, 2)).digest == table(pod(3, 2)).digest
+    entry = table(*leaving, pod(3, 2, "")).eips[EIP].ports[0]
+    assert not entry.closed
+    assert {e.node for e in entry.endpoints} == {"n1", "n2"}
+
+
+def test_affinity_takes_the_clients_address_alone() -> None:
+    cluster = Cluster()
+    cluster.apply(table(*PODS, of=service(affinity=True)))
+    assert len({cluster.lands("n1", client) for client in CLIENTS}) == 1
+
+
+def test_sctp_and_the_other_family_are_left_out() -> None:
+    assert table(*PODS, of=service(protocol=Protocol.SCTP)).eips[EIP].ports == ()
+    six = Endpoint(ip_address("2001:db8::1"), 8080, "n1")
+    assert table(six).eips[EIP].ports == ()
+
+
+@given(st.permutations(PODS))
+@settings(max_examples=20, deadline=None)
+def test_the_order_of_endpoints_changes_nothing(pods: list[Endpoint]) -> None:
+    assert table(*pods) == table(*PODS)
+    assert table(*pods).digest == table(*PODS).digest
+
+
+def test_unchanged_eips_are_taken_over() -> None:
+    locator = Locator(nodes())
+    first = table(*PODS, locator=locator)
+    assert table(*PODS, locator=locator, previous=first).eips[EIP] is first.eips[EIP]
+    # A node without endpoints goes down: nothing of this EIP changes.
+    down = frozenset({"n9"})
+    assert table(*PODS, locator=locator, previous=first, down=down).eips[EIP] is first.eips[EIP]
+    changed = table(*PODS[1:], locator=locator, previous=first)
+    assert changed.digest != first.digest
+
+
+@pytest.mark.parametrize(
+    "address", ["127.0.0.1", "198.51.100.9", "8.8.8.8", "224.0.0.1", "0.0.0.0"]
+)
+def test_endpoints_on_no_node_are_refused(address: str) -> None:
+    """An EndpointSlice may be written by anyone; its nodeName is no proof."""
+    odd = Endpoint(ip_address(address), 8080, "n1", "pod")
+    entry = table(odd, pod(2, 2)).eips[EIP]
+    assert [refusal.endpoint for refusal in entry.refused] == [odd]
+    assert {e.node for e in entry.ports[0].endpoints} == {"n2"}
+
+
+def test_where_endpoints_are() -> None:
+    locator = Locator(nodes())
+    assert locator.locate(Endpoint(ip_address("10.244.2.9"), 1, "n1")) == "n2"
+    assert locator.locate(Endpoint(ip_address("192.0.2.23"), 1)) == "n3"
+    bare = Locator(nodes(cidrs=False))
+    here = ip_address("172.16.0.1")
+    assert bare.locate(Endpoint(here, 1, "n2", "pod")) == "n2"
+    assert bare.locate(Endpoint(here, 1, "n2")) is None
+    assert bare.locate(Endpoint(here, 1, "n7", "pod")) is None
+    nested = Locator(
+        (
+            Node("a", pod_cidrs=(ip_network("10.0.0.0/8"),)),
+            Node("b", pod_cidrs=(ip_network("10.1.0.0/16"),)),
+        )
+    )
+    assert nested.locate(Endpoint(ip_address("10.1.2.3"), 1)) == "b"
+    assert nested.locate(Endpoint(ip_address("10.2.2.3"), 1)) == "a"
+
+
+def test_ranges_merge_and_have_holes_at_the_nodes() -> None:
+    span = [
+        tuple(map(ip_address, pair))
+        for pair in (("10.0.0.0", "10.0.0.9"), ("10.0.0.10", "10.0.0.20"))
+    ]
+    holes = [ip_address(a) for a in ("10.0.0.0", "10.0.0.15", "10.0.0.20", "192.0.2.1")]
+    found = [(str(a), str(b)) for a, b in nft.merged(span, holes)]  # type: ignore[arg-type]
+    assert found == [("10.0.0.1", "10.0.0.14"), ("10.0.0.16", "10.0.0.19")]
+
+
+@pytest.mark.parametrize("name", ['eth0" }; drop', "", "a" * 16, "eth 0"])
+def test_nothing_unchecked_gets_into_the_text(name: str) -> None:
+    with pytest.raises(DataplaneError):
+        nft.full(nft.Ruleset(uplinks=(name,)))
+    with pytest.raises(DataplaneError):
+        nft.full(nft.Ruleset(peers=(name,)))
+
+
+def test_a_difference_is_the_changed_buckets_only() -> None:
+    cluster = Cluster()
+    cluster.apply(table(*PODS))
+    before = cluster.rules["n1"]
+    view = nodeview.advance(cluster.views["n1"], table(*PODS[1:]))  # type: ignore[arg-type]
+    after = ruleset(view, "n1", 2)
+    (text,) = nft.difference(before, after)
+    changed = text.count("198.51.100.1 . tcp")
+    whole = before.ports[EIP, "TCP", 80].count
+    assert 0 < changed < whole
+    assert nft.difference(after, after) == []
+    assert "svc" not in text
+
+
+def test_many_eips_come_in_pieces() -> None:
+    cluster = Cluster()
+    cluster.apply(table(*PODS))
+    port = cluster.rules["n1"].ports[EIP, "TCP", 80]
+    ports = {(EIP + k, "TCP", 80): port for k in range(200)}
+    rules = nft.Ruleset(5, ("eth0",), (), (), ports)
+    pieces = nft.full(rules)
+    assert len(pieces) == 3
+    assert [("add element ip lbctl gen { 0x00000005 }" in piece) for piece in pieces] == [
+        False,
+        False,
+        True,
+    ]
+    fake = FakeTable()
+    for piece in pieces:
+        fake.apply(piece)
+    assert len(fake.maps["svc"]) == 200
+    assert len(fake.maps["steer"]) == nft.totals(rules)["steer"]

@@ -1,0 +1,368 @@
+"""Judgement on nodes: every row of DESIGN.md's table, panic, flapping, stalls."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lbctl.core import health as h
+from lbctl.core.health import Health, Limits, PeerView, Signal
+from lbctl.core.model import NodeState as S
+from lbctl.core.probe import node_hash
+from lbctl.core.reasons import Reason
+
+LIMITS = Limits()
+TICK = LIMITS.interval_s
+
+
+class World:
+    """One manager's view: each step is an interval in which nodes answer, or not."""
+
+    def __init__(self, *names: str) -> None:
+        self.now_s = 1000.0
+        self.nodes = {name: Health(name) for name in names}
+        self.peers: tuple[PeerView, ...] = ()
+
+    def step(self, silent: str = "", kernel: str = "", times: int = 1) -> None:
+        """`silent` nodes miss a probe; of those, `kernel` answer TCP."""
+        for _ in range(times):
+            self.now_s += TICK
+            for name, health in self.nodes.items():
+                if name not in silent:
+                    self.nodes[name] = h.probe_answered(health, self.now_s)
+                    continue
+                health = h.probe_missed(health, self.now_s)
+                if name in kernel:
+                    health = h.kernel_answered(health, self.now_s)
+                self.nodes[name] = health
+            self.judge()
+
+    def judge(self) -> None:
+        self.nodes.update(h.judge(self.nodes, self.peers, self.now_s, LIMITS))
+
+    def wait(self, seconds: float, silent: str = "", kernel: str = "") -> None:
+        self.step(silent, kernel, times=round(seconds / TICK))
+
+    def peer_says(self, gone: str = "", *, seen: int = 9, judging: bool = True) -> None:
+        hashes = frozenset(node_hash(name) for name in gone)
+        self.peers = (PeerView("m2", judging, True, seen, hashes),)
+
+    def ready(self, name: str, ready: bool) -> None:
+        self.nodes[name] = replace(self.nodes[name], ready=ready)
+        self.judge()
+
+    def states(self) -> str:
+        """Like "Up Suspect* Down", in order of the names; * is held."""
+        return " ".join(
+            f"{health.state}{'*' if health.held else ''}"
+            for _, health in sorted(self.nodes.items())
+        )
+
+    def reason(self, name: str) -> Reason | None:
+        return self.nodes[name].reason
+
+
+def up(*names: str) -> World:
+    world = World(*names)
+    world.step(times=4)
+    assert set(world.states().split()) == {"Up"}
+    return world
+
+
+def test_table_is_complete() -> None:
+    assert set(h.TABLE) == {(state, signal) for state in S for signal in Signal}
+
+
+def test_unknown_until_the_first_answer() -> None:
+    world = World("a")
+    world.judge()
+    assert (world.states(), world.reason("a")) == ("Unknown", Reason.NODE_UNKNOWN)
+    world.step()
+    assert (world.states(), world.reason("a")) == ("Up", None)
+
+
+def test_unknown_with_a_living_kernel_stays_unknown() -> None:
+    world = World("a", "b")
+    world.step(silent="a", kernel="a", times=100)
+    assert world.states() == "Unknown Up"
+
+
+def test_suspect_at_the_third_miss_not_before() -> None:
+    world = up(*"abcd")
+    world.step(silent="a", times=2)
+    assert world.states() == "Up Up Up Up"
+    world.step(silent="a")
+    assert (world.states(), world.reason("a")) == ("Suspect Up Up Up", Reason.NODE_SUSPECT)
+    world.wait(60, silent="a")
+    assert world.states() == "Suspect Up Up Up"
+
+
+def test_down_when_the_other_manager_agrees_and_suspect_again_when_not() -> None:
+    world = up(*"abcd")
+    world.peer_says("")
+    world.step(silent="a", times=3)
+    assert world.states() == "Suspect Up Up Up"
+    world.peer_says("a")
+    world.judge()
+    assert (world.states(), world.reason("a")) == ("Down Up Up Up", Reason.NODE_DOWN)
+    world.peer_says("")
+    world.step(silent="a")
+    assert world.states() == "Suspect Up Up Up"
+
+
+def test_down_stays_when_the_witness_is_gone() -> None:
+    world = up(*"abcd")
+    world.peer_says("a")
+    world.step(silent="a", times=3)
+    world.peers = ()
+    world.wait(60, silent="a")
+    assert world.states() == "Down Up Up Up"
+
+
+def test_a_peer_that_does_not_judge_yet_is_no_witness() -> None:
+    world = up(*"abcd")
+    world.peer_says("a", judging=False)
+    world.step(silent="a", times=10)
+    assert world.states() == "Suspect Up Up Up"
+
+
+def test_agent_silent_while_the_kernel_answers() -> None:
+    world = up(*"abc")
+    world.step(silent="a", kernel="a", times=3)
+    assert (world.states(), world.reason("a")) == ("AgentSilent Up Up", Reason.AGENT_SILENT)
+    world.wait(LIMITS.agent_grace_s - 1, silent="a", kernel="a")
+    assert world.states() == "AgentSilent Up Up"
+    world.step()
+    assert (world.states(), world.nodes["a"].falls) == ("Up Up Up", 0)
+
+
+def test_agent_grace_ends() -> None:
+    world = up(*"abc")
+    world.wait(LIMITS.agent_grace_s + 1, silent="a", kernel="a")
+    assert world.states() == "Suspect Up Up"
+
+
+def test_node_dies_while_its_agent_is_silent() -> None:
+    world = up(*"abc")
+    world.wait(5, silent="a", kernel="a")
+    world.wait(LIMITS.kernel_window_s + 2 * TICK, silent="a")
+    assert world.states() == "Suspect Up Up"
+
+
+def test_kernel_answer_just_after_the_third_miss_still_counts() -> None:
+    world = up(*"abc")
+    world.step(silent="a", times=3)
+    world.step(silent="a", kernel="a")
+    assert world.states() == "AgentSilent Up Up"
+
+
+def test_a_rebooted_kernel_does_not_bring_a_node_back() -> None:
+    world = up(*"abc")
+    world.wait(h.REBOOT_S + 1, silent="a")
+    world.wait(20, silent="a", kernel="a")
+    assert world.states() == "Suspect Up Up"
+    world.step(times=h.RETURN_ANSWERS)
+    assert world.states() == "Up Up Up"
+
+
+def test_return_takes_three_answers_in_a_row() -> None:
+    world = up(*"abc")
+    world.step(silent="a", times=5)
+    world.step(times=2)
+    assert world.states() == "Suspect Up Up"
+    world.step(silent="a", times=2)
+    world.step(times=2)
+    assert world.states() == "Suspect Up Up"
+    world.step()
+    assert world.states() == "Up Up Up"
+
+
+def test_answers_slower_than_the_interval_still_count() -> None:
+    world = up(*"abc")
+    world.step(silent="a", times=5)
+    for _ in range(h.RETURN_ANSWERS):
+        world.step(silent="a")
+        world.step()
+    assert world.states() == "Up Up Up"
+
+
+def test_not_ready_is_down_though_it_answers() -> None:
+    world = up(*"abcd")
+    world.ready("a", False)
+    world.step(times=10)
+    assert (world.states(), world.reason("a")) == ("Down Up Up Up", Reason.NODE_NOT_READY)
+    world.ready("a", True)
+    assert world.states() == "Up Up Up Up"
+
+
+def test_not_ready_of_most_answering_nodes_is_kubernetes_problem() -> None:
+    world = up(*"abc")
+    for name in "abc":
+        world.nodes[name] = replace(world.nodes[name], ready=False)
+    world.judge()
+    world.step(times=5)
+    assert world.states() == "Up Up Up"
+    world.step(silent="a", times=3)
+    assert world.states() == "Down Up Up"
+
+
+def test_two_of_three_at_once_are_held_by_a_lone_manager_for_a_while() -> None:
+    world = up(*"abc")
+    world.step(silent="ab", times=3)
+    assert (world.states(), world.reason("a")) == ("Suspect* Suspect* Up", Reason.HELD_BY_PANIC)
+    world.wait(h.PANIC_S - 1, silent="ab")
+    assert world.states() == "Suspect* Suspect* Up"
+    world.wait(2, silent="ab")
+    assert world.states() == "Suspect Suspect Up"
+
+
+def test_panic_begins_before_the_first_is_withdrawn() -> None:
+    """The first to miss three times must not be withdrawn when the rest is one miss behind."""
+    world = up(*"abcd")
+    world.step(silent="a")
+    world.step(silent="abcd", times=2)
+    assert world.states().split()[0] == "Suspect*"
+    world.step(silent="abcd")
+    assert world.states() == "Suspect* Suspect* Suspect* Suspect*"
+
+
+def test_panic_ends_when_the_other_manager_agrees() -> None:
+    world = up(*"abc")
+    world.peer_says("", seen=3)
+    world.step(silent="ab", times=3)
+    assert world.states() == "Suspect* Suspect* Up"
+    world.peer_says("ab", seen=1)
+    world.judge()
+    assert world.states() == "Down Down Up"
+
+
+def test_panic_holds_for_as_long_as_the_other_sees_more() -> None:
+    world = up(*"abcd")
+    world.peer_says("", seen=4)
+    world.wait(h.PANIC_S * 3, silent="abcd")
+    assert world.states() == "Suspect* Suspect* Suspect* Suspect*"
+    assert h.gone(world.nodes.values()) == {node_hash(name) for name in "abcd"}
+    assert h.down_set(world.nodes.values()) == frozenset()
+
+
+def test_in_panic_the_one_that_sees_more_withdraws() -> None:
+    world = up(*"abcde")
+    world.peer_says("de", seen=1)
+    world.step(silent="abc", times=3)
+    assert world.states() == "Suspect Suspect Suspect Up Up"
+
+
+def test_not_ready_decides_a_panic() -> None:
+    world = up(*"abc")
+    world.step(silent="ab", times=3)
+    world.ready("a", False)
+    assert world.states().split()[0] == "Down"
+
+
+def test_the_kernel_decides_a_panic() -> None:
+    world = up(*"abc")
+    world.step(silent="ab", kernel="ab", times=3)
+    assert world.states() == "AgentSilent AgentSilent Up"
+
+
+def test_nodes_that_go_one_after_another_are_no_panic() -> None:
+    world = up(*"abcde")
+    for gone in ("a", "ab", "abc", "abcd"):
+        world.wait(5, silent=gone)
+        assert "*" not in world.states()
+    assert world.states() == "Suspect Suspect Suspect Suspect Up"
+
+
+def test_half_is_not_more_than_half() -> None:
+    world = up(*"abcd")
+    world.step(silent="ab", times=3)
+    assert world.states() == "Suspect Suspect Up Up"
+
+
+def test_single_node_is_never_a_panic() -> None:
+    world = up("a")
+    world.step(silent="a", times=3)
+    assert world.states() == "Suspect"
+
+
+def test_flapping_node_waits_longer_each_time() -> None:
+    world = up(*"abcd")
+    waits = []
+    for _ in range(9):
+        world.wait(2, silent="a")
+        world.step(times=h.RETURN_ANSWERS)
+        assert world.nodes["a"].state is S.UP
+        start_s = world.now_s
+        while world.reason("a") is Reason.NODE_FLAPPING:
+            assert not world.nodes["a"].stable(world.now_s)
+            world.step()
+        waits.append(round(world.now_s - start_s))
+    assert waits == [0, 1, 2, 4, 8, 16, 32, 60, 60]
+
+
+def test_falls_are_forgiven_after_a_long_time_up() -> None:
+    world = up(*"abcd")
+    for _ in range(4):
+        world.wait(2, silent="a")
+        world.wait(1)
+    assert world.nodes["a"].falls == 4
+    world.wait(h.FORGIVE_S + 1)
+    assert world.nodes["a"].falls == 0
+
+
+def test_stall_shifts_what_is_dated_but_not_into_the_future() -> None:
+    world = up(*"ab")
+    world.step(silent="a", kernel="a", times=3)
+    old = world.nodes["a"]
+    new = h.stalled(old, 2.0, world.now_s + 2.0)
+    assert old.kernel_s is not None and new.kernel_s == old.kernel_s + 2.0
+    assert new.silent_s == old.silent_s + 2.0
+    assert h.stalled(old, 9.0, world.now_s + 1.0).kernel_s == world.now_s + 1.0
+
+
+def test_pardon_is_for_real_stalls_and_not_for_ever() -> None:
+    assert h.pardon(0.2, TICK, 0)
+    assert not h.pardon(0.02, TICK, 0)
+    assert not h.pardon(0.4, 0.5, 0)
+    assert not h.pardon(0.2, TICK, h.PARDONS)
+
+
+def test_interval_grows_with_the_nodes() -> None:
+    assert h.interval(0.05, 3) == h.interval(0.05, 50) == 0.05
+    assert all(n / h.interval(0.05, n) <= h.MAX_PROBES_PER_S for n in (50, 100, 101, 1000, 9999))
+
+
+ACTIONS = st.lists(
+    st.tuples(
+        st.text("abcde", max_size=5),
+        st.text("abcde", max_size=5),
+        st.sampled_from([None, "", "a", "ab", "abcde"]),
+        st.integers(1, 40),
+    ),
+    max_size=30,
+)
+
+
+@settings(deadline=None)
+@given(ACTIONS)
+def test_any_history_keeps_the_promises(actions: list[tuple[str, str, str | None, int]]) -> None:
+    world = World(*"abcde")
+    for silent, kernel, says, times in actions:
+        world.peers = ()
+        if says is not None:
+            world.peer_says(says)
+        for _ in range(times):
+            before = dict(world.nodes)
+            world.step(silent, kernel)
+            for name, health in world.nodes.items():
+                old = before[name]
+                if health.state is S.DOWN and old.state is not S.DOWN:
+                    assert says is not None and name in says, "Down without a second witness"
+                if health.state in (S.SUSPECT, S.DOWN) and old.state is S.UP:
+                    assert name in silent and health.misses >= LIMITS.misses
+                assert not health.held or health.state is S.SUSPECT
+    world.peers = ()
+    world.step(times=h.RETURN_ANSWERS)
+    assert set(world.states().split()) == {"Up"}, "who answers is Up in the end"

@@ -1,0 +1,107 @@
+"""The manager's small parts that only turn snapshots into snapshots."""
+
+from __future__ import annotations
+
+import base64
+import os
+from ipaddress import ip_address
+
+import pytest
+
+from lbctl import errors
+from lbctl.core import config, names
+from lbctl.core.model import Node, NodeState, NodeView, ObjectRef
+from lbctl.kube.objects import DataObject, Pod
+from manager import keys
+from manager.configuration import Accepted
+from manager.confirming import Confirming
+from manager.fleet import Fleet
+from manager.neighbours import Neighbours
+
+TEXT = """
+version: 1
+pools: [{name: p, addresses: [198.51.100.0/24]}]
+bgp:
+  asn: 64512
+  peers:
+    - {name: a, address: 192.0.2.1, asn: 64500}
+    - {name: b, address: 192.0.2.2, asn: 64501, passwordSecret: tor, port: 1179, holdTime: 12s}
+"""
+
+
+def secret(name: str, **data: bytes) -> DataObject:
+    pairs = tuple((key, base64.b64encode(value).decode()) for key, value in sorted(data.items()))
+    return DataObject(ObjectRef(names.NAMESPACE, name), "u", pairs)
+
+
+def accepted() -> Accepted:
+    return Accepted(config.parse(TEXT), "h", 1)
+
+
+def test_peers_get_their_passwords_and_keep_them() -> None:
+    secrets: dict[ObjectRef, DataObject] = {}
+    made = Neighbours(secrets, names.NAMESPACE, ip_address("192.0.2.11"))
+    now = accepted()
+    assert [peer.name for peer in made.peers(now)] == ["a"], "b must not go without its password"
+    assert "Secret tor" in made.missing["b"]
+    found = secret("tor", password=b"s3cret\n")
+    secrets[found.ref] = found
+    a, b = made.peers(now)
+    assert not made.missing and (a.password, b.password) == (None, "s3cret")
+    assert (b.asn, b.local_asn, b.port, b.hold_time_s) == (64501, 64512, 1179, 12)
+    assert str(a.router_id) == "192.0.2.11" and "s3cret" not in repr(b)
+    secrets.clear()
+    assert made.peers(now)[1].password == "s3cret", "a password that is known must not be lost"
+
+
+@pytest.mark.parametrize("bad", [b"", b"x" * 81, b"two\nlines", "ü".encode()])
+def test_unusable_passwords_leave_the_peer_out(bad: bytes) -> None:
+    found = secret("tor", password=bad)
+    made = Neighbours({found.ref: found}, names.NAMESPACE, None)
+    assert [peer.name for peer in made.peers(accepted())] == ["a"]
+
+
+def pod(name: str, node: str = "n", **given: object) -> Pod:
+    return Pod(ObjectRef(names.NAMESPACE, name), "u", node, app=names.MANAGER_APP, **given)  # type: ignore[arg-type]
+
+
+def test_fleet_knows_who_lives_and_since_when_not() -> None:
+    nodes = {ObjectRef("", "n"): Node("n"), ObjectRef("", "cut"): Node("cut", ready=False)}
+    clock = [100.0]
+    heard: list[str] = []
+    fleet = Fleet("me", nodes, lambda: tuple(heard), lambda: clock[0])
+    for one in (pod("me"), pod("a"), pod("b", "cut", deleting=True)):
+        assert fleet.change(one.ref, one)
+    other = Pod(ObjectRef(names.NAMESPACE, "agent-x"), "u", app=names.AGENT_APP)
+    assert not fleet.change(other.ref, other)
+    # b's host is dead, its Pod is to go, and nobody hears it.
+    assert fleet.living() == {"me", "a"} and fleet.gone() == {"b": 100.0}
+    heard.append("b")
+    assert fleet.living() == {"me", "a", "b"} and fleet.gone() == {}
+    clock[0] = 200.0
+    assert fleet.change(ObjectRef(names.NAMESPACE, "a"), None)
+    assert fleet.living() == {"me", "b"} and fleet.gone() == {"a": 200.0}
+    assert not fleet.change(ObjectRef(names.NAMESPACE, "a"), None)
+
+
+def test_confirming_counts_up_nodes_only() -> None:
+    one, two = ip_address("198.51.100.1"), ip_address("198.51.100.2")
+    views = {
+        "b": NodeView("b", NodeState.UP, confirmed=frozenset({one, two})),
+        "a": NodeView("a", NodeState.UP, confirmed=frozenset({one})),
+        "c": NodeView("c", NodeState.DOWN, confirmed=frozenset({one})),
+    }
+    found = Confirming(views)
+    assert found[one] == ("a", "b") and found[two] == ("b",)
+    assert found.get(ip_address("198.51.100.3")) == () and len(found) == 2
+
+
+def test_keys_are_unwrapped_twice_and_placeholders_refused() -> None:
+    value = os.urandom(32)
+    text = base64.b64encode(value)
+    assert keys.read(secret(names.PROBE_SECRET, current=text)).current == value
+    for bad in (b"changeme", base64.b64encode(b"\0" * 32), base64.b64encode(value[:16])):
+        with pytest.raises(errors.ConfigError):
+            keys.read(secret(names.PROBE_SECRET, current=bad))
+    with pytest.raises(errors.ConfigError):
+        keys.read(secret(names.PROBE_SECRET))

@@ -1,0 +1,377 @@
+"""Route selection: who is a next hop of what, why not, what stays when nobody is left."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from ipaddress import ip_address, ip_network
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lbctl.core.config import parse
+from lbctl.core.endpoints import eligible
+from lbctl.core.model import (
+    Eip,
+    Endpoint,
+    Node,
+    NodeState,
+    NodeView,
+    ObjectRef,
+    Phase,
+    PortEndpoints,
+    Protocol,
+    Service,
+    ServiceEndpoints,
+    ServicePort,
+    TrafficPolicy,
+)
+from lbctl.core.reasons import Reason
+from lbctl.core.routes import EipSelection, PathIds, Rules, Selection, path_id, select
+
+CONFIG = """
+version: 1
+pools:
+  - name: public
+    addresses: [198.51.100.0/24, "2001:db8:1::/120"]
+bgp:
+  asn: 64512
+  peers:
+    - {name: tor, address: 192.0.2.1, asn: 64500}
+"""
+A, B = ip_address("198.51.100.1"), ip_address("198.51.100.2")
+V6 = ip_address("2001:db8:1::1")
+WEB, DB = ObjectRef("default", "web"), ObjectRef("default", "db")
+SUSPECT = {"state": NodeState.SUSPECT}
+
+
+def service(ref: ObjectRef, policy: TrafficPolicy = TrafficPolicy.CLUSTER) -> Service:
+    return Service(ref, ref.name, 0.0, (ServicePort("", Protocol.TCP, 80),), True, policy=policy)
+
+
+def behind(ref: ObjectRef, *on: str, ready: bool = True) -> ServiceEndpoints:
+    endpoints = tuple(
+        Endpoint(ip_address(f"10.244.0.{n}"), 80, node, f"pod-{n}", ready=ready)
+        for n, node in enumerate(on, 1)
+    )
+    return ServiceEndpoints(ref, (PortEndpoints("", Protocol.TCP, endpoints),))
+
+
+class World:
+    """Three nodes, one Service with an endpoint on each of the first two; change, then select."""
+
+    def __init__(self, count: int = 3, extra: str = "") -> None:
+        self.rules = Rules(parse(CONFIG + extra), "m1")
+        self.nodes = {
+            f"n{n}": Node(f"n{n}", addresses=(ip_address(f"192.0.2.{20 + n}"),))
+            for n in range(1, count + 1)
+        }
+        everything = frozenset({A, B, V6})
+        self.views = {
+            name: NodeView(name, NodeState.UP, confirmed=everything, local_ready=everything)
+            for name in self.nodes
+        }
+        self.eips = {A: Eip(A, "public", WEB, "web")}
+        self.services = {WEB: service(WEB), DB: service(DB)}
+        self.endpoints = {WEB: behind(WEB, "n1", "n2"), DB: behind(DB, "n1")}
+        self.ids = PathIds()
+
+    def view(self, name: str, **changes: object) -> None:
+        self.views[name] = replace(self.views[name], **changes)  # type: ignore[arg-type]
+
+    def node(self, name: str, **changes: object) -> None:
+        self.nodes[name] = replace(self.nodes[name], **changes)  # type: ignore[arg-type]
+
+    def select(self, previous: Selection | None = None) -> Selection:
+        return select(
+            self.rules,
+            self.eips.values(),
+            self.services,
+            self.endpoints,
+            self.nodes,
+            self.views,
+            self.ids,
+            previous,
+        )
+
+    def one(self) -> EipSelection:
+        return self.select().eips[A]
+
+    def hops(self) -> list[str]:
+        return sorted(path.node for path in self.one().paths)
+
+
+def test_every_up_node_that_confirmed_is_a_next_hop() -> None:
+    world = World()
+    result = world.one()
+    assert result.reason is Reason.ANNOUNCED
+    assert {(str(p.prefix), str(p.next_hop), p.node) for p in result.paths} == {
+        ("198.51.100.1/32", "192.0.2.21", "n1"),
+        ("198.51.100.1/32", "192.0.2.22", "n2"),
+        ("198.51.100.1/32", "192.0.2.23", "n3"),
+    }
+    assert result.reasons == dict.fromkeys(["n1", "n2", "n3"], Reason.ANNOUNCED)
+    assert world.select().reasons()[A, "n1"] is Reason.ANNOUNCED
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"state": NodeState.UNKNOWN}, Reason.NODE_UNKNOWN),
+        ({"state": NodeState.SUSPECT}, Reason.NODE_SUSPECT),
+        ({"state": NodeState.DOWN}, Reason.NODE_DOWN),
+        ({"stable": False}, Reason.NODE_FLAPPING),
+        ({"lags": True}, Reason.NODE_LAGS),
+        ({"confirmed": frozenset({B})}, Reason.NOT_CONFIRMED),
+    ],
+)
+def test_views_that_take_a_node_out(changes: dict[str, object], reason: Reason) -> None:
+    world = World()
+    world.view("n1", **changes)
+    assert world.hops() == ["n2", "n3"]
+    assert world.one().reasons["n1"] is reason
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"excluded": True}, Reason.NODE_EXCLUDED),
+        ({"draining": True}, Reason.NODE_DRAINING),
+        ({"deleting": True}, Reason.NODE_DRAINING),
+        ({"addresses": ()}, Reason.NODE_NO_ADDRESS),
+        ({"addresses": (ip_address("2001:db8::1"),)}, Reason.NODE_NO_ADDRESS),
+    ],
+)
+def test_nodes_that_are_no_next_hop_even_as_the_last(
+    changes: dict[str, object], reason: Reason
+) -> None:
+    world = World(1)
+    world.node("n1", **changes)
+    assert world.hops() == []
+    assert world.one().reasons["n1"] is reason
+    assert world.one().reason is Reason.NO_NEXT_HOP
+
+
+def test_not_ready_is_said_as_such() -> None:
+    world = World()
+    world.node("n1", ready=False)
+    world.view("n1", state=NodeState.DOWN)
+    assert world.one().reasons["n1"] is Reason.NODE_NOT_READY
+
+
+def test_node_without_a_view_has_never_answered() -> None:
+    world = World()
+    del world.views["n1"]
+    assert world.one().reasons["n1"] is Reason.NODE_UNKNOWN
+
+
+def test_silent_agent_keeps_what_it_confirmed() -> None:
+    world = World()
+    world.view("n1", state=NodeState.AGENT_SILENT)
+    world.view("n2", state=NodeState.AGENT_SILENT, confirmed=frozenset())
+    assert world.hops() == ["n1", "n3"]
+    assert world.one().reasons["n1"] is Reason.AGENT_SILENT
+    assert world.one().reasons["n2"] is Reason.NOT_CONFIRMED
+
+
+def test_panic_holds_what_was_confirmed() -> None:
+    world = World()
+    for name in world.nodes:
+        world.view(name, state=NodeState.SUSPECT, held=True)
+    world.view("n3", confirmed=frozenset())
+    assert world.hops() == ["n1", "n2"]
+    assert world.one().reasons["n1"] is Reason.HELD_BY_PANIC
+
+
+def test_the_suspect_that_fell_last_stays_until_it_is_down() -> None:
+    world = World()
+    world.view("n1", **SUSPECT, since_s=10.0)
+    world.view("n2", **SUSPECT, since_s=20.0)
+    assert world.hops() == ["n3"]
+    world.view("n3", **SUSPECT, since_s=30.0)
+    assert world.hops() == ["n3"]
+    assert world.one().reasons["n3"] is Reason.LAST_NEXT_HOP
+    assert world.one().reasons["n2"] is Reason.NODE_SUSPECT
+    world.view("n3", state=NodeState.DOWN)
+    world.view("n1", state=NodeState.DOWN)
+    world.view("n2", state=NodeState.DOWN)
+    assert world.hops() == []
+
+
+def test_a_doubtful_node_is_better_than_a_suspect_one() -> None:
+    world = World()
+    world.view("n1", **SUSPECT, since_s=10.0)
+    world.view("n2", stable=False)
+    world.view("n3", lags=True)
+    assert world.hops() == ["n2", "n3"]
+    assert world.one().reasons["n2"] is Reason.LAST_NEXT_HOP
+
+
+def test_local_policy_takes_nodes_with_an_endpoint_that_say_so() -> None:
+    world = World()
+    world.services[WEB] = service(WEB, TrafficPolicy.LOCAL)
+    assert world.hops() == ["n1", "n2"]
+    assert world.one().reasons["n3"] is Reason.NO_LOCAL_ENDPOINT
+    world.view("n1", local_ready=frozenset())
+    assert world.hops() == ["n2"]
+    assert world.one().reasons["n1"] is Reason.NOT_CONFIRMED
+
+
+@pytest.mark.parametrize("endpoints", [behind(WEB), behind(WEB, "n1", ready=False), None])
+def test_no_endpoint_no_route(endpoints: ServiceEndpoints | None) -> None:
+    world = World()
+    world.endpoints = {} if endpoints is None else {WEB: endpoints}
+    assert (world.hops(), world.one().reason) == ([], Reason.NO_ENDPOINTS)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"phase": Phase.RELEASING}, Reason.RELEASING),
+        ({"forwarding": False}, Reason.RELEASING),
+        ({"address": ip_address("203.0.113.5")}, Reason.ADDRESS_OUTSIDE_POOLS),
+        ({"owner": ObjectRef("default", "gone")}, Reason.NO_ENDPOINTS),
+    ],
+)
+def test_eips_that_are_not_announced(changes: dict[str, object], reason: Reason) -> None:
+    world = World()
+    eip = replace(world.eips[A], **changes)  # type: ignore[arg-type]
+    world.eips = {eip.address: eip}
+    for name in world.nodes:
+        world.view(name, confirmed=frozenset({eip.address}))
+    result = world.select()
+    assert result.paths == frozenset()
+    assert result.eips[eip.address].reason is reason
+
+
+def test_deleted_service_is_withdrawn_before_the_leader_acts() -> None:
+    world = World()
+    world.services[WEB] = replace(world.services[WEB], deleting=True)
+    assert (world.hops(), world.one().reason) == ([], Reason.RELEASING)
+
+
+def test_next_hop_annotation_and_family() -> None:
+    world = World()
+    v6 = ip_address("2001:db8::22")
+    world.node("n1", next_hops=(ip_address("192.0.2.99"),))
+    world.node("n2", addresses=(*world.nodes["n2"].addresses, v6))
+    world.eips[V6] = Eip(V6, "public", WEB, "web")
+    result = world.select()
+    by_node = {p.node: str(p.next_hop) for p in result.eips[A].paths}
+    assert by_node == {"n1": "192.0.2.99", "n2": "192.0.2.22", "n3": "192.0.2.23"}
+    assert [(p.prefix, p.next_hop) for p in result.eips[V6].paths] == [
+        (ip_network("2001:db8:1::1/128"), v6)
+    ]
+    assert result.eips[V6].reasons["n1"] is Reason.NODE_NO_ADDRESS
+
+
+def test_max_paths_is_a_stable_subset() -> None:
+    world = World(9, "announce: {maxPaths: 4}\n")
+    chosen = world.hops()
+    assert len(chosen) == 4
+    assert Counter(world.one().reasons.values())[Reason.OVER_MAX_PATHS] == 5
+    spare = next(name for name in world.nodes if name not in chosen)
+    world.view(spare, state=NodeState.DOWN)
+    assert world.hops() == chosen
+    world.view(chosen[0], state=NodeState.DOWN)
+    assert len(set(world.hops()) & set(chosen)) == 3
+
+
+def test_max_paths_spreads_eips_over_nodes() -> None:
+    world = World(8, "announce: {maxPaths: 2}\n")
+    addresses = [ip_address(f"198.51.100.{n}") for n in range(1, 201)]
+    world.eips = {address: Eip(address, "public", WEB, "web") for address in addresses}
+    for name in world.nodes:
+        world.view(name, confirmed=frozenset(addresses))
+    counts = Counter(path.node for path in world.select().paths)
+    assert sum(counts.values()) == 400
+    assert min(counts.values()) > 25  # 50 each on average
+
+
+def test_per_manager_paths_differ_while_there_are_enough() -> None:
+    world = World(3, "announce: {paths: perManager}\n")
+    seen = []
+    for me in ("m1", "m2", "m3"):
+        world.rules = replace(world.rules, me=me, managers=("m1", "m2", "m3"))
+        (hop,) = world.hops()
+        seen.append(hop)
+    assert sorted(seen) == ["n1", "n2", "n3"]
+    world.rules = replace(world.rules, me="m1", managers=())
+    assert world.hops() == [seen[0]]
+
+
+def test_unchanged_eips_are_not_made_anew() -> None:
+    world = World()
+    world.eips[B] = Eip(B, "public", DB, "db")
+    first = world.select()
+    same = world.select(first)
+    assert same.paths == first.paths
+    assert all(same.eips[a] is first.eips[a] for a in (A, B))
+    world.endpoints[WEB] = behind(WEB, "n2")
+    changed = world.select(same)
+    assert changed.eips[A] is not same.eips[A] and changed.eips[B] is same.eips[B]
+    world.view("n1", state=NodeState.DOWN)
+    assert {path.node for path in world.select(changed).paths} == {"n2", "n3"}
+    world.view("n2", confirmed=frozenset({A}))
+    last = world.select(world.select(changed))
+    assert {p.node for p in last.eips[B].paths} == {"n3"}
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_incremental_selection_equals_a_fresh_one(data: st.DataObject) -> None:
+    world = World(4, "announce: {maxPaths: 2}\n")
+    world.eips[B] = Eip(B, "public", DB, "db")
+    previous: Selection | None = None
+    names = st.sampled_from(sorted(world.nodes))
+    for _ in range(data.draw(st.integers(1, 8))):
+        name = data.draw(names)
+        match data.draw(st.sampled_from(["state", "confirmed", "node", "endpoints", "eip"])):
+            case "state":
+                held = data.draw(st.booleans())
+                world.view(name, state=data.draw(st.sampled_from(NodeState)), held=held)
+            case "confirmed":
+                world.view(name, confirmed=data.draw(st.frozensets(st.sampled_from([A, B]))))
+            case "node":
+                world.node(name, draining=data.draw(st.booleans()))
+            case "endpoints":
+                world.endpoints[WEB] = behind(WEB, *data.draw(st.lists(names, max_size=3)))
+            case "eip":
+                world.eips[B] = replace(world.eips[B], phase=data.draw(st.sampled_from(Phase)))
+        previous = world.select(previous)
+        fresh = world.select()
+        assert (previous.paths, previous.eips) == (fresh.paths, fresh.eips)
+        for selection in fresh.eips.values():
+            assert len(selection.paths) <= 2
+            for path in selection.paths:
+                assert world.views[path.node].state is not NodeState.DOWN
+                assert path.path_id == path_id(path.node, path.next_hop)
+
+
+def test_path_id_is_for_ever() -> None:
+    """Literal values: changing the function makes running switches keep stale paths."""
+    hop = ip_address("192.0.2.21")
+    assert path_id("node-1", hop) == PathIds().get("node-1", hop)
+    assert (path_id("node-1", hop), path_id("node-1", hop, ("64512:1",), 5)) == (
+        2643148429,
+        589704039,
+    )
+    assert all(0 < path_id(f"n{n}", hop) < 2**32 for n in range(1000))
+
+
+def test_path_ids_that_collide_get_a_salt() -> None:
+    ids, hop = PathIds(lambda *args: 7 + args[-1]), ip_address("192.0.2.21")
+    assert [ids.get("a", hop), ids.get("b", hop), ids.get("a", hop)] == [7, 8, 7]
+
+
+def test_eligible_endpoints() -> None:
+    address = ip_address("10.244.1.2")
+    ready = Endpoint(address, 80, "n1", "a")
+    ending = Endpoint(address, 81, "n1", "b", ready=False, serving=True, terminating=True)
+    dead = Endpoint(address, 82, "n1", "c", ready=False, serving=False, terminating=True)
+    starting = Endpoint(address, 83, "n1", "d", ready=False, serving=False)
+    nowhere = Endpoint(address, 79, "", "e")
+    assert eligible((ending, ready, dead, ready, nowhere)) == (ready,)
+    assert eligible((dead, ending, starting, nowhere)) == (ending,)
+    assert eligible((dead, starting, nowhere)) == ()
