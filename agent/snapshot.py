@@ -21,7 +21,7 @@ from agent.engine import State, render
 from agent.inputs import Inputs
 from lbctl.core import forwarding, nodeview
 from lbctl.core.forwarding import Locator, Table
-from lbctl.core.maglev import FORMAT
+from lbctl.core.maglev import FORMAT, SIZES
 from lbctl.core.model import (
     Address,
     Eip,
@@ -175,9 +175,10 @@ def _view(table: Table, before: Mapping[Address, list[Any]]) -> nodeview.View:
     for address, entry in table.eips.items():
         ports = []
         for number, port in enumerate(entry.ports):
-            past: tuple[Endpoint | None, ...] = (None,) * len(port.owners)
+            size = len(port.owners)
+            past: tuple[Endpoint | None, ...] = (None,) * size
             packed = before.get(address, [])
-            if number < len(packed) and len(packed[number][1]) == len(past):
+            if number < len(packed) and len(packed[number][1]) in SIZES[SIZES.index(size) :]:
                 known = [Endpoint(ip_address(a), p, node) for a, p, node in packed[number][0]]
                 past = tuple(known[i] if i >= 0 else None for i in packed[number][1])
             ports.append(PortView(port, past))

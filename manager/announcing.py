@@ -43,6 +43,7 @@ from manager.metrics import Metrics
 COALESCE_S: Final = 0.01
 _SETTLE_S: Final = 5.0
 _RETRY_S: Final = 0.1
+_AWAY_S: Final = 1.0  # before asking an API server again that is away
 _AT_A_TIME: Final = 8
 _CHUNK: Final = 500  # EIPs between two turns of the event loop
 _log = structlog.get_logger()
@@ -302,6 +303,7 @@ class Announcing:
                     return False  # mostly another manager that signed in the same moment
                 except errors.KubeError as error:
                     _log.info("withdrawal_not_signed", address=str(eip.address), error=str(error))
+                    await asyncio.sleep(_AWAY_S)
                     return False
                 _log.info("withdrawn", address=str(eip.address), service=str(eip.owner))
                 return True

@@ -80,6 +80,13 @@ class Manager:
             self.inputs.secrets.cache.items, given.namespace, given.address
         )
         self._build(client, given)
+        self.readiness = Readiness(
+            self.inputs,
+            self.configuration,
+            self.announcing,
+            self.speaker,
+            lambda: self._watch is not None,
+        )
         self._listen()
 
     def _build(self, client: Client, given: Settings) -> None:
@@ -117,13 +124,6 @@ class Manager:
             lambda: self.inputs.eips.cache.items.values(),
             self._accepted,
             given.namespace,
-        )
-        self.readiness = Readiness(
-            self.inputs,
-            self.configuration,
-            self.announcing,
-            self.speaker,
-            lambda: self._watch is not None,
         )
 
     def _listen(self) -> None:

@@ -331,7 +331,7 @@ class Allocator:
 
     def _pick(self, service: Service, family: int) -> _Pick:
         owned = [eip for eip in self.owned(service.ref) if eip.address.version == family]
-        bound = [eip for eip in owned if eip.phase is Phase.BOUND]
+        bound = [eip for eip in owned if eip.phase is Phase.BOUND and self._stays(service, eip)]
         have = min(
             bound, key=lambda e: (e.address not in service.ingress, int(e.address)), default=None
         )
@@ -344,6 +344,9 @@ class Allocator:
             wish = None if wish.version in service.families else wish
         if wish is not None and (have is None or have.address != wish):
             return self._pick_wish(service, wish, have)
+        if have is not None and self._supply.config and not self._supply.pool_of(have.address):
+            said = f"it has {have.address}, which is in none of the accepted pools"
+            return self._refuse(service, have, Reason.ADDRESS_OUTSIDE_POOLS, said)
         if have is not None:
             return _Pick(replace(have, owner_uid=service.uid), have)
         for eip in sorted(owned, key=lambda e: (e.address not in service.ingress, int(e.address))):
@@ -353,6 +356,12 @@ class Allocator:
             if address.version == family and self._supply.is_free(address):
                 return self._new(service, address, Reason.RESTORED)
         return self._pick_any(service, family)
+
+    def _stays(self, service: Service, eip: Eip) -> bool:
+        """Not so for one that nobody was told of and nobody will announce: a frozen leader's,
+        made by a configuration that is no longer in force."""
+        shown = eip.address in service.ingress or self._supply.config is None
+        return shown or self._supply.pool_of(eip.address) is not None
 
     def _pick_wish(self, service: Service, wish: Address, have: Eip | None) -> _Pick:
         """An address asked for. The old one is kept until the new one can be had."""

@@ -141,7 +141,7 @@ class Announcer:
         wanted_peers = sorted(set(peers))
         for peer in sorted(set(self._tables) - set(wanted_peers)):
             table = self._tables.pop(peer)
-            left = sorted(table.held | table.unsure | table.busy)
+            left = sorted(table.held | table.unsure | table.busy.keys())
             self._unclaimed[peer] = [Held(peer, r.attributes, (r.prefix,), False) for r in left]
         self._paths = paths
         for peer in wanted_peers:
@@ -250,8 +250,8 @@ class Announcer:
     def _learn(self, table: Table, ledger: Iterable[Held]) -> None:
         """Plan for a peer of which exactly this is known."""
         for entry in ledger:
-            known = table.held if entry.sure else table.unsure
-            known.update(Route(entry.attributes, prefix) for prefix in entry.prefixes)
+            for prefix in entry.prefixes:
+                table.learn(Route(entry.attributes, prefix), entry.sure)
         table.unsure -= table.held
         table.blocked = table.mode is not None and table.stray()
         if table.mode is not None:
@@ -288,25 +288,26 @@ class Announcer:
             return
         for peer in command.peers:
             if (table := self._tables.get(peer)) is not None:
-                self._answer(table, command, ok)
+                self._answer(table, id, command, ok)
 
-    def _answer(self, table: Table, command: Command, ok: bool) -> None:
+    def _answer(self, table: Table, id: int, command: Command, ok: bool) -> None:
         for prefix in command.prefixes:
             route = Route(command.attributes, prefix)
-            if route not in table.busy:
-                continue
-            table.busy.discard(route)
+            if table.busy.get(route) != id:
+                continue  # sent for a table of this peer that is no more
+            del table.busy[route]
             if not ok:
                 table.refused.add(route)
-                table.unsure.add(route)
                 table.held.discard(route)
-            elif command.verb is Verb.ANNOUNCE:
-                table.held.add(route)
-                table.unsure.discard(route)
+                table.learn(route, False)
+                self._consider(table, route)
+                continue
+            if command.verb is Verb.ANNOUNCE:
+                table.learn(route, True)
             else:
-                table.held.discard(route)
-                table.unsure.discard(route)
-            self._consider(table, route)
+                table.lose(route)
+            for other in (route, *table.displace(route)):
+                self._consider(table, other)
 
     def retry(self) -> None:
         """Try again what was refused. The port calls it now and then."""
@@ -383,7 +384,7 @@ class Announcer:
             for prefix in prefixes:
                 route = Route(attributes, prefix)
                 table.enqueue(route, None)
-                table.busy.add(route)
+                table.busy[route] = self._next_id
         return Command(verb, tuple(table.peer for table in chosen), attributes, prefixes)
 
 

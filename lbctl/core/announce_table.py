@@ -33,7 +33,7 @@ class Table:
     wanted: set[Route] = field(default_factory=set)
     held: set[Route] = field(default_factory=set)
     unsure: set[Route] = field(default_factory=set)
-    busy: set[Route] = field(default_factory=set)
+    busy: dict[Route, int] = field(default_factory=dict)  # to the id of the command in flight
     pending: dict[Route, int] = field(default_factory=dict)  # not right yet, since number n
     deferred: dict[Route, list[Route]] = field(default_factory=dict)
     refused: set[Route] = field(default_factory=set)
@@ -42,6 +42,7 @@ class Table:
     )
     kin: dict[str, set[str]] = field(default_factory=dict)  # hop or id -> attributes of wanted
     known: set[str] = field(default_factory=set)  # attributes in `kin`
+    slots: dict[str, set[str]] = field(default_factory=dict)  # id -> attributes of held, unsure
 
     def foreign(self, route: Route) -> bool:
         """Whether the route is of the kind that the peer's mode does not have."""
@@ -61,7 +62,10 @@ class Table:
         return wanted
 
     def prune(self) -> None:
-        """Forget the kinship of routes that are no longer wanted."""
+        """Forget the kinship of routes that are no longer wanted or there."""
+        self.slots = {}
+        for route in self.held | self.unsure:
+            self.slots.setdefault(_keys(route.attributes)[1], set()).add(route.attributes)
         wanted = self.empty()
         for route in wanted:
             self.want(route)
@@ -77,15 +81,27 @@ class Table:
                     return new
         return None
 
-    def replaced(self, old: Route) -> bool:
-        """Whether a wanted route that is there has taken the slot of `old`."""
-        if self.foreign(old):
-            return False
-        for attributes in self.kin.get(_keys(old.attributes)[1], ()):
-            new = Route(attributes, old.prefix)
-            if new != old and new in self.wanted and new in self.held:
-                return True
-        return False
+    def learn(self, route: Route, sure: bool) -> None:
+        """The route is there, or may be."""
+        (self.held if sure else self.unsure).add(route)
+        if sure:
+            self.unsure.discard(route)
+        self.slots.setdefault(_keys(route.attributes)[1], set()).add(route.attributes)
+
+    def displace(self, route: Route) -> list[Route]:
+        """A command for the route was done: what else was in its slot is not there any more."""
+        gone = []
+        for attributes in sorted(self.slots.get(_keys(route.attributes)[1], ())):
+            other = Route(attributes, route.prefix)
+            if other != route and (other in self.held or other in self.unsure):
+                self.lose(other)
+                gone.append(other)
+        return gone
+
+    def lose(self, route: Route) -> None:
+        """The route is not there."""
+        self.held.discard(route)
+        self.unsure.discard(route)
 
     def enqueue(self, route: Route, verb: Verb | None) -> None:
         """Put the route into the queue of `verb` and no other."""
@@ -107,16 +123,12 @@ class Table:
             if route not in self.held:
                 verb = Verb.ANNOUNCE
         elif route in self.held or route in self.unsure:
-            if self.replaced(route):
-                self.held.discard(route)
-                self.unsure.discard(route)
-            elif (new := self.successor(route)) is not None:
+            if (new := self.successor(route)) is not None:
                 self.deferred.setdefault(new, []).append(route)
                 self.enqueue(route, None)
                 self.pending.setdefault(route, number)
                 return
-            else:
-                verb = Verb.WITHDRAW
+            verb = Verb.WITHDRAW
         self.enqueue(route, verb)
         if verb is None:
             self.pending.pop(route, None)
@@ -127,15 +139,19 @@ class Table:
         """Drop all knowledge of what the peer has."""
         for grouped in self.todo.values():
             grouped.clear()
-        for known in (self.held, self.unsure, self.busy, self.refused):
+        for known in (self.held, self.unsure, self.refused):
             known.clear()
+        self.busy.clear()
+        self.slots.clear()
         self.pending.clear()
         self.deferred.clear()
 
     def stray(self) -> bool:
         """Whether something of the kind that the mode does not have may still be there."""
         return any(
-            self.foreign(route) for known in (self.held, self.unsure, self.busy) for route in known
+            self.foreign(route)
+            for known in (self.held, self.unsure, self.busy.keys())
+            for route in known
         )
 
 

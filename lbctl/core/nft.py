@@ -117,6 +117,7 @@ def totals(rules: Ruleset) -> dict[str, int]:
         "restricted": sum(address.version == 4 for address in rules.sources),
         "closed": sum(port.closed for port in ports),
         "svc": len(ports),
+        "past": len(ports),
         "steer": sum(len(port.steer) for port in ports),
         "prev": sum(len(port.prev) for port in ports),
         "deliver": sum(len(port.deliver) for port in ports),
@@ -237,9 +238,10 @@ def _whole(
     address: Address, prefix: str, old: PortElements | None, new: PortElements | None
 ) -> Iterator[_Change]:
     """The changes of the maps that have one element for a port."""
-    was, now = _chain_of(old), _chain_of(new)
-    if was != now:
-        yield address, "svc", [prefix] if was else [], [f"{prefix} : jump {now}"] if now else []
+    for name, chain_of in (("svc", _chain_of), ("past", _past_chain_of)):
+        was, now = chain_of(old), chain_of(new)
+        if was != now:
+            yield address, name, [prefix] if was else [], [f"{prefix} : jump {now}"] if now else []
     closed, closes = old is not None and old.closed, new is not None and new.closed
     if closed != closes:
         yield address, "closed", [prefix] if closed else [], [prefix] if closes else []
@@ -268,6 +270,10 @@ _MAPS: Final[tuple[tuple[str, Callable[[Any], str]], ...]] = (
 # -- rules ---------------------------------------------------------------------------------------
 def _chain_of(port: PortElements | None) -> str:
     return _hash_chain(port.size, port.by_client) if port else ""
+
+
+def _past_chain_of(port: PortElements | None) -> str:
+    return _hash_chain(port.past, port.by_client) if port else ""
 
 
 def _hash_chain(size: int, by_client: bool) -> str:
@@ -320,6 +326,7 @@ def _sets() -> str:
   set sources {{ type ipv4_addr . ipv4_addr; flags interval; }}
   set closed {{ type {key}; }}
   map svc {{ type {key} : verdict; }}
+  map past {{ type {key} : verdict; }}
   map steer {{ type {key} . mark : mark; }}
   map prev {{ type {key} . mark : mark; }}
   map deliver {{ type {key} . mark : ipv4_addr . inet_service; }}
@@ -363,7 +370,7 @@ def _chance() -> str:
   chain lookup {{
     ct mark & {MARK_MASK:#x} == {MARK_BASE:#x} meta mark set ct mark goto handover
     tcp flags & (syn|rst) != 0 accept
-    {_KEY} vmap @svc
+    {_KEY} vmap @past
     meta mark set {_KEY} . meta mark map @prev goto handover
     meta mark set 0
   }}
@@ -380,6 +387,7 @@ def _delivery() -> str:
     {_NODE} dnat to ip daddr
     {_KEY} vmap @svc
     meta l4proto {{ tcp, udp }} counter name delivered dnat ip to {_KEY} . meta mark map @deliver
+    {_KEY} vmap @past
     tcp flags & (fin|syn|rst|ack) == syn dnat ip to {_KEY} . meta mark map @late
     meta l4proto udp dnat ip to {_KEY} . meta mark map @late
     counter name stray drop

@@ -4,7 +4,9 @@ Rules: a bucket remembers its last other owner while that endpoint exists on a l
 that owns a bucket hands established flows that it does not know to that owner once (`prev`: the
 second chance); the old owner goes on taking new flows that a node with an older table steers to it,
 but no established one that it does not know: its pod would reset it.
-When a Service outgrows a table size, a bucket's past is that of the bucket which it came from.
+Sizes are powers of two and a bucket is a range of the hash. Where a Service changes its size, the
+past is kept at the finer of the two sizes, and no flow's former owner is forgotten; it goes back to
+the table's own size as soon as nothing is lost by that.
 """
 
 from __future__ import annotations
@@ -13,13 +15,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
+from lbctl.core import maglev
 from lbctl.core.forwarding import PortTable, Table
 from lbctl.core.model import Address, Endpoint, Protocol
 
 
 @dataclass(frozen=True, slots=True)
 class PortView:
-    """A port's table and, per bucket, its last other owner that is still there."""
+    """A port's table and, per past bucket, its last other owner that is still there.
+
+    `before` is as long as the table, or a power of two times that.
+    """
 
     table: PortTable
     before: tuple[Endpoint | None, ...]
@@ -33,13 +39,15 @@ class PortElements:
     """What this node's kernel holds for one EIP:protocol:port.
 
     steer, prev: bucket → index of a node. deliver, late: bucket → address and port; late is for new
-    flows alone, in buckets that were ours before. `size` buckets.
+    flows alone, in buckets that were ours before. steer and deliver know `size` buckets, prev and
+    late `past` of them.
     """
 
     address: Address
     protocol: Protocol
     port: int
     size: int
+    past: int
     by_client: bool
     closed: bool
     steer: Mapping[int, int] = field(default_factory=dict)
@@ -79,18 +87,27 @@ def _before(table: PortTable, old: PortView | None) -> tuple[Endpoint | None, ..
     number = {endpoint: place for place, endpoint in enumerate(table.endpoints)}
     same = [number.get(endpoint, -1) for endpoint in old.table.endpoints]
     alive = [e if e in table.members else None for e in old.table.endpoints]
-    old_owners, old_size = old.table.owners, len(old.table.owners)
-    past: list[Endpoint | None] = []
-    for bucket, now in enumerate(table.owners):
-        # Both sizes are powers of two and a bucket is a range of the hash.
-        source = bucket * old_size // size
-        was = old_owners[source]
+    old_owners, old_size, old_past = old.table.owners, len(old.table.owners), len(old.before)
+    past = max(size, old_size, old_past)
+    found: list[Endpoint | None] = []
+    for bucket in range(past):
+        now = table.owners[bucket * size // past]
+        was = old_owners[bucket * old_size // past]
         if same[was] != now:
-            past.append(alive[was])
+            found.append(alive[was])
             continue
-        older = old.before[source]
+        older = old.before[bucket * old_past // past]
         kept = older is not None and older in table.members and older != table.endpoints[now]
-        past.append(older if kept else None)
+        found.append(older if kept else None)
+    return _coarsest(found, size)
+
+
+def _coarsest(past: list[Endpoint | None], size: int) -> tuple[Endpoint | None, ...]:
+    """The shortest list, of `size` entries or more, that says the same."""
+    while len(past) > size and past[::2] == past[1::2]:
+        past = past[::2]
+    while len(past) not in maglev.SIZES:  # only these can be hashed to
+        past = [entry for entry in past for _ in range(2)]
     return tuple(past)
 
 
@@ -104,23 +121,26 @@ def elements(address: Address, view: PortView, me: str, index: Mapping[str, int]
     mine = [(e.address, e.port) if e.node == me else None for e in table.endpoints]
     remote = [index.get(e.node) for e in table.endpoints]
     for bucket, owner in enumerate(table.owners):
-        before = view.before[bucket]
-        pod = mine[owner]
+        pod, node = mine[owner], remote[owner]
         if pod is not None:
             deliver[bucket] = pod
-            if before is not None and before.node != me and before.node in index:
-                prev[bucket] = index[before.node]
-            continue
-        node = remote[owner]
-        if node is not None:
+        elif node is not None:
             steer[bucket] = node
-        if before is not None and before.node == me:
+    size, past = len(table.owners), len(view.before)
+    for bucket, before in enumerate(view.before):
+        if before is None:
+            continue
+        here = mine[table.owners[bucket * size // past]] is not None
+        if here and before.node != me and before.node in index:
+            prev[bucket] = index[before.node]
+        elif not here and before.node == me:
             late[bucket] = (before.address, before.port)
     return PortElements(
         address,
         table.protocol,
         table.port,
-        len(table.owners),
+        size,
+        past,
         table.by_client,
         table.closed,
         steer,

@@ -16,6 +16,7 @@ from lbctl.errors import LabError, MissingFeature
 from lbctl.lab.cluster.handle import ClusterSpec
 
 POLL_S = 0.3
+NODE_GRACE_S = 20.0
 HISTORY = 500  # small, so that the suite can outrun it
 
 
@@ -30,7 +31,7 @@ def main() -> None:
         if kind == "embedded":
             from lbctl.lab.cluster import embedded
 
-            cluster = embedded.start(spec, history=HISTORY)
+            cluster = embedded.start(spec, history=HISTORY, node_grace_s=NODE_GRACE_S)
         else:
             from lbctl.lab.cluster import kubernetes
 

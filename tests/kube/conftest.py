@@ -116,9 +116,8 @@ def node(cluster: SharedCluster) -> Iterator[str]:
     def client() -> Raw:
         return Raw(cluster.url, cluster.ca_file, cluster.admin_token)
 
-    found = HeartbeatNode(client, f"node-{secrets.token_hex(3)}")
-    yield found.name
-    found.stop()
+    with HeartbeatNode(client, f"node-{secrets.token_hex(3)}") as found:
+        yield found.name
 
 
 def _check_programs() -> None:

@@ -210,7 +210,7 @@ def now() -> str:
 
 
 class HeartbeatNode:
-    """A ready Node whose Lease is renewed until `stop`."""
+    """A ready Node whose Lease is renewed as long as its context lasts."""
 
     def __init__(self, client: Callable[[], Raw], name: str, **labels: str) -> None:
         self.name = name
@@ -238,7 +238,15 @@ class HeartbeatNode:
                 spec = {"renewTime": now().replace("Z", ".000000Z")}
                 raw("PATCH", f"{LEASES}/{self.name}", {"spec": spec}, kind)
 
-    def stop(self) -> None:
+    def __enter__(self) -> HeartbeatNode:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         """End the beat and delete the Node and its Lease."""
         self._ended.set()
         self._thread.join()

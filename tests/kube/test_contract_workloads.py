@@ -8,7 +8,16 @@ from collections.abc import Iterator
 import pytest
 
 from lbctl.lab.cluster.handle import Cluster
-from tests.kube.kube_tools import HeartbeatNode, Kubectl, Kubelet, Obj, Raw, until, workload
+from tests.kube.kube_tools import (
+    HeartbeatNode,
+    Kubectl,
+    Kubelet,
+    Obj,
+    Raw,
+    node_body,
+    until,
+    workload,
+)
 
 STRATEGIC = "application/strategic-merge-patch+json"
 
@@ -222,8 +231,14 @@ def test_scale_subresource(kubectl: Kubectl, raw: Raw, space: str) -> None:
     path = f"/apis/apps/v1/namespaces/{space}/deployments/web/scale"
     scale = raw("GET", path).ok()
     assert scale["kind"] == "Scale" and scale["spec"] in ({"replicas": 0}, {})
-    scale["spec"] = {"replicas": 2}
-    assert raw("PUT", path, scale).ok()["spec"] == {"replicas": 2}
+
+    def scaled() -> bool:  # the controller may write in between
+        fresh = {**raw("GET", path).ok(), "spec": {"replicas": 2}}
+        return raw("PUT", path, fresh).code == 200
+
+    until("the scale to be written", scaled)
+    scale["metadata"]["resourceVersion"] = "1"
+    scale["spec"] = {"replicas": 3}
     found = kubectl.json("get", "deploy", "web")
     assert found["spec"]["replicas"] == 2 and found["metadata"]["generation"] == 2
     assert raw("PUT", path, scale).code == 409
@@ -282,10 +297,8 @@ def nodes(cluster: Cluster, space: str) -> Iterator[list[str]]:
         return Raw(cluster.url, cluster.ca_file, cluster.admin_token)
 
     names = [f"n{number}-{secrets.token_hex(3)}" for number in range(2)]
-    found = [HeartbeatNode(client, name, of=space) for name in names]
-    yield names
-    for each in found:
-        each.stop()
+    with HeartbeatNode(client, names[0], of=space), HeartbeatNode(client, names[1], of=space):
+        yield names
 
 
 def test_node_columns(kubectl: Kubectl, nodes: list[str]) -> None:
@@ -367,43 +380,64 @@ def test_daemon_set_rolls(kubectl: Kubectl, kubelet: Kubelet, nodes: list[str], 
     until("both to be new", lambda: turn() == ["lbctl/pod:2"] * 2)
 
 
-def test_a_node_that_is_not_ready_takes_its_pods_along(
-    kubectl: Kubectl, kubelet: Kubelet, raw: Raw, nodes: list[str], space: str
-) -> None:
-    kubectl("apply", "-f", "-", stdin=workload("Deployment", replicas=1))
-    pod = until("a Pod", kubelet.pods)[0]["metadata"]["name"]
-    kubelet.bind(pod, nodes[0])
-    kubelet.ready(pod)
-    conditions = [{"type": "Ready", "status": "False", "reason": "Test"}]
+def taints(raw: Raw, path: str) -> set[tuple[str, str]]:
+    found = raw("GET", path).ok().get("spec", {}).get("taints", [])
+    return {(taint["key"].removeprefix("node.kubernetes.io/"), taint["effect"]) for taint in found}
+
+
+def test_a_node_that_says_not_ready_is_tainted(raw: Raw, nodes: list[str]) -> None:
     path = f"/api/v1/nodes/{nodes[0]}"
-    raw("PATCH", f"{path}/status", {"status": {"conditions": conditions}}, STRATEGIC).ok()
-    until(
-        "the taints",
-        lambda: (
-            {
-                (taint["key"], taint["effect"])
-                for taint in raw("GET", path).ok()["spec"].get("taints", [])
-            }
-            >= {
-                ("node.kubernetes.io/not-ready", "NoSchedule"),
-                ("node.kubernetes.io/not-ready", "NoExecute"),
-            }
-        ),
+
+    def report(value: str) -> None:
+        condition = {"type": "Ready", "status": value, "reason": "Test"}
+        raw("PATCH", f"{path}/status", {"status": {"conditions": [condition]}}, STRATEGIC).ok()
+
+    report("False")
+    expected = {("not-ready", "NoSchedule"), ("not-ready", "NoExecute")}
+    until("the taints", lambda: taints(raw, path) == expected)
+    report("True")
+    until("the taints to go", lambda: not taints(raw, path))
+
+
+def test_a_silent_node_takes_its_pods_along(
+    cluster: Cluster, kubectl: Kubectl, kubelet: Kubelet, raw: Raw, space: str, node: str
+) -> None:
+    """A real controller waits 50 s for a heartbeat, the shared embedded one 20 s.
+
+    `node` is another, living node: when all are silent, the controller blames itself.
+    """
+    assert node
+    name = f"silent-{secrets.token_hex(3)}"
+    with HeartbeatNode(lambda: Raw(cluster.url, cluster.ca_file, cluster.admin_token), name):
+        kubectl("apply", "-f", "-", stdin=workload("Deployment", replicas=1))
+        pod = until("a Pod", kubelet.pods)[0]["metadata"]["name"]
+        kubelet.bind(pod, name)
+        kubelet.ready(pod)
+    path = f"/api/v1/nodes/{name}"
+    raw("POST", "/api/v1/nodes", node_body(name)).ok()  # nobody beats for this one
+    condition = until(
+        "the node to be unknown",
+        lambda: [
+            c
+            for c in raw("GET", path).ok()["status"]["conditions"]
+            if c["type"] == "Ready" and c["status"] == "Unknown"
+        ],
+        limit_s=200,
     )
+    assert condition[0]["reason"] == "NodeStatusUnknown"
+    expected = {("unreachable", "NoSchedule"), ("unreachable", "NoExecute")}
+    until("the taints", lambda: taints(raw, path) == expected)
+    pod_path = f"/api/v1/namespaces/{space}/pods/{pod}"
     until(
         "the Pod to be not ready",
         lambda: (
-            not any(
-                c["type"] == "Ready" and c["status"] == "True"
-                for c in raw("GET", f"/api/v1/namespaces/{space}/pods/{pod}").ok()["status"][
-                    "conditions"
-                ]
-            )
+            {c["type"]: c["status"] for c in raw("GET", pod_path).ok()["status"]["conditions"]}[
+                "Ready"
+            ]
+            == "False"
         ),
     )
-    ready = [{"type": "Ready", "status": "True", "reason": "Test"}]
-    raw("PATCH", f"{path}/status", {"status": {"conditions": ready}}, STRATEGIC).ok()
-    until("the taints to go", lambda: not raw("GET", path).ok()["spec"].get("taints"))
+    raw("DELETE", path)
 
 
 def test_leases(cluster: Cluster, raw: Raw, space: str) -> None:

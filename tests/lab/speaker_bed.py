@@ -68,6 +68,7 @@ class Bed:
         self.switch, self.speaker = f"{self.name}-sw", f"{self.name}-sp"
         self.run_directory = FilePath("/run/frr") / self.name
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self.add_path = True
         self.config = frr_config()
         self.speaker_directory = directory / "speaker"
         self.speaker_arguments: tuple[str, ...] = ()

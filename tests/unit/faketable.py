@@ -44,6 +44,15 @@ def bucket(client: str, port: int | None, size: int) -> int:
     return (jhash(words, 4 * len(words), maglev.SEED) * size) >> 32
 
 
+def _key(prefix: str, chain: str | None, client: str, source: int) -> str:
+    """What a packet is looked up by, with the bucket that a chain of the table gives it."""
+    if chain is None:
+        return prefix
+    kind, size = re.fullmatch(r"jump (flow|client)(\d+)", chain).groups()  # type: ignore[union-attr]
+    number = bucket(client, source if kind == "flow" else None, int(size))
+    return f"{prefix} . {BUCKET_BASE + number:#x}"
+
+
 @dataclass
 class FakeTable:
     """The elements of the table. Feed it what the agent gives to nft."""
@@ -91,20 +100,17 @@ class FakeTable:
                 return "refuse"
             if chain is None:
                 return "refuse"
-        key = prefix
-        if chain is not None:
-            kind, size = re.fullmatch(r"jump (flow|client)(\d+)", chain).groups()  # type: ignore[union-attr]
-            number = bucket(client, source if kind == "flow" else None, int(size))
-            key = f"{prefix} . {BUCKET_BASE + number:#x}"
+        key = _key(prefix, chain, client, source)
+        past = _key(prefix, self.maps.get("past", {}).get(prefix), client, source)
         if not peer and (mark := self.maps.get("steer", {}).get(key)):
             return f"node {int(mark, 16) - MARK_BASE}"
         if known:
             return "established"
-        if protocol == "tcp" and not syn and (mark := self.maps.get("prev", {}).get(key)):
+        if protocol == "tcp" and not syn and (mark := self.maps.get("prev", {}).get(past)):
             return f"chance {int(mark, 16) - MARK_BASE}"
         if pod := self.maps.get("deliver", {}).get(key):
             return "pod " + pod.replace(" . ", ":")
-        late = self.maps.get("late", {}).get(key)
+        late = self.maps.get("late", {}).get(past)
         if late and (syn or protocol == "udp"):
             return "pod " + late.replace(" . ", ":")
         return "stray"

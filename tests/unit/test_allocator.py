@@ -289,8 +289,18 @@ def test_addresses_stay_when_pools_change() -> None:
     allocator.set_service(settled("out", "10.0.0.8"))
     allocator.set_eip(eip("10.0.0.8", "out"))
     assert allocator.plan() == ()
-    allocator.configure(config("b 10.0.0.0/29"))
+    allocator.configure(config("b 10.0.0.0/27"))
     assert allocator.plan() == ()
+
+
+def test_an_eip_that_a_leader_of_an_old_configuration_made() -> None:
+    pools, made = config("a 10.0.0.0/31"), eip("10.0.9.9", "web")
+    actions = plan(pools, [service("web")], [made])  # nobody was told of it
+    assert kinds(actions) == ["AddFinalizer", "CreateEip", "WriteStatus", "ReleaseEip"]
+    assert given_to(actions) == {"web": "10.0.0.0"}
+    (said,) = plan(pools, [settled("web", "10.0.9.9")], [made])  # given: it stays, and is said
+    assert isinstance(said, Refused) and said.reason is Reason.ADDRESS_OUTSIDE_POOLS
+    assert plan(pools, [settled("web", "10.0.0.1")], [eip("10.0.0.1", "web")]) == ()
 
 
 def test_409_and_then_another_address() -> None:
@@ -486,8 +496,8 @@ def test_space_is_a_set(steps: list[tuple[bool, int, int]]) -> None:
 
 
 def test_a_nearly_full_big_pool() -> None:
-    allocator = Allocator(config("a 10.0.0.0/18"))
-    order = list(range(1 << 14))
+    allocator = Allocator(config("a 10.0.0.0/20"))
+    order = list(range(1 << 12))
     random.Random(1).shuffle(order)
     base = int(ip_address("10.0.0.0"))
     free: Address = ip_address(base + order.pop())
@@ -496,7 +506,7 @@ def test_a_nearly_full_big_pool() -> None:
         allocator.set_service(settled(f"s{n}", str(ip_address(base + n))))
     allocator.set_service(service("web"))
     assert given_to(allocator.plan()) == {"web": str(free)}
-    assert allocator.usage() == (("a", 1 << 14, 1 << 14),)
+    assert allocator.usage() == (("a", 1 << 12, 1 << 12),)
 
 
 def test_clear_status_is_what_is_left_after_an_eip_was_deleted_by_hand() -> None:

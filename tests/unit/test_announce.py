@@ -7,7 +7,7 @@ from collections import deque
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from lbctl.core import exabgp
@@ -421,8 +421,26 @@ class Storm:
         self.announcer.retry()
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(steps)
+@example(  # an answer that was for a table of the peer that is no more
+    [
+        ("want", {A}, {(1, 1, 0)}),
+        ("want", {A}, set()),
+        ("step", False, True),
+        ("want", {B}, set()),
+        ("want", {A}, {(1, 1, 0)}),
+        ("want", {A}, set()),
+    ]
+)
+@example(  # without ADD-PATH, there and back again while both are in flight
+    [
+        ("mode", A, False),
+        ("want", {A}, {(1, 1, 0)}),
+        ("want", {A}, {(1, 1, 1)}),
+        ("want", {A}, {(1, 1, 0)}),
+    ]
+)
 def test_whatever_happens_it_ends_with_what_is_desired(
     script: list[tuple[str, object, object]],
 ) -> None:

@@ -408,13 +408,13 @@ _WORDS = st.sampled_from(
 )  # fmt: skip
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.lists(st.one_of(_WORDS, st.text(max_size=3)), max_size=30).map("".join))
 def test_no_text_raises_anything_else(text: str) -> None:
     _try(text)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.integers(0, len(GOOD)), st.integers(0, 8), st.one_of(_WORDS, st.text(max_size=3)))
 def test_no_typing_error_raises_anything_else(at: int, length: int, typed: str) -> None:
     _try(GOOD[:at] + typed + GOOD[at + length :])

@@ -33,18 +33,25 @@ class Cluster:
     def apply(self, new: object, only: tuple[str, ...] = tuple(INDEX)) -> None:
         self.generation += 1
         for name in only:
-            self.views[name] = nodeview.advance(self.views[name], new)  # type: ignore[arg-type]
+            self.views[name] = nodeview.advance(self.views[name], new)  # type: ignore[arg-type, assignment]
             rules = ruleset(self.views[name], name, self.generation)  # type: ignore[arg-type]
             old = self.rules[name]
             for piece in nft.difference(old, rules) if old.generation else nft.full(rules):
                 self.fakes[name].apply(piece)
             self.rules[name] = rules
 
-    def lands(self, entry: str, client: tuple[str, int], **more: object) -> str:
-        """Follow a packet from the node where it enters; at most three nodes."""
+    def lands(
+        self, entry: str, client: tuple[str, int], *, syn: bool = True, home: str = ""
+    ) -> str:
+        """Follow a packet from the node where it enters; at most three nodes.
+
+        home: the node whose conntrack knows the flow.
+        """
         where, peer = entry, False
         for _ in range(3):
-            out = self.fakes[where].where(str(EIP), 80, *client, peer=peer, **more)  # type: ignore[arg-type]
+            fake = self.fakes[where]
+            known = where == home
+            out = fake.where(str(EIP), 80, *client, peer=peer, syn=syn, known=known)
             if not out.startswith(("node ", "chance ")):
                 return f"{out} @{where}"
             where, peer = f"n{out.split()[1]}", True
@@ -75,6 +82,26 @@ def test_established_flows_reach_their_old_pod() -> None:
             moved += not out.endswith(home) or cluster.lands(entry, client) != out
             assert out.endswith(f"@{home}"), (client, entry, out)
     assert moved > 0
+
+
+@pytest.mark.parametrize("grown_first", [False, True])
+def test_shrinking_below_a_size_class_forgets_no_flow(grown_first: bool) -> None:
+    """Four pods have 256 buckets and two have 64: the past stays as fine as it was."""
+    cluster = Cluster()
+    if grown_first:
+        cluster.apply(table(*PODS[2:4]))
+    four = (PODS[0], PODS[1], PODS[2], PODS[4])
+    cluster.apply(table(*four))
+    homes = {client: cluster.lands("n1", client).split("@")[1] for client in CLIENTS}
+    cluster.apply(table(*four, down=frozenset({"n1"})), only=("n2", "n3"))
+    living = {client: home for client, home in homes.items() if home != "n1"}
+    moved = 0
+    for client, home in living.items():
+        for entry in ("n2", "n3"):
+            moved += not cluster.lands(entry, client).endswith(f"@{home}")
+            out = cluster.lands(entry, client, syn=False, home=home)
+            assert out == f"established @{home}", (client, entry)
+    assert moved > 10
 
 
 def test_a_node_that_lags_neither_circles_nor_resets() -> None:

@@ -28,6 +28,7 @@ from lbctl.lab.controllers.run import run as run_controllers
 
 log = structlog.get_logger()
 _ENDING: Final = (signal.SIGTERM, signal.SIGINT)
+_BACKLOG: Final = 1024
 _SHUTDOWN_S: Final = 0.2
 _VERSIONS_PER_S: Final = 1000  # resourceVersions begin at the clock times this
 
@@ -74,12 +75,7 @@ async def _serve(args: argparse.Namespace) -> None:
 
     server = Server(api, Tokens(pki, account), f"{args.address}:{args.port}")
     runner = web.AppRunner(server.application(), access_log=None, shutdown_timeout=_SHUTDOWN_S)
-    await runner.setup()
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(pki.server_cert, pki.server_key)
-    site = web.TCPSite(runner, args.address, args.port, ssl_context=context, backlog=1024)
-    await site.start()
-    port = runner.addresses[0][1]
+    port = await _listen(runner, pki, args)
     bootstrap.create(api, args.address, port)
     ended = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -88,14 +84,10 @@ async def _serve(args: argparse.Namespace) -> None:
     async with asyncio.TaskGroup() as group:
         tasks = []
         if not args.no_controllers:
-            tasks.append(
-                group.create_task(run_controllers(api, pki.ca_cert.read_text(), args.node_grace_s))
-            )
+            controllers = run_controllers(api, pki.ca_cert.read_text(), args.node_grace_s)
+            tasks.append(group.create_task(controllers))
         if args.ready_file:
-            host = f"[{args.address}]" if ":" in args.address else args.address
-            temporary = args.ready_file.with_suffix(".new")
-            temporary.write_text(f"https://{host}:{port}\n")
-            temporary.replace(args.ready_file)
+            _tell(args.ready_file, args.address, port)
         log.info("api_server_ready", address=args.address, port=port)
         await ended.wait()
         for task in tasks:
@@ -103,6 +95,25 @@ async def _serve(args: argparse.Namespace) -> None:
     await runner.cleanup()
     if journal is not None:
         journal.close()
+
+
+async def _listen(runner: web.AppRunner, pki: Pki, args: argparse.Namespace) -> int:
+    """Serve TLS; the port."""
+    await runner.setup()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(pki.server_cert, pki.server_key)
+    await web.TCPSite(
+        runner, args.address, args.port, ssl_context=context, backlog=_BACKLOG
+    ).start()
+    port: int = runner.addresses[0][1]
+    return port
+
+
+def _tell(ready_file: Path, address: str, port: int) -> None:
+    host = f"[{address}]" if ":" in address else address
+    temporary = ready_file.with_suffix(".new")
+    temporary.write_text(f"https://{host}:{port}\n")
+    temporary.replace(ready_file)
 
 
 if __name__ == "__main__":

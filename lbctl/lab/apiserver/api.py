@@ -15,14 +15,13 @@ from typing import Any, Final
 
 import msgspec
 
-from lbctl.lab.apiserver import defaults, managed, patch, status, validate
-from lbctl.lab.apiserver.resources import Obj, Registry, Resource, from_crd
+from lbctl.lab.apiserver import crds, defaults, deletion, managed, patch, status, validate
+from lbctl.lab.apiserver.deletion import DeleteOptions
+from lbctl.lab.apiserver.resources import Obj, Registry, Resource
 from lbctl.lab.apiserver.schema import Findings, Schemas
 from lbctl.lab.apiserver.services import ServiceAddresses
 from lbctl.lab.apiserver.store import Item, Store
 
-CRDS: Final = "customresourcedefinitions.apiextensions.k8s.io"
-CRD_FINALIZER: Final = "customresourcecleanup.apiextensions.k8s.io"
 _GENERATED: Final = frozenset(
     {
         "deployments.apps",
@@ -32,10 +31,10 @@ _GENERATED: Final = frozenset(
         "poddisruptionbudgets.policy",
         "networkpolicies.networking.k8s.io",
         "endpointslices.discovery.k8s.io",
-        CRDS,
+        crds.KEY,
     }
 )
-_STRICT_VERSION: Final = frozenset({"leases.coordination.k8s.io", CRDS})
+_STRICT_VERSION: Final = frozenset({"leases.coordination.k8s.io", crds.KEY})
 _OWNED_META: Final = ("uid", "creationTimestamp", "deletionTimestamp", "deletionGracePeriodSeconds")
 
 
@@ -48,17 +47,6 @@ class Options:
     validation: str = "Ignore"
     force: bool = False
     warnings: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True, slots=True)
-class DeleteOptions:
-    """metav1.DeleteOptions. `propagation` is Background, Foreground or Orphan."""
-
-    grace_s: int | None = None
-    propagation: str = "Background"
-    uid: str | None = None
-    version: str | None = None
-    dry_run: bool = False
 
 
 INTERNAL: Final = Options()  # controllers: trusted, no field management
@@ -80,8 +68,8 @@ class Api:
 
     def resume(self) -> None:
         """After objects of an earlier run were put into the store."""
-        for item in self.store.items(CRDS):
-            self._serve_crd(item.obj)
+        for item in self.store.items(crds.KEY):
+            crds.serve(self.registry, self.schemas, item.obj)
         self.services.restore(item.obj for item in self.store.items("services"))
 
     def get(self, resource: Resource, namespace: str, name: str) -> Item:
@@ -175,12 +163,12 @@ class Api:
             meta["name"] = meta["generateName"] + defaults.suffix()
         meta["uid"] = str(uuid.uuid4())
         meta["creationTimestamp"] = now()
-        if (resource.status and resource.key != "nodes") or resource.key == CRDS:
+        if (resource.status and resource.key != "nodes") or resource.key == crds.KEY:
             obj.pop("status", None)
         if resource.key == "namespaces":
             obj.setdefault("spec", {})["finalizers"] = ["kubernetes"]
-        elif resource.key == CRDS:
-            meta["finalizers"] = sorted({*meta.get("finalizers", ()), CRD_FINALIZER})
+        elif resource.key == crds.KEY:
+            meta["finalizers"] = sorted({*meta.get("finalizers", ()), crds.FINALIZER})
         return meta
 
     def _check_namespace(self, resource: Resource, namespace: str, name: str) -> None:
@@ -223,46 +211,15 @@ class Api:
         defaults.apply(resource, obj)
 
     def _store(self, resource: Resource, obj: Obj, options: Options) -> Item:
-        if resource.key == CRDS and not options.dry_run:
-            self._establish(obj)
+        if resource.key == crds.KEY and not options.dry_run:
+            crds.establish(obj, now())
         if options.dry_run:
             obj["metadata"].setdefault("resourceVersion", "")
             return Item(obj, msgspec.json.encode(obj), 0)
         item = self.store.put(resource.key, obj)
-        if resource.key == CRDS:
-            self._serve_crd(obj)
+        if resource.key == crds.KEY:
+            crds.serve(self.registry, self.schemas, obj)
         return item
-
-    def _establish(self, crd: Obj) -> None:
-        spec = crd["spec"]
-        state = crd.setdefault("status", {})
-        state["acceptedNames"] = spec["names"]
-        state["storedVersions"] = [v["name"] for v in spec["versions"] if v.get("storage")]
-        if not state.get("conditions"):
-            established = "the initial names have been accepted"
-            reasons = (
-                ("NamesAccepted", "NoConflicts", "no conflicts found"),
-                ("Established", "InitialNamesAccepted", established),
-            )
-            state["conditions"] = [
-                {
-                    "type": kind,
-                    "status": "True",
-                    "lastTransitionTime": now(),
-                    "reason": reason,
-                    "message": message,
-                }
-                for kind, reason, message in reasons
-            ]
-
-    def _serve_crd(self, crd: Obj) -> None:
-        resource = from_crd(crd)
-        if resource is None:
-            return
-        for version in crd["spec"]["versions"]:
-            if version["name"] == resource.version:
-                self.schemas.add(resource, version["schema"]["openAPIV3Schema"])
-        self.registry.add(resource)
 
     # update
 
@@ -315,7 +272,7 @@ class Api:
             return item
         if options.manager:
             managed.updated(self.schemas, resource, old, obj, options.manager, sub, now())
-        if self._is_gone(resource, obj) and not options.dry_run:
+        if deletion.is_complete(resource, obj) and not options.dry_run:
             return self._remove(resource, obj)
         return self._store(resource, obj, options)
 
@@ -379,21 +336,13 @@ class Api:
         if content(old) != content(obj):
             obj["metadata"]["generation"] = old["metadata"].get("generation", 0) + 1
 
-    def _is_gone(self, resource: Resource, obj: Obj) -> bool:
-        meta = obj["metadata"]
-        if "deletionTimestamp" not in meta or meta.get("finalizers"):
-            return False
-        if resource.key == "namespaces":
-            return not obj["spec"].get("finalizers")
-        return not meta.get("deletionGracePeriodSeconds", 0)
-
     def _remove(self, resource: Resource, obj: Obj) -> Item:
         meta = obj["metadata"]
         item = self.store.remove(resource.key, meta.get("namespace", ""), meta["name"], obj)
         if resource.key == "services":
             self.services.release(obj["spec"])
-        elif resource.key == CRDS:
-            custom = from_crd(obj)
+        elif resource.key == crds.KEY:
+            custom = crds.resource_of(obj)
             if custom is not None:
                 self.registry.remove(custom.key)
                 self.store.drop(custom.key)
@@ -498,22 +447,11 @@ class Api:
         wanted = {"uid": options.uid, "resourceVersion": options.version}
         self._check_preconditions(resource, old, {k: v for k, v in wanted.items() if v})
         obj = item.copy()
+        deletion.mark(resource, obj, options)
         meta = obj["metadata"]
-        _propagate(meta, options.propagation)
-        grace = _grace(resource, obj, options.grace_s)
-        if "deletionTimestamp" not in meta:
-            meta["deletionTimestamp"] = _later(grace)
-            meta["deletionGracePeriodSeconds"] = grace
-            if "generation" in meta:
-                meta["generation"] += 1
-        elif grace < meta.get("deletionGracePeriodSeconds", 0):
-            meta["deletionTimestamp"] = _later(grace)
-            meta["deletionGracePeriodSeconds"] = grace
-        if resource.key == "namespaces":
-            obj["status"] = {**obj.get("status", {}), "phase": "Terminating"}
         if options.dry_run:
             return Item(obj, msgspec.json.encode(obj), 0), False
-        if self._is_gone(resource, obj):
+        if deletion.is_complete(resource, obj):
             if not old["metadata"].get("deletionTimestamp") and resource.key != "pods":
                 for key in ("deletionTimestamp", "deletionGracePeriodSeconds"):
                     meta.pop(key)
@@ -539,30 +477,3 @@ def _with_status(old: Obj, obj: Obj, *, labels: bool) -> Obj:
 def _handled(resource: Resource) -> str:
     kind, version = resource.kind, resource.version
     return f'{kind} in version "{version}" cannot be handled as a {kind}'
-
-
-def _later(seconds: int) -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() + seconds))
-
-
-def _propagate(meta: Obj, propagation: str) -> None:
-    names = {"Foreground": "foregroundDeletion", "Orphan": "orphan"}
-    wanted = names.get(propagation)
-    kept = [name for name in meta.get("finalizers", ()) if name not in names.values()]
-    if wanted:
-        kept.append(wanted)
-    if kept:
-        meta["finalizers"] = kept
-    else:
-        meta.pop("finalizers", None)
-
-
-def _grace(resource: Resource, obj: Obj, asked: int | None) -> int:
-    """Seconds that a Pod gets; nothing else has a grace period."""
-    if resource.key != "pods":
-        return 0
-    done = obj.get("status", {}).get("phase") in {"Succeeded", "Failed"}
-    if not obj["spec"].get("nodeName") or done:
-        return 0
-    grace = obj["spec"].get("terminationGracePeriodSeconds", 30) if asked is None else asked
-    return max(0, int(grace))

@@ -1,20 +1,22 @@
 """All objects in a file, so that a killed API server comes back with them.
 
 One line of JSON per write, appended and handed to the kernel at once: it survives SIGKILL of the
-process, not of the machine. At start the file is read and rewritten without what was overwritten.
-A last line that was cut short is dropped.
+process, not of the machine. At start, and when it has grown, the file is rewritten
+without what was overwritten. A last line that was cut short is dropped.
 """
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
 from lbctl.errors import LabError
 from lbctl.lab.apiserver.store import Item, Key, Store, key_of
+
+_COMPACT_BYTES: Final = 64 * 1024 * 1024  # written since the last rewrite
 
 
 class Journal:
@@ -23,6 +25,7 @@ class Journal:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._fd = -1
+        self._size = 0
 
     def load(self, store: Store) -> None:
         """Put the file's objects into the store. Raises LabError when it is not a state file."""
@@ -52,21 +55,34 @@ class Journal:
 
     def start(self, store: Store) -> None:
         """Write the store's objects as a new file, and every further write after them."""
+        self.close()
         temporary = self._path.with_suffix(".new")
         self._fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o600)
-        for resource, item in store.everything():
-            self._append(store.version, resource, key_of(item.obj), item)
+        kept = (
+            self._line(store.version, resource, key_of(item.obj), item)
+            for resource, item in store.everything()
+        )
+        self._write(b"".join(kept))
         temporary.replace(self._path)
-        store.journal = lambda resource, key, item: self._append(store.version, resource, key, item)
 
-    def _append(self, version: int, resource: str, key: Key, item: Item | None) -> None:
+        def append(resource: str, key: Key, item: Item | None) -> None:
+            if self._size > _COMPACT_BYTES:
+                self.start(store)
+            self._write(self._line(store.version, resource, key, item))
+
+        store.journal = append
+
+    def _line(self, version: int, resource: str, key: Key, item: Item | None) -> bytes:
         head = msgspec.json.encode({"v": version, "r": resource, "k": key})[:-1]
-        line = head + b',"o":' + (item.raw if item else b"null") + b"}\n"
-        while line:
-            line = line[os.write(self._fd, line) :]
+        return head + b',"o":' + (item.raw if item else b"null") + b"}\n"
+
+    def _write(self, data: bytes) -> None:
+        self._size += len(data)
+        while data:
+            data = data[os.write(self._fd, data) :]
 
     def close(self) -> None:
         """Close the file."""
         if self._fd >= 0:
             os.close(self._fd)
-            self._fd = -1
+            self._fd, self._size = -1, 0

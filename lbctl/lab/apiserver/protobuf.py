@@ -4,8 +4,8 @@ Clients written in Go (kubectl's `create SOMETHING`, `auth can-i`, `drain`) send
 kinds. Only requests: every client takes JSON as the answer. Field numbers are in `proto.json`,
 which `python -m lbctl.lab.apiserver.protobuf DIRECTORIES…` makes from generated.proto files.
 
-Protobuf does not say whether a zero was written or is Go's zero value; it counts as written only for
-fields where that matters (`_ZERO_COUNTS`). Source: protobuf.dev, "Encoding"; apimachinery,
+Protobuf does not say whether a zero was written or is Go's zero value; it counts as written only
+for fields where that matters (`_ZERO_COUNTS`). Source: protobuf.dev, "Encoding"; apimachinery,
 `runtime/serializer/protobuf`.
 """
 

@@ -148,30 +148,3 @@ class Registry:
         """Those that have objects."""
         reviews = {review.key for review in REVIEWS}
         return (self._by_key[key] for key in sorted(self._by_key) if key not in reviews)
-
-
-def from_crd(crd: Obj) -> Resource | None:
-    """The resource that a CustomResourceDefinition asks for; None if none is served."""
-    spec = crd["spec"]
-    names = spec["names"]
-    for version in spec["versions"]:
-        if version.get("storage") and version.get("served"):
-            subresources = version.get("subresources", {})
-            columns = version.get("additionalPrinterColumns") or _AGE_ONLY
-            return Resource(
-                group=spec["group"],
-                version=version["name"],
-                plural=names["plural"],
-                kind=names["kind"],
-                namespaced=spec["scope"] == "Namespaced",
-                short=tuple(names.get("shortNames", ())),
-                categories=tuple(names.get("categories", ())),
-                status="status" in subresources,
-                custom=True,
-                singular=names.get("singular", ""),
-                columns=tuple(tuple(sorted(column.items())) for column in columns),
-            )
-    return None
-
-
-_AGE_ONLY: Final = [{"name": "Age", "type": "date", "jsonPath": ".metadata.creationTimestamp"}]

@@ -17,7 +17,8 @@ from aiohttp import web
 
 from lbctl.errors import ApiRefusal
 from lbctl.lab.apiserver import auth, discovery, lists, protobuf, status, subresources, tables
-from lbctl.lab.apiserver.api import Api, DeleteOptions, Options
+from lbctl.lab.apiserver.api import Api, Options
+from lbctl.lab.apiserver.deletion import DeleteOptions
 from lbctl.lab.apiserver.resources import REVIEWS, Obj, Resource
 from lbctl.lab.apiserver.store import Item, decode
 

@@ -15,7 +15,7 @@ from lbctl.lab.apiserver import status
 from lbctl.lab.apiserver.resources import Obj, Resource
 from lbctl.lab.apiserver.status import Cause, invalid_value
 
-NODE_PORTS: Final = range(30000, 32768)
+NODE_PORTS: Final = range(10000, 40001)  # wide: 10,000 Services of type LoadBalancer fit
 _EXPOSED: Final = frozenset({"NodePort", "LoadBalancer"})
 
 

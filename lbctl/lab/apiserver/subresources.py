@@ -13,8 +13,9 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from lbctl.lab.apiserver import patch, status
-from lbctl.lab.apiserver.api import Api, DeleteOptions, Options, now
+from lbctl.lab.apiserver.api import Api, Options, now
 from lbctl.lab.apiserver.auth import Tokens
+from lbctl.lab.apiserver.deletion import DeleteOptions
 from lbctl.lab.apiserver.resources import Obj, Resource
 from lbctl.lab.apiserver.store import Item
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import Final
 
-from lbctl.lab.apiserver.api import Api, DeleteOptions
+from lbctl.lab.apiserver.api import Api
+from lbctl.lab.apiserver.deletion import DeleteOptions
 from lbctl.lab.apiserver.resources import Obj
 from lbctl.lab.apiserver.store import Change, Key
 from lbctl.lab.controllers.base import (

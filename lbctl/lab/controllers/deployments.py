@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 from typing import Any, Final
 
-from lbctl.lab.apiserver.api import Api, DeleteOptions, now
+from lbctl.lab.apiserver.api import Api, now
+from lbctl.lab.apiserver.deletion import DeleteOptions
 from lbctl.lab.apiserver.resources import Obj
 from lbctl.lab.apiserver.store import Change, Item, Key
 from lbctl.lab.controllers.base import (

@@ -12,7 +12,8 @@ from typing import Final, TypeAlias
 
 import msgspec
 
-from lbctl.lab.apiserver.api import Api, DeleteOptions
+from lbctl.lab.apiserver.api import Api
+from lbctl.lab.apiserver.deletion import DeleteOptions
 from lbctl.lab.apiserver.resources import Obj
 from lbctl.lab.apiserver.store import Change, Item, Key
 from lbctl.lab.controllers.base import (

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from typing import Final
 
-from lbctl.lab.apiserver import subresources
-from lbctl.lab.apiserver.api import CRD_FINALIZER, CRDS, INTERNAL, Api, DeleteOptions
-from lbctl.lab.apiserver.resources import Resource, from_crd
+from lbctl.lab.apiserver import crds, subresources
+from lbctl.lab.apiserver.api import INTERNAL, Api
+from lbctl.lab.apiserver.deletion import DeleteOptions
+from lbctl.lab.apiserver.resources import Resource
 from lbctl.lab.apiserver.store import Change, Item, Key
 from lbctl.lab.controllers.base import Controller, deleting
 
@@ -100,21 +101,21 @@ class CustomResources(Controller):
     def __init__(self, api: Api) -> None:
         super().__init__(api)
         self.store.subscribe_all(self._changed)
-        for item in self.store.items(CRDS):
+        for item in self.store.items(crds.KEY):
             self.add(("", item.obj["metadata"]["name"]))
 
     def _changed(self, resource: str, change: Change) -> None:
-        if resource == CRDS:
+        if resource == crds.KEY:
             self.add(change.key)
-        elif change.type == "DELETED" and self.store.get(CRDS, "", resource) is not None:
+        elif change.type == "DELETED" and self.store.get(crds.KEY, "", resource) is not None:
             self.add(("", resource))
 
     def reconcile(self, key: Key) -> None:
         """Delete the objects of a definition that goes; end it when none is left."""
-        item = self.store.get(CRDS, *key)
+        item = self.store.get(crds.KEY, *key)
         if item is None or not deleting(item.obj):
             return
-        resource = from_crd(item.obj)
+        resource = crds.resource_of(item.obj)
         left = self.store.items(resource.key) if resource else []
         for found in left:
             meta = found.obj["metadata"]
@@ -122,9 +123,9 @@ class CustomResources(Controller):
                 space = meta.get("namespace", "")
                 self.api.delete(resource, space, meta["name"], DeleteOptions())
         if resource is None or not self.store.items(resource.key):
-            current = self.store.get(CRDS, *key)
+            current = self.store.get(crds.KEY, *key)
             if current is not None:
                 obj = current.copy()
                 names = obj["metadata"].get("finalizers") or ()
-                obj["metadata"]["finalizers"] = [n for n in names if n != CRD_FINALIZER]
-                self.api.write(self.resource(CRDS), current, obj, INTERNAL)
+                obj["metadata"]["finalizers"] = [n for n in names if n != crds.FINALIZER]
+                self.api.write(self.resource(crds.KEY), current, obj, INTERNAL)

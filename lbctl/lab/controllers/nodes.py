@@ -11,7 +11,8 @@ import asyncio
 import time
 from typing import Any, Final
 
-from lbctl.lab.apiserver.api import Api, DeleteOptions, now
+from lbctl.lab.apiserver.api import Api, now
+from lbctl.lab.apiserver.deletion import DeleteOptions
 from lbctl.lab.apiserver.resources import Obj
 from lbctl.lab.apiserver.store import Change, Key
 from lbctl.lab.apiserver.tables import seconds
@@ -21,6 +22,7 @@ from lbctl.lab.controllers.pods import tolerates
 LEASES: Final = "leases.coordination.k8s.io"
 _LEASE_NAMESPACE: Final = "kube-node-lease"
 _TICK_S: Final = 0.5
+_STALL_S: Final = 2.0
 _QUARANTINE_S: Final = 40.0
 _NOT_READY: Final = "node.kubernetes.io/not-ready"
 _UNREACHABLE: Final = "node.kubernetes.io/unreachable"
@@ -53,13 +55,25 @@ class Nodes(Controller):
         """Look at all nodes twice a second, and at one when it changes."""
         async with asyncio.TaskGroup() as group:
             group.create_task(super().run())
+            before = time.monotonic()
             while True:
+                before = self._forgive(before)
                 for item in self.store.items("nodes"):
                     self.add(("", item.obj["metadata"]["name"]))
                 for name in self._pods.values():
                     if self.store.get("nodes", "", name) is None:
                         self.add(("", name))
                 await asyncio.sleep(_TICK_S)
+
+    def _forgive(self, before: float) -> float:
+        """Time in which this process did not run is no node's silence."""
+        clock = time.monotonic()
+        stall = clock - before - _TICK_S
+        if stall > _STALL_S:
+            self._beats = {
+                name: (beat, since + stall) for name, (beat, since) in self._beats.items()
+            }
+        return clock
 
     def reconcile(self, key: Key) -> None:
         """Judge one node."""
@@ -119,11 +133,20 @@ class Nodes(Controller):
             self._beats[name][1],
         )
 
+    def _all_silent(self) -> bool:
+        """Then the fault is rather ours, and nothing is evicted (full disruption mode)."""
+        return not any(
+            (condition(item.obj, "Ready") or {}).get("status") == "True"
+            for item in self.store.items("nodes")
+        )
+
     def _taint(self, name: str, node: Obj) -> None:
         wanted: set[tuple[str, str]] = set()
         state = (condition(node, "Ready") or {}).get("status")
         if state == "Unknown":
-            wanted |= {(_UNREACHABLE, "NoSchedule"), (_UNREACHABLE, "NoExecute")}
+            wanted.add((_UNREACHABLE, "NoSchedule"))
+            if not self._all_silent():
+                wanted.add((_UNREACHABLE, "NoExecute"))
         elif state != "True":
             wanted.add((_NOT_READY, "NoSchedule"))
             if state == "False":
@@ -158,7 +181,7 @@ class Nodes(Controller):
         ]
         for item in self._pods.get(name):
             pod = item.obj
-            if state in {"Unknown", "False"}:
+            if state == "Unknown":
                 self._mark_not_ready(pod)
             if taints and not deleting(pod) and _evict(pod, taints):
                 meta = pod["metadata"]

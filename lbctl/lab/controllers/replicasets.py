@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from lbctl.lab.apiserver.api import Api, DeleteOptions
+from lbctl.lab.apiserver.api import Api
+from lbctl.lab.apiserver.deletion import DeleteOptions
 from lbctl.lab.apiserver.resources import Obj
 from lbctl.lab.apiserver.selectors import label_selector
 from lbctl.lab.apiserver.store import Change, Item, Key
