@@ -7,6 +7,7 @@ worker in there is alive any more, however they ended.
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 import time
@@ -24,6 +25,9 @@ def main() -> None:
     """Start, say where it is (or why not), hold, stop."""
     kind, directory = sys.argv[1], Path(sys.argv[2])
     ended: list[int] = []
+    pid_file = directory / "holder.new"
+    pid_file.write_text(str(os.getpid()))
+    pid_file.replace(directory / "holder.pid")
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda n, _: ended.append(n))
     spec = ClusterSpec(directory)

@@ -31,7 +31,6 @@ HERE = Path(__file__).parent
 CHECKOUT = HERE.parents[1]
 REQUIRED = os.environ.get("LBCTL_REQUIRE_KUBERNETES") == "1"
 BUILD_S = 1800.0
-HOLDERS: list[subprocess.Popen[bytes]] = []  # those that this worker started, to be waited for
 STOP_S = 60.0
 
 
@@ -146,14 +145,12 @@ def _shared(kind: str, directory: Path) -> Iterator[dict[str, object]]:
     with _lock(directory):
         (users / str(os.getpid())).touch()
         if not (directory / "holder.pid").exists():
-            command = [sys.executable, str(HERE / "cluster_holder.py"), kind, str(directory)]
+            holder = [sys.executable, str(HERE / "cluster_holder.py"), kind, str(directory)]
+            command = ["setsid", "--fork", *holder]  # no child of this worker: others outlive it
             environment = {**os.environ, "PYTHONPATH": str(CHECKOUT)}
             with (directory / "holder.log").open("ab") as log:
-                holder = subprocess.Popen(
-                    command, stdout=log, stderr=log, env=environment, start_new_session=True
-                )
-            HOLDERS.append(holder)
-            (directory / "holder.pid").write_text(str(holder.pid))
+                subprocess.run(command, stdout=log, stderr=log, env=environment, check=True)
+            until("the holder to start", (directory / "holder.pid").exists)
     try:
         yield _access(directory)
     finally:
@@ -162,8 +159,6 @@ def _shared(kind: str, directory: Path) -> Iterator[dict[str, object]]:
             last = not any(users.iterdir())
         if last:
             _stop(directory)
-        for holder in HOLDERS:
-            holder.poll()
 
 
 @contextmanager

@@ -99,6 +99,24 @@ def test_from_client_side_to_server_side(kubectl: Kubectl) -> None:
     assert ("kubectl", "Apply") in managers
 
 
+def test_server_side_apply_of_what_client_side_apply_made(kubectl: Kubectl) -> None:
+    """Taken over, but for a map that is owned as a whole and in which a default was written."""
+    body = workload("Deployment", replicas=0)
+    container = body["spec"]["template"]["spec"]["containers"][0]
+    kubectl("apply", "-f", "-", stdin=body)
+    container["image"] = "lbctl/pod:2"
+    kubectl("apply", "--server-side", "-f", "-", stdin=body)
+    assert '"lbctl/pod:2"' in kubectl("get", "deploy", "web", "-o", "json")
+    other = workload("Deployment", "other", replicas=0)
+    variable = {"name": "POD", "valueFrom": {"fieldRef": {"fieldPath": "metadata.name"}}}
+    other["spec"]["template"]["spec"]["containers"][0]["env"] = [variable]
+    kubectl("apply", "-f", "-", stdin=other)
+    assert ".valueFrom.fieldRef" in kubectl.fails("apply", "--server-side", "-f", "-", stdin=other)
+    account = {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": "bare"}}
+    kubectl("apply", "-f", "-", stdin=account)
+    kubectl("apply", "--server-side", "-f", "-", stdin=account)
+
+
 def test_an_edit_by_another_conflicts_with_apply(kubectl: Kubectl) -> None:
     server_side(kubectl, "alice", workload("Deployment", replicas=1))
     kubectl("scale", "deploy", "web", "--replicas=2")

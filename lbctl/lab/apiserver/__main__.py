@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import logging
 import signal
 import ssl
 import sys
@@ -59,7 +60,16 @@ def _arguments() -> argparse.Namespace:
 
 
 async def _serve(args: argparse.Namespace) -> None:
-    structlog.configure(logger_factory=structlog.WriteLoggerFactory(file=sys.stderr))
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso"),
+            structlog.processors.format_exc_info,
+            structlog.processors.JSONRenderer(),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
+        logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
+    )
     pki = Pki(args.pki)
     store = Store(int(time.time() * _VERSIONS_PER_S), args.history)
     api = Api(store, args.service_cidr)

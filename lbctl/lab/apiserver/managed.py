@@ -19,6 +19,9 @@ from lbctl.lab.apiserver.schema import Schemas
 
 Path: TypeAlias = tuple[str, ...]
 _KEY_DEFAULTS: Final[dict[str, Any]] = {"protocol": "TCP", "port": None}
+_KUBECTL: Final = "kubectl"
+_LAST_APPLIED: Final = "kubectl.kubernetes.io/last-applied-configuration"
+_CLIENT_SIDE: Final = "kubectl-client-side-apply"
 _UNTRACKED: Final = frozenset(
     ("f:metadata", f"f:{name}")
     for name in (
@@ -235,8 +238,11 @@ def applied(
         return found is _MISSING or found != _look(schemas, schema, config, path)
 
     clashes = [(e, {p for p in paths & wanted if differs(p)}) for e, paths in others]
-    if any(paths for _, paths in clashes) and not force:
-        raise _conflict(clashes)
+    refused = clashes
+    if manager == _KUBECTL:
+        refused = _without_former_self(schemas, schema, live, clashes)
+    if any(paths for _, paths in refused) and not force:
+        raise _conflict(refused)
     lost = {path for _, paths in clashes for path in paths}
     others = [(e, paths - lost) for e, paths in others]
     merged: Obj = _merge(schemas, schema, live, config)
@@ -245,12 +251,28 @@ def applied(
     for path in sorted(had - wanted, key=len):
         if path not in kept and not any(other[: len(path)] == path for other in kept | wanted):
             _take(schemas, schema, merged, path)
-    same = had == wanted and _content(merged) == _content(live) and not lost
+    same = bool(mine) and had == wanted and _content(merged) == _content(live) and not lost
     entry = mine[0][0] if same else _entry(resource, manager, "Apply", sub, time)
     _write(merged, [(entry, wanted), *others])
     if same and owners:
         merged["metadata"]["managedFields"] = live["metadata"]["managedFields"]
     return merged
+
+
+def _without_former_self(
+    schemas: Schemas, schema: Obj, live: Obj, clashes: list[tuple[Obj, set[Path]]]
+) -> list[tuple[Obj, set[Path]]]:
+    """kubectl's server-side apply takes over what its client-side apply set and nobody changed."""
+    text = (live["metadata"].get("annotations") or {}).get(_LAST_APPLIED)
+    last: Any = json.loads(text) if text else {}
+
+    def changed(path: Path) -> bool:
+        return bool(_look(schemas, schema, last, path) != _look(schemas, schema, live, path))
+
+    return [
+        (entry, {p for p in paths if entry["manager"] != _CLIENT_SIDE or changed(p)})
+        for entry, paths in clashes
+    ]
 
 
 def _content(obj: Obj) -> Obj:
