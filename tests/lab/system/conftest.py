@@ -17,6 +17,7 @@ import pytest
 from lbctl.lab.api import Api
 from lbctl.lab.bringup import KUBECONFIG, bring_up
 from lbctl.lab.lab import Lab, take_down
+from tests.programs import need_kubernetes
 
 from .support import TOPOLOGY, System
 
@@ -30,6 +31,8 @@ def running(worker_id: str, request: pytest.FixtureRequest) -> Iterator[System]:
             yield System(lab, api)
         return
     real = os.environ.get("LBCTL_LAB_CLUSTER") == "kubernetes"
+    if real:
+        need_kubernetes()
     name = f"t-{os.getpid()}-{worker_id}"
     lab = Lab.up(TOPOLOGY, name, print)
     try:

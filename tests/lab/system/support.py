@@ -157,7 +157,7 @@ class System:
         have failed (how many flows entered at the node that dies, how many were steered).
         """
         macs = ", ".join(
-            self.lab.machine(name).run("cat", "/sys/class/net/eth0/address").stdout.strip()
+            self.lab.machine(name).run("cat", "/sys/class/net/eth1/address").stdout.strip()
             for name in SWITCHES
         )
         for node in self.lab.of_role("node"):

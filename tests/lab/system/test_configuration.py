@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from lbctl.core import names
 from lbctl.kube import client as kube
 from lbctl.lab import control, workload
@@ -12,6 +14,7 @@ from .support import System
 BROKEN = workload.CONFIG.replace("198.51.100.0/25", "198.51.100.1/25").replace("asn: 64512", "")
 
 
+@pytest.mark.both
 def test_bad_config_changes_nothing_even_over_a_restart(system: System) -> None:
     eip = system.deploy("kept")
     accepted = system.api.get(kube.CONFIG_MAPS, names.ACCEPTED_CONFIG_MAP, names.NAMESPACE)

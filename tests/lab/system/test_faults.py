@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import time
 
+import pytest
+
 from lbctl.lab import control
 from lbctl.lab.api import wait
 from lbctl.lab.load import Load, Report
@@ -78,6 +80,7 @@ def wait_sessions(system: System, eip: str, limit_s: float = 60.0) -> None:
     wait("six paths on both switches", full, limit_s=limit_s)
 
 
+@pytest.mark.both
 def test_node_power_cut_with_200_connections(system: System) -> None:
     eip = system.deploy("busy", replicas=6)
     on = system.api.pod_nodes("busy")
@@ -184,7 +187,7 @@ table ip watch {{
   counter returned {{ }}
   chain see {{
     type filter hook prerouting priority -450;
-    iifname "eth0" ip daddr {eip} counter name returned
+    iifname "eth1" ip daddr {eip} counter name returned
   }}
 }}
 """

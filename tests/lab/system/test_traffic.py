@@ -14,6 +14,7 @@ from lbctl.lab.api import wait
 from .support import CLIENT, SWITCHES, System
 
 
+@pytest.mark.both
 def test_from_pool_to_packet(system: System) -> None:
     eip = system.deploy("web")
     assert eip.startswith("198.51.100.")
@@ -63,6 +64,7 @@ def test_scale_up_to_zero_and_back(system: System) -> None:
     assert set(system.spread(eip, 40)) == set(system.api.ready_pods("scale"))
 
 
+@pytest.mark.both
 def test_local_policy_has_only_nodes_with_pods_as_next_hops(system: System) -> None:
     eip = system.deploy("local", replicas=2, policy="Local", announced=False)
     nodes = set(system.api.pod_nodes("local").values())
@@ -87,6 +89,7 @@ def test_udp_reaches_every_pod_with_the_clients_address(system: System) -> None:
     assert system.replies(eip, 5, port=53)
 
 
+@pytest.mark.both
 def test_deleted_service_gives_its_address_back_in_order(system: System) -> None:
     eip = system.deploy("gone")
     system.api.delete(kube.SERVICES, "gone")
