@@ -12,9 +12,14 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lbctl.errors import LabError, MissingFeature
 from lbctl.lab.cluster.handle import ClusterSpec
+
+if TYPE_CHECKING:  # each kind imports only what it needs
+    from lbctl.lab.cluster.embedded import EmbeddedCluster
+    from lbctl.lab.cluster.kubernetes import KubernetesCluster
 
 POLL_S = 0.3
 NODE_GRACE_S = 20.0
@@ -31,6 +36,7 @@ def main() -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda n, _: ended.append(n))
     spec = ClusterSpec(directory)
+    cluster: EmbeddedCluster | KubernetesCluster
     try:
         if kind == "embedded":
             from lbctl.lab.cluster import embedded

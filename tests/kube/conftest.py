@@ -23,13 +23,12 @@ from pathlib import Path
 
 import pytest
 
-from lbctl.lab.cluster import binaries
 from lbctl.lab.cluster.handle import ClusterKind
 from tests.kube.kube_tools import HeartbeatNode, Kubectl, Raw, until
+from tests.programs import REQUIRED, need_kubernetes, skip_or_fail
 
 HERE = Path(__file__).parent
 CHECKOUT = HERE.parents[1]
-REQUIRED = os.environ.get("LBCTL_REQUIRE_KUBERNETES") == "1"
 BUILD_S = 1800.0
 STOP_S = 60.0
 
@@ -65,13 +64,13 @@ def cluster(request: pytest.FixtureRequest) -> Iterator[SharedCluster]:
     """A running cluster of each kind."""
     kind: ClusterKind = request.param
     if kind == "kubernetes":
-        _check_programs()
+        need_kubernetes()
     run = os.environ.get("PYTEST_XDIST_TESTRUNUID") or str(os.getpid())
     base = Path("/dev/shm") if Path("/dev/shm").is_dir() else Path("/tmp")
     directory = base / f"lbctl-kube-{run[:12]}-{kind}"
     with _shared(kind, directory) as access:
         if "error" in access:
-            _skip_or_fail(str(access["error"]), missing=bool(access["missing"]))
+            skip_or_fail(str(access["error"]), missing=bool(access["missing"]))
         yield SharedCluster(
             kind,
             str(access["url"]),
@@ -117,24 +116,6 @@ def node(cluster: SharedCluster) -> Iterator[str]:
 
     with HeartbeatNode(client, f"node-{secrets.token_hex(3)}") as found:
         yield found.name
-
-
-def _check_programs() -> None:
-    """Skip rather than build for minutes inside of a test."""
-    built = (binaries.cache_folder() / "kubectl").exists()
-    given = os.environ.get("KUBEBUILDER_ASSETS") or shutil.which("kube-apiserver")
-    if not built and not given and not REQUIRED:
-        _skip_or_fail(
-            "the real cluster's programs are not built yet (`lbctl lab up --cluster kubernetes` or "
-            "LBCTL_REQUIRE_KUBERNETES=1 builds them)",
-            missing=True,
-        )
-
-
-def _skip_or_fail(reason: str, *, missing: bool) -> None:
-    if REQUIRED or not missing:
-        pytest.fail(f"no real cluster: {reason}")
-    pytest.skip(f"no real cluster, this half did not run: {reason}")
 
 
 @contextmanager

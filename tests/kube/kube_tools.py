@@ -296,7 +296,7 @@ class Kubelet:
 
     def pods(self, labels: str = "") -> list[Obj]:
         """All Pods, oldest name first."""
-        query = {"labelSelector": labels} if labels else {}
+        query: dict[str, Any] = {"labelSelector": labels} if labels else {}
         items: list[Obj] = self._raw("GET", self._pods, **query).ok()["items"]
         return items
 

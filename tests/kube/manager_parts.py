@@ -13,7 +13,7 @@ import tempfile
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import msgspec
 import pytest
@@ -177,6 +177,14 @@ class Site:
         await self.client.delete(f"/api/v1/namespaces/{self.namespace}")
 
 
+class Timing(TypedDict, total=False):
+    """Of the lease; what is absent is the elector's default."""
+
+    lease_duration_s: float
+    renew_deadline_s: float
+    retry_period_s: float
+
+
 class Replica:
     """One manager's allocating half, running as tasks in the test's loop.
 
@@ -184,7 +192,12 @@ class Replica:
     """
 
     def __init__(
-        self, cluster: Cluster, site: Site, name: str, writer: Client | None = None, **lease: float
+        self,
+        cluster: Cluster,
+        site: Site,
+        name: str,
+        writer: Client | None = None,
+        **lease: Unpack[Timing],
     ) -> None:
         self.name = name
         self.client = connect(cluster)

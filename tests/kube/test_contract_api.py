@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import pytest
 
 from lbctl.lab.cluster.handle import Cluster
-from tests.kube.kube_tools import Raw, config_map, service, until
+from tests.kube.kube_tools import Obj, Raw, config_map, service, until
 
 MERGE = "application/merge-patch+json"
 STRATEGIC = "application/strategic-merge-patch+json"
@@ -157,7 +158,7 @@ def test_selectors(raw: Raw, space: str) -> None:
         body["metadata"]["labels"] = {"tier": tier, "all": "x"} if tier else {"all": "x"}
         raw("POST", maps(space), body).ok()
 
-    def names(**query: str) -> list[str]:
+    def names(**query: Any) -> list[str]:
         items = raw("GET", maps(space), **query).ok()["items"]
         return [item["metadata"]["name"] for item in items]
 
@@ -206,7 +207,7 @@ def test_patches(raw: Raw, space: str) -> None:
     ]
     raw("POST", services(space), body).ok()
     path = f"{services(space)}/web"
-    patch = {"spec": {"ports": [{"port": 81, "targetPort": 9090}]}}
+    patch: Obj = {"spec": {"ports": [{"port": 81, "targetPort": 9090}]}}
     ports = raw("PATCH", path, patch, STRATEGIC).ok()["spec"]["ports"]
     assert {(p["name"], p["port"], p["targetPort"]) for p in ports} == {
         ("a", 80, 8080),

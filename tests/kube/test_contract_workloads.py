@@ -134,7 +134,7 @@ def test_binding(kubectl: Kubectl, kubelet: Kubelet, raw: Raw, space: str, node:
     patched = raw("PATCH", path, {"spec": {"nodeName": node}}, STRATEGIC)
     assert patched.code == 422 and "pod updates may not change fields" in patched.body["message"]
     kubelet.bind(pod, node)
-    body = {"metadata": {"name": pod}, "target": {"kind": "Node", "name": "node-b"}}
+    body: Obj = {"metadata": {"name": pod}, "target": {"kind": "Node", "name": "node-b"}}
     body |= {"apiVersion": "v1", "kind": "Binding"}
     again = raw("POST", f"{path}/binding", body)
     assert again.code == 409 and "is already assigned to node" in again.body["message"]
@@ -220,7 +220,7 @@ def test_selectors_are_checked_and_fixed(kubectl: Kubectl, raw: Raw, space: str)
     assert "`selector` does not match template `labels`" in refused.body["message"]
     assert refused.body["message"].startswith('Deployment.apps "web" is invalid')
     kubectl("apply", "-f", "-", stdin=workload("Deployment", replicas=0))
-    patch = {"spec": {"selector": {"matchLabels": {"more": "x"}}}}
+    patch: Obj = {"spec": {"selector": {"matchLabels": {"more": "x"}}}}
     patch["spec"]["template"] = {"metadata": {"labels": {"more": "x"}}}
     changed = raw("PATCH", f"{path}/web", patch, STRATEGIC)
     assert changed.code == 422 and "field is immutable" in changed.body["message"]

@@ -12,9 +12,18 @@ from lbctl.core import config, names
 from lbctl.core.reasons import Reason
 from lbctl.kube import client as api
 from lbctl.lab.cluster.handle import Cluster
-from tests.kube.manager_parts import Replica, Site, configuration, connect, eventually, turn, until
+from tests.kube.manager_parts import (
+    Replica,
+    Site,
+    Timing,
+    configuration,
+    connect,
+    eventually,
+    turn,
+    until,
+)
 
-LEASE = {"lease_duration_s": 3.0, "renew_deadline_s": 2.0, "retry_period_s": 0.3}
+LEASE: Timing = {"lease_duration_s": 3.0, "renew_deadline_s": 2.0, "retry_period_s": 0.3}
 
 
 @pytest.fixture

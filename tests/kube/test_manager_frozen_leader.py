@@ -14,9 +14,9 @@ from lbctl import errors
 from lbctl.core import names
 from lbctl.kube.client import MERGE, Client
 from lbctl.lab.cluster.handle import Cluster
-from tests.kube.manager_parts import Replica, Site, connect, turn, until
+from tests.kube.manager_parts import Replica, Site, Timing, connect, turn, until
 
-LEASE = {"lease_duration_s": 3.0, "renew_deadline_s": 2.0, "retry_period_s": 0.3}
+LEASE: Timing = {"lease_duration_s": 3.0, "renew_deadline_s": 2.0, "retry_period_s": 0.3}
 
 
 class Freezing(Client):
