@@ -80,6 +80,17 @@ def parse_report(data: dict[str, Any]) -> Report:
     )
 
 
+def _spawn(client: Machine, *arguments: str) -> subprocess.Popen[bytes]:
+    """The driver inside a machine, with the checkout importable there."""
+    path = os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH"))))
+    return client.popen(
+        *(sys.executable, "-m", "lbctl.lab.traffic", *arguments),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+
+
 class Load:
     """A running driver. A context manager: leaving it ends the driver if `stop` has not."""
 
@@ -113,16 +124,7 @@ class Load:
             "--drain": drain_s,
         }
         flat = [str(word) for pair in options.items() for word in pair]
-        argv = [sys.executable, "-m", "lbctl.lab.traffic", host, str(port), *flat]
-        path = os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH"))))
-        load = cls(
-            client.popen(
-                *argv,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                env={**os.environ, "PYTHONPATH": path},
-            )
-        )
+        load = cls(_spawn(client, host, str(port), *flat))
         try:
             ready = load._expect("ready", ready_s)
             if ready["flows"] != flows:

@@ -25,7 +25,9 @@ speaker then ends its sessions with Cease on SIGTERM. Without pings (or anything
 opens them again, and everything is replayed.
 
 Before the first `set` nothing is changed: call it once the desired state is really known (caches
-synced), for what is not in it is withdrawn. `set` raises `SpeakerError`, with nothing changed, if
+synced), for what is not in it is withdrawn. `paths` is a frozenset of all paths, or better a
+`PMap` from prefix to its frozenset of paths, made by `updated` from the one before: then a set
+costs what changed. `set` raises `SpeakerError`, with nothing changed, if
 a value is not valid, two peers share a name or an address, or two paths share prefix and path-id.
 A peer that did not agree to ADD-PATH (`Session.add_path` is False) gets the first path of each
 prefix, by next hop.
@@ -46,9 +48,9 @@ from typing import Final, Self
 
 import structlog
 
-from lbctl.core.announce import Announcer, Held, LinkState
+from lbctl.core.announce import Announcer, Held, LinkState, Paths
 from lbctl.core.keys import KeyRing
-from lbctl.core.model import Path, Peer, Session
+from lbctl.core.model import Peer, Session
 from lbctl.errors import MessageError, SpeakerError
 from manager.speaker import messages
 from manager.speaker.messages import Message
@@ -90,7 +92,7 @@ class ExabgpSpeaker:
 
     # the port
 
-    def set(self, peers: Iterable[Peer], paths: frozenset[Path]) -> int:
+    def set(self, peers: Iterable[Peer], paths: Paths) -> int:
         """Set the whole desired state; returns its number. SpeakerError if it is not valid."""
         listed = tuple(peers)
         wanted = {str(messages.check_peer(peer).address): peer for peer in listed}

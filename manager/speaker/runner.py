@@ -33,9 +33,21 @@ MAX_RECONNECT_S: Final = 5
 PR_SET_PDEATHSIG: Final = 1
 
 
+def _session(peer: Any, told: set[str]) -> dict[str, bool | None]:
+    """What the barrier says of a peer. told: the neighbours whose `up` event was written."""
+    from exabgp.bgp.fsm import FSM
+
+    out = peer.neighbor.rib.outgoing
+    if peer.fsm != FSM.ESTABLISHED or str(peer.neighbor["peer-address"]) not in told:
+        return {"up": False, "add_path": None, "flushed": True}
+    agreed = peer.proto.negotiated
+    send = [agreed.addpath.send(*family) for family in agreed.families]
+    flushed = not (out.pending() or out.lbctl_sending)
+    return {"up": True, "add_path": bool(send) and all(send), "flushed": flushed}
+
+
 def add_barrier() -> None:
     """Register the barrier command, and count reloads for it."""
-    from exabgp.bgp.fsm import FSM
     from exabgp.reactor.api.command.command import Command
     from exabgp.reactor.api.processes import Processes
     from exabgp.reactor.loop import Reactor
@@ -57,19 +69,10 @@ def add_barrier() -> None:
         told.discard(str(neighbor["peer-address"]))
         down(self, neighbor, reason)
 
-    def state(peer: Any) -> dict[str, bool | None]:
-        out = peer.neighbor.rib.outgoing
-        if peer.fsm != FSM.ESTABLISHED or str(peer.neighbor["peer-address"]) not in told:
-            return {"up": False, "add_path": None, "flushed": True}
-        agreed = peer.proto.negotiated
-        send = [agreed.addpath.send(*family) for family in agreed.families]
-        flushed = not (out.pending() or out.lbctl_sending)
-        return {"up": True, "add_path": bool(send) and all(send), "flushed": flushed}
-
     def barrier(self: Any, reactor: Any, service: str, line: str, use_json: bool) -> bool:
         def answer() -> Iterator[bool]:
             peers = {
-                str(peer.neighbor["peer-address"]): state(peer)
+                str(peer.neighbor["peer-address"]): _session(peer, told)
                 for peer in reactor._peers.values()
                 if not peer.stopping()
             }
