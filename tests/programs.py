@@ -13,6 +13,11 @@ from lbctl.lab.cluster import binaries
 REQUIRED: Final = os.environ.get("LBCTL_REQUIRE_KUBERNETES") == "1"
 
 
+def kubectl() -> str:
+    """kubectl from PATH, else the one that is built with the real cluster."""
+    return shutil.which("kubectl") or str(binaries.find(print) / "kubectl")
+
+
 def need_kubernetes() -> None:
     """Skip, rather than build for minutes inside of a test; with LBCTL_REQUIRE_KUBERNETES build."""
     built = (binaries.cache_folder() / "kubectl").exists()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import http.client
 import json
 import os
-import shutil
 import ssl
 import subprocess
 import threading
@@ -17,6 +16,8 @@ from typing import Any
 from urllib.parse import urlencode, urlsplit
 
 import pytest
+
+from tests import programs
 
 LIMIT_S = 90.0
 LEASES = "/apis/coordination.k8s.io/v1/namespaces/kube-node-lease/leases"
@@ -39,7 +40,7 @@ class Kubectl:
     """`kubectl(...)` returns standard output; a failure fails the test with its words."""
 
     def __init__(self, kubeconfig: Path, namespace: str = "") -> None:
-        self._program = shutil.which("kubectl") or "kubectl"
+        self._program = programs.kubectl()
         self._kubeconfig = kubeconfig
         self._namespace = namespace
 

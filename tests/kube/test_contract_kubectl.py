@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from lbctl.lab.cluster.handle import Cluster
+from tests import programs
 from tests.kube.kube_tools import (
     Kubectl,
     Obj,
@@ -203,7 +204,7 @@ def test_describe(kubectl: Kubectl) -> None:
 
 def test_watching_with_kubectl(cluster: Cluster, kubectl: Kubectl, space: str) -> None:
     kubectl("create", "configmap", "one", "--from-literal=a=1")
-    command = ["kubectl", "--kubeconfig", str(cluster.kubeconfig), "-n", space]
+    command = [programs.kubectl(), "--kubeconfig", str(cluster.kubeconfig), "-n", space]
     command += ["get", "cm", "-w", "--no-headers", "--field-selector=metadata.name=one"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
