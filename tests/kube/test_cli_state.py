@@ -85,7 +85,7 @@ def connect(cluster: Cluster) -> Client:
 
 
 async def ensure(client: Client, path: str, kind: str, name: str) -> None:
-    """Create a Namespace or ServiceAccount once."""
+    """Create a Namespace, ServiceAccount or Node once."""
     body = {"apiVersion": "v1", "kind": kind, "metadata": {"name": name}}
     listed = await client.get(path)
     if name not in {item["metadata"]["name"] for item in listed["items"]}:
@@ -101,12 +101,19 @@ async def deployed(cluster: Cluster, *addresses: str) -> AsyncIterator[Client]:
         await ensure(client, accounts, "ServiceAccount", names.VIEWER_ACCOUNT)
         pods = [f"manager-{n}" for n, _ in enumerate(addresses)]
         for pod, address in zip(pods, addresses, strict=True):
+            # A Pod on a Node that does not exist would be deleted after a while.
+            await ensure(client, "/api/v1/nodes", "Node", node_of(pod))
             await add_pod(client, pod, address)
         try:
             yield client
         finally:
             for pod in pods:
                 await client.delete(PODS.path(names.NAMESPACE, pod))
+
+
+def node_of(pod: str) -> str:
+    """The Node that a Pod is on."""
+    return f"node-of-{pod}"
 
 
 async def add_pod(client: Client, name: str, address: str) -> None:
@@ -116,7 +123,7 @@ async def add_pod(client: Client, name: str, address: str) -> None:
         "kind": "Pod",
         "metadata": {"name": name, "labels": labels, "finalizers": []},
         "spec": {
-            "nodeName": f"node-of-{name}",
+            "nodeName": node_of(name),
             "containers": [{"name": "manager", "image": "lbctl:dev"}],
             "terminationGracePeriodSeconds": 0,
         },

@@ -369,7 +369,10 @@ def test_daemon_set_rolls(kubectl: Kubectl, kubelet: Kubelet, nodes: list[str], 
         return [pod["spec"]["containers"][0]["image"] for pod in active(kubelet)]
 
     until("both to run", lambda: turn() == ["lbctl/pod:1"] * 2)
-    until("both to be available", lambda: status(kubectl, "ds").get("numberAvailable") == 2)
+    until(
+        "both to be available",
+        lambda: turn() and status(kubectl, "ds").get("numberAvailable") == 2,
+    )
     body["spec"]["template"]["spec"]["containers"][0]["image"] = "lbctl/pod:2"
     kubectl("apply", "-f", "-", stdin=body)
     marked = until(

@@ -140,12 +140,10 @@ async def test_serves_a_service_with_the_rights_of_deploy(admin: Client, manager
 
         async def told() -> bool:
             found = await site.service("web")
-            return found is not None and found.condition is not None
+            condition = found.condition if found is not None else None
+            return condition is not None and condition[:2] == ("False", Reason.NO_ENDPOINTS)
 
-        await eventually("the condition on the Service", told)
-        found = await site.service("web")
-        assert found is not None and found.condition is not None
-        assert found.condition[:2] == ("False", Reason.NO_ENDPOINTS)
+        await eventually("the condition on the Service to say that it has no endpoints", told)
         known = await manager.state()
         assert known is not None and known.leader and known.manager == known.holder == "m-1"
         assert [s.ref for s in known.services] == [ref]
