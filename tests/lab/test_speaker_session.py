@@ -298,19 +298,26 @@ async def test_unprivileged_with_a_read_only_root(bed: Bed) -> None:
     bed.speaker_directory.mkdir()
     os.chown(bed.speaker_directory, int(uid), int(uid))
     bed.run_directory.chmod(0o755)
-    # /root is closed to others, and may hold the interpreter: show that uid the interpreter only.
-    base = sys.base_prefix
+    # /root is closed to others and /tmp is hidden: of these, show that uid only what it runs.
+    needed = sorted({sys.base_prefix, sys.prefix, str(speaker_bed.CHECKOUT)})
     script = f"""set -e
     mount --make-rprivate /
-    case {base}/ in /root/*)
-        mkdir -p {bed.run_directory}/base
-        mount --bind {base} {bed.run_directory}/base
-        mount -t tmpfs -o mode=755 none /root
-        mkdir -p {base}
-        mount --bind {bed.run_directory}/base {base};;
-    esac
+    number=0
+    for place in {" ".join(needed)}; do
+        number=$((number + 1))
+        mkdir -p {bed.run_directory}/kept$number
+        mount --bind $place {bed.run_directory}/kept$number
+    done
+    mount -t tmpfs -o mode=755 none /root
+    mount -t tmpfs -o mode=755 none /tmp
+    number=0
+    for place in {" ".join(needed)}; do
+        number=$((number + 1))
+        mkdir -p $place
+        mount --bind {bed.run_directory}/kept$number $place
+    done
+    mount -o remount,ro /tmp
     mount --bind {bed.speaker_directory} {bed.speaker_directory}
-    mount -t tmpfs -o ro,mode=755 none /tmp
     mount -o remount,bind,ro /
     exec setpriv --reuid {uid} --regid {uid} --clear-groups --no-new-privs \\
         --bounding-set=-all --inh-caps=-all "$@"
