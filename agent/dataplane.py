@@ -41,6 +41,7 @@ class Dataplane:
     def __init__(self) -> None:
         self._netlink = Nfnetlink()
         self._kernel: Ruleset | None = None  # None: unknown
+        self._counted: tuple[Ruleset, dict[str, int]] = (Ruleset(), {})
         self._shape: tuple[object, ...] | None = None
         self._seen = -1
         self.figures = Figures()
@@ -68,7 +69,7 @@ class Dataplane:
         if self._netlink.marker() != rules.generation & 0xFFFFFFFF:
             return False
         found = self._netlink.fingerprint()
-        if found is None or not _fits(found, rules) or repr(found.shape()) != shape:
+        if found is None or not self._fits(found, rules) or repr(found.shape()) != shape:
             return False
         self._kernel, self._shape = rules, found.shape()
         return True
@@ -99,7 +100,7 @@ class Dataplane:
     def _remember(self, rules: Ruleset, fresh: bool) -> None:
         self._seen = self._netlink.generation()
         found = self._netlink.fingerprint()
-        if found is None or not _fits(found, rules):
+        if found is None or not self._fits(found, rules):
             raise DataplaneError("someone changed our nftables table while it was written")
         if not fresh and self._shape is not None and found.shape() != self._shape:
             raise DataplaneError("someone changed our nftables rules")
@@ -116,11 +117,19 @@ class Dataplane:
         if now == self._seen:
             return False
         found = self._netlink.fingerprint()
-        if found is not None and found.shape() == self._shape and _fits(found, self._kernel):
+        if found is not None and found.shape() == self._shape and self._fits(found, self._kernel):
             self._seen = now
             return False
         self._kernel = None
         return True
+
+    def _fits(self, found: Fingerprint, rules: Ruleset) -> bool:
+        counts = found.counts()
+        self._counted = (rules, nft.recounted(self._counted[1], self._counted[0], rules))
+        return all(
+            name in counts and counts[name] in (None, number)
+            for name, number in sorted(self._counted[1].items())
+        )
 
     def counters(self) -> dict[str, int]:
         """Packets by named counter."""
@@ -134,14 +143,6 @@ class Dataplane:
 
 def _pieces(known: Ruleset | None, rules: Ruleset) -> list[str]:
     return nft.full(rules) if known is None else nft.difference(known, rules)
-
-
-def _fits(found: Fingerprint, rules: Ruleset) -> bool:
-    counts = found.counts()
-    expected = nft.totals(rules)
-    return all(
-        name in counts and counts[name] in (None, expected[name]) for name in sorted(expected)
-    )
 
 
 async def run_nft(text: str) -> None:

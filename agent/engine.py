@@ -15,19 +15,19 @@ import time
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Address
-from typing import Any, Final, TypeAlias
+from typing import Any, Final
 
 import structlog
 
 from agent import routes as links
 from agent.dataplane import Dataplane
 from agent.inputs import Inputs
+from agent.rendering import State, render
 from agent.routes import Hop, Routes, Survey
-from lbctl.core import forwarding, nft, nodeview
-from lbctl.core.forwarding import Locator, Table
+from lbctl.core import forwarding, nodeview
+from lbctl.core.forwarding import Locator, Sources, Table
 from lbctl.core.model import Address, Node
-from lbctl.core.nft import Ruleset
-from lbctl.core.nodeview import PortElements, PortView
+from lbctl.core.pmap import PMap, changed, persistent
 from lbctl.errors import DataplaneError
 
 CHECK_S: Final = 1.0
@@ -36,8 +36,6 @@ RESOLVE_TRIES: Final = 20
 FALL_BACK_S: Final = 5.0
 RETRY_S: Final = (0.1, 0.5, 2.0, 5.0)
 _MAX_INDEX: Final = 0xFFFE
-_Key: TypeAlias = tuple[Address, str, int]
-ElementCache: TypeAlias = dict[_Key, tuple[PortView, Mapping[str, int], PortElements]]
 _log = structlog.get_logger()
 
 
@@ -45,33 +43,14 @@ _log = structlog.get_logger()
 class Confirmed:
     """What the kernel has taken.
 
-    forwarded: the EIPs that it carries (of IPv4, so far). local: those with an endpoint on this
-    node that takes new flows.
+    eips: those that it carries (of IPv4, so far), with whether one of its endpoints that takes new
+    flows is on this node.
     """
 
     generation: int = 0
     config_generation: int = 0
     table: Table = forwarding.EMPTY
-    forwarded: frozenset[Address] = frozenset()
-    local: frozenset[Address] = frozenset()
-
-
-@dataclass(frozen=True, slots=True)
-class State:
-    """Everything that a restart needs; written to the snapshot whole.
-
-    macs: of the other nodes' addresses, the last that were seen. down: nodes called down.
-    """
-
-    inputs: Inputs = field(default_factory=Inputs)
-    down: frozenset[str] = frozenset()
-    table: Table = forwarding.EMPTY
-    view: Mapping[Address, tuple[PortView, ...]] = field(default_factory=dict)
-    index: Mapping[str, int] = field(default_factory=dict)
-    macs: Mapping[IPv4Address, str] = field(default_factory=dict)
-    rules: Ruleset = field(default_factory=Ruleset)
-    usable: tuple[str, ...] = ()  # the nodes that can be steered to
-    shape: str = ""
+    eips: Mapping[Address, bool] = field(default_factory=PMap)
 
 
 class Engine:
@@ -96,7 +75,6 @@ class Engine:
         self._survey = Survey()
         self._macs: Mapping[IPv4Address, str] = {}
         self._hops: Mapping[int, Hop] = {}
-        self._elements: ElementCache = {}
         self._locator: tuple[tuple[Node, ...], Locator] = ((), Locator(()))
         self._wake = asyncio.Event()
         self._resolve = asyncio.Event()
@@ -215,21 +193,17 @@ class Engine:
     def _plan(
         self, before: State, inputs: Inputs, down: frozenset[str], index: Mapping[str, int]
     ) -> State:
-        """Runs in a thread: pure, but for the cache of rendered elements."""
-        table = forwarding.build(
-            inputs.eips,
-            inputs.services,
-            inputs.endpoints,
-            self._located(inputs.nodes),
-            down,
-            before.table,
+        """Runs in a thread: pure, and at the cost of what differs from `before`."""
+        sources = Sources(
+            inputs.eips, inputs.services, inputs.endpoints, self._located(inputs.nodes), down
         )
-        view = nodeview.advance(before.view, table)
+        table = forwarding.revise(before.table, sources)
+        view = nodeview.advance(before.view, table, before.table)
         usable = tuple(name for name, number in index.items() if number in self._hops)
         macs = current_macs(self._macs, self._node, inputs.nodes)
         state = State(inputs, down, table, view, index, macs, usable=usable)
         uplinks = tuple(name for name, _ in self._survey.uplinks)
-        return render(state, self._node, before.rules.generation + 1, uplinks, self._elements)
+        return render(state, self._node, before.rules.generation + 1, uplinks, before)
 
     def _note_unreachable(self, index: Mapping[str, int]) -> None:
         away = tuple(name for name, number in index.items() if number not in self._hops)
@@ -243,20 +217,11 @@ class Engine:
         return self._locator[1]
 
     def _confirm(self, state: State) -> None:
-        local = frozenset(
-            address
-            for address, entry in state.table.eips.items()
-            if any(
-                not port.closed and any(e.node == self._node for e in port.endpoints)
-                for port in entry.ports
-            )
-        )
         self.confirmed = Confirmed(
             state.rules.generation,
             state.inputs.config_generation,
             state.table,
-            frozenset(address for address in state.table.eips if address.version == 4),
-            local,
+            confirmed_eips(self._node, self.confirmed, state.table),
         )
         self._on_confirmed(self.confirmed)
 
@@ -345,40 +310,20 @@ async def _finished(work: Coroutine[Any, Any, None]) -> None:
         raise
 
 
-def render(
-    state: State,
-    me: str,
-    generation: int,
-    uplinks: tuple[str, ...],
-    cache: ElementCache | None = None,
-) -> State:
-    """Return the state with the ruleset that it makes on node `me`.
-
-    cache: what was rendered before, brought up to date here; unchanged ports stay the same objects,
-    so that the difference skips them.
-    """
-    cache = {} if cache is None else cache
-    index = {name: state.index[name] for name in state.usable}
-    ports: dict[_Key, PortElements] = {}
-    for address, views in state.view.items():
-        for view in views:
-            key = (address, view.table.protocol.value, view.table.port)
-            known = cache.get(key)
-            if known is None or known[0] is not view or known[1] != index:
-                made = nodeview.elements(address, view, me, index)
-                made = known[2] if known is not None and known[2] == made else made
-                cache[key] = (view, index, made)
-            ports[key] = cache[key][2]
-    for key in cache.keys() - ports.keys():
-        del cache[key]
-    inputs = state.inputs
-    ranges = nft.merged(
-        [*inputs.ranges, *((a, a) for a in state.table.eips)],
-        [a for node in inputs.nodes for a in node.addresses],
-    )
-    peers = tuple(sorted(set(state.macs.values())))
-    sources = {a: entry.sources for a, entry in state.table.eips.items() if entry.sources}
-    return replace(state, rules=Ruleset(generation, uplinks, peers, ranges, ports, sources))
+def confirmed_eips(me: str, last: Confirmed, table: Table) -> PMap[Address, bool]:
+    """`Confirmed.eips` of a table on node `me`, made from the last."""
+    fresh: dict[Address, bool] = {}
+    gone: list[Address] = []
+    for address in changed(last.table.eips, table.eips):
+        entry = table.eips.get(address)
+        if entry is None or address.version != 4:
+            gone.append(address)
+        else:
+            fresh[address] = any(
+                not port.closed and any(e.node == me for e in port.endpoints)
+                for port in entry.ports
+            )
+    return persistent(last.eips).updated(fresh, gone)
 
 
 def node_addresses(node: Node) -> tuple[IPv4Address, ...]:

@@ -58,7 +58,7 @@ class Figures(Collector):
         yield _counter("lbctl_agent_failures", "Failed attempts.", self._engine.failures)
         yield _gauge("lbctl_agent_generation", "Of the table.", confirmed.generation)
         yield _gauge("lbctl_agent_config_generation", "In use.", confirmed.config_generation)
-        yield _gauge("lbctl_agent_eips", "EIPs confirmed.", len(confirmed.forwarded))
+        yield _gauge("lbctl_agent_eips", "EIPs confirmed.", len(confirmed.eips))
         refused = sum(len(entry.refused) for entry in confirmed.table.eips.values())
         yield _gauge("lbctl_agent_refused_endpoints", "Endpoints on no node.", refused)
         yield _gauge("lbctl_agent_kernel_problems", "Wrong settings.", len(self._engine.problems))

@@ -1,7 +1,8 @@
 """What the agent knows of the cluster, from the API server by list and watch.
 
 Rules: nothing is handed on before every cache has its first list; from then on an absent API server
-changes nothing. Inputs are immutable: a change makes new ones and shares what did not change.
+changes nothing. Inputs are immutable: a change makes new ones and shares what did not change
+(`lbctl.core.pmap`), so that whoever takes them finds the difference at its own cost.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import structlog
 from lbctl.core import config
 from lbctl.core.model import Address, Eip, Node, ObjectRef, Service, ServiceEndpoints
 from lbctl.core.names import ACCEPTED_CONFIG_MAP, CONFIG_KEY, NAMESPACE
+from lbctl.core.pmap import K, PMap, V, persistent
 from lbctl.errors import ConfigError
 from lbctl.kube import objects
 from lbctl.kube.cache import Cache
@@ -34,9 +36,9 @@ class Inputs:
     routes. config_generation: of the accepted configuration, 0 before there is one.
     """
 
-    eips: tuple[Eip, ...] = ()
-    services: Mapping[ObjectRef, Service] = field(default_factory=dict)
-    endpoints: Mapping[ObjectRef, ServiceEndpoints] = field(default_factory=dict)
+    eips: Mapping[Address, Eip] = field(default_factory=PMap)
+    services: Mapping[ObjectRef, Service] = field(default_factory=PMap)
+    endpoints: Mapping[ObjectRef, ServiceEndpoints] = field(default_factory=PMap)
     nodes: tuple[Node, ...] = ()
     ranges: tuple[tuple[Address, Address], ...] = ()
     interfaces: tuple[str, ...] = ()
@@ -50,13 +52,15 @@ class Watcher:
         self._report = on_change
         self._dirty = asyncio.Event()
         self._index = SliceIndex()
-        self._endpoints: dict[ObjectRef, ServiceEndpoints] = {}
-        self._touched: set[ObjectRef] = set()
+        self._last = Inputs()
+        self._touched_services: set[ObjectRef] = set()
+        self._touched_slices: set[ObjectRef] = set()  # by their Service
+        self._touched_eips: dict[Address, Eip | None] = {}
+        self._nodes_changed = True
         self._accepted = config_of(None)
-        mark = self._mark
-        self._services = Cache(client, objects.SERVICE, on_change=mark)
-        self._nodes = Cache(client, objects.NODE, on_change=mark)
-        self._eips = Cache(client, objects.EIP, on_change=mark)
+        self._services = Cache(client, objects.SERVICE, on_change=self._service)
+        self._nodes = Cache(client, objects.NODE, on_change=self._node)
+        self._eips = Cache(client, objects.EIP, on_change=self._eip)
         self._slices = Cache(client, objects.SLICE, on_change=self._slice)
         self._maps = Cache(
             client,
@@ -90,31 +94,41 @@ class Watcher:
             await asyncio.sleep(0.005)
 
     def _snapshot(self) -> Inputs:
-        if self._touched:
-            self._endpoints = dict(self._endpoints)
-            for ref in sorted(self._touched):
-                merged = self._index.of(ref)
-                if merged.ports:
-                    self._endpoints[ref] = merged
-                else:
-                    self._endpoints.pop(ref, None)
-            self._touched.clear()
+        last = self._last
+        services = {ref: self._services.get(ref) for ref in self._touched_services}
+        slices = {ref: self._index.of(ref) for ref in sorted(self._touched_slices)}
+        merged = {ref: behind if behind.ports else None for ref, behind in slices.items()}
         generation, ranges, interfaces = self._accepted
-        return Inputs(
-            eips=tuple(self._eips.items.values()),
-            services=dict(self._services.items),
-            endpoints=self._endpoints,
-            nodes=tuple(self._nodes.items.values()),
+        self._last = Inputs(
+            eips=_followed(last.eips, self._touched_eips),
+            services=_followed(last.services, services),
+            endpoints=_followed(last.endpoints, merged),
+            nodes=tuple(self._nodes.items.values()) if self._nodes_changed else last.nodes,
             ranges=ranges,
             interfaces=interfaces,
             config_generation=generation,
         )
+        self._touched_services, self._touched_slices, self._touched_eips = set(), set(), {}
+        self._nodes_changed = False
+        return self._last
 
-    def _mark(self, _key: ObjectRef, _old: object, _new: object) -> None:
+    def _service(self, key: ObjectRef, _old: Service | None, _new: Service | None) -> None:
+        self._touched_services.add(key)
+        self._dirty.set()
+
+    def _node(self, _key: ObjectRef, _old: Node | None, _new: Node | None) -> None:
+        self._nodes_changed = True
+        self._dirty.set()
+
+    def _eip(self, _key: ObjectRef, old: Eip | None, new: Eip | None) -> None:
+        if old is not None:
+            self._touched_eips[old.address] = None
+        if new is not None:
+            self._touched_eips[new.address] = new
         self._dirty.set()
 
     def _slice(self, _key: ObjectRef, old: Slice | None, new: Slice | None) -> None:
-        self._touched.update(self._index.change(old, new))
+        self._touched_slices.update(self._index.change(old, new))
         self._dirty.set()
 
     def _config(self, key: ObjectRef, _old: DataObject | None, new: DataObject | None) -> None:
@@ -126,6 +140,12 @@ class Watcher:
             _log.error("accepted_config_unreadable", problems=error.problems)
             return
         self._dirty.set()
+
+
+def _followed(known: Mapping[K, V], changes: Mapping[K, V | None]) -> PMap[K, V]:
+    """The map after these changes; None for what is gone."""
+    put = {key: value for key, value in changes.items() if value is not None}
+    return persistent(known).updated(put, changes.keys() - put.keys())
 
 
 _Accepted = tuple[int, tuple[tuple[Address, Address], ...], tuple[str, ...]]

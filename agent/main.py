@@ -21,8 +21,9 @@ import structlog
 
 from agent import http, routes
 from agent.dataplane import Dataplane
-from agent.engine import Confirmed, Engine, State
+from agent.engine import Confirmed, Engine
 from agent.inputs import Watcher
+from agent.rendering import State
 from agent.responder import Responder, follow_keys
 from agent.snapshot import Store
 from agent.uninstall import uninstall
@@ -115,9 +116,7 @@ class Agent:
     def _publish(self, confirmed: Confirmed) -> None:
         if self._responder is not None:
             self._responder.publish(
-                {address: address in confirmed.local for address in confirmed.forwarded},
-                confirmed.table.digest,
-                confirmed.config_generation,
+                confirmed.eips, confirmed.table.digest, confirmed.config_generation
             )
 
     def _save(self, state: State) -> None:

@@ -20,7 +20,7 @@ import structlog
 
 from lbctl.core import names, probe
 from lbctl.core.changelog import ChangeLog
-from lbctl.core.downset import DownSet, hear, resolve
+from lbctl.core.downset import DownSet, hear, heard, resolve
 from lbctl.core.keys import Key, KeyRing, Keys, parse_keys
 from lbctl.core.model import Address
 from lbctl.errors import ConfigError, DataplaneError, MessageError
@@ -140,6 +140,7 @@ class Responder:
             self._log.generation,
             digest,
             count,
+            heard(self._down, now_s),
         )
         return probe.encode_answer(answer, key)
 

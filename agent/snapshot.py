@@ -3,13 +3,15 @@
 Rules: written after each applied table (at most one write per second), whole, by rename, mode 0600.
 It holds what tables are made of, not the tables: what is read is built and checked like anything
 else. A snapshot that is damaged, of another version or of another node is as good as none.
+What did not change since the last write is not encoded again.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from ipaddress import IPv4Address, ip_address, ip_network
 from pathlib import Path
 from typing import Any, Final
@@ -17,10 +19,10 @@ from typing import Any, Final
 import msgspec
 import structlog
 
-from agent.engine import State, render
 from agent.inputs import Inputs
+from agent.rendering import State, render
 from lbctl.core import forwarding, nodeview
-from lbctl.core.forwarding import Locator, Table
+from lbctl.core.forwarding import Locator, Sources, Table
 from lbctl.core.maglev import FORMAT, SIZES
 from lbctl.core.model import (
     Address,
@@ -35,6 +37,7 @@ from lbctl.core.model import (
     ServicePort,
 )
 from lbctl.core.nodeview import PortView
+from lbctl.core.pmap import PMap, changed
 
 VERSION: Final = 1
 FILE: Final = "agent.json"
@@ -49,6 +52,8 @@ class Store:
         self._path = directory / FILE
         self._node = node
         self._latest: State | None = None
+        self._parts = _Parts()
+        self._writing = threading.Lock()
         self._dirty = asyncio.Event()
         self.failures = 0
 
@@ -73,7 +78,10 @@ class Store:
         """Write now; a failure is logged and counted."""
         if self._latest is None:
             return
-        data = msgspec.json.encode(_packed(self._node, self._latest))
+        with self._writing:
+            self._write(msgspec.json.encode(_packed(self._node, self._latest, self._parts)))
+
+    def _write(self, data: bytes) -> None:
         temporary = self._path.with_suffix(".new")
         try:
             self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -107,9 +115,8 @@ class Store:
         self._path.unlink(missing_ok=True)
 
 
-def _packed(node: str, state: State) -> dict[str, Any]:
+def _packed(node: str, state: State, parts: _Parts) -> dict[str, Any]:
     inputs = state.inputs
-    owners = {eip.owner for eip in inputs.eips}
     return {
         "version": VERSION,
         "format": FORMAT,
@@ -125,37 +132,68 @@ def _packed(node: str, state: State) -> dict[str, Any]:
         "interfaces": inputs.interfaces,
         "ranges": [[str(first), str(last)] for first, last in inputs.ranges],
         "nodes": [_node(entry) for entry in inputs.nodes],
-        "eips": [
-            [str(e.address), e.pool, e.owner.namespace, e.owner.name, e.owner_uid]
-            for e in inputs.eips
-            if e.forwarding
-        ],
-        "services": [_service(s) for ref, s in inputs.services.items() if ref in owners],
-        "endpoints": [_endpoints(e) for ref, e in inputs.endpoints.items() if ref in owners],
-        "before": [
-            [str(address), [_before(view) for view in views]]
-            for address, views in state.view.items()
-        ],
+        **parts.of(state),
     }
+
+
+class _Part:
+    """The encoded entries of one map; each is encoded anew when it is another object."""
+
+    def __init__(self, pack: Callable[[Any, Any], Any]) -> None:
+        self._pack = pack
+        self._known: tuple[Mapping[Any, Any], Mapping[Any, Any]] = PMap(), PMap()
+        self._encoded: dict[Any, msgspec.Raw] = {}
+
+    def of(self, items: Mapping[Any, Any], wanted: Mapping[Any, Any]) -> list[msgspec.Raw]:
+        """Those entries of `items` whose key is in `wanted`."""
+        for key in changed(self._known[0], items) | changed(self._known[1], wanted):
+            value = items.get(key) if key in wanted else None
+            packed = None if value is None else self._pack(key, value)
+            if packed is None:
+                self._encoded.pop(key, None)
+            else:
+                self._encoded[key] = msgspec.Raw(msgspec.json.encode(packed))
+        self._known = items, wanted
+        return list(self._encoded.values())
+
+
+class _Parts:
+    """What there may be thousands of."""
+
+    def __init__(self) -> None:
+        self._eips = _Part(lambda _, eip: _eip(eip) if eip.forwarding else None)
+        self._services = _Part(lambda _, service: _service(service))
+        self._endpoints = _Part(lambda _, known: _endpoints(known))
+        self._before = _Part(lambda address, views: [str(address), [_before(v) for v in views]])
+
+    def of(self, state: State) -> dict[str, list[msgspec.Raw]]:
+        """The entries of the snapshot; only Services that have an EIP."""
+        inputs, owned = state.inputs, state.table.owned
+        return {
+            "eips": self._eips.of(inputs.eips, inputs.eips),
+            "services": self._services.of(inputs.services, owned),
+            "endpoints": self._endpoints.of(inputs.endpoints, owned),
+            "before": self._before.of(state.view, state.view),
+        }
+
+
+def _eip(eip: Eip) -> list[Any]:
+    return [str(eip.address), eip.pool, eip.owner.namespace, eip.owner.name, eip.owner_uid]
 
 
 def _unpacked(found: Mapping[str, Any]) -> State:
     inputs = Inputs(
-        eips=tuple(
-            Eip(ip_address(a), pool, ObjectRef(namespace, name), uid)
-            for a, pool, namespace, name, uid in found["eips"]
-        ),
-        services={s.ref: s for s in map(_service_of, found["services"])},
-        endpoints={e.service: e for e in map(_endpoints_of, found["endpoints"])},
+        eips=PMap({e.address: e for e in map(_eip_of, found["eips"])}),
+        services=PMap({s.ref: s for s in map(_service_of, found["services"])}),
+        endpoints=PMap({e.service: e for e in map(_endpoints_of, found["endpoints"])}),
         nodes=tuple(map(_node_of, found["nodes"])),
         ranges=tuple((ip_address(a), ip_address(b)) for a, b in found["ranges"]),
         interfaces=tuple(found["interfaces"]),
         config_generation=int(found["config_generation"]),
     )
     down = frozenset(found["down"])
-    table = forwarding.build(
-        inputs.eips, inputs.services, inputs.endpoints, Locator(inputs.nodes), down
-    )
+    sources = Sources(inputs.eips, inputs.services, inputs.endpoints, Locator(inputs.nodes), down)
+    table = forwarding.revise(forwarding.EMPTY, sources)
     bare = State(
         inputs,
         down,
@@ -167,6 +205,11 @@ def _unpacked(found: Mapping[str, Any]) -> State:
         shape=str(found["shape"]),
     )
     return render(bare, found["node"], int(found["generation"]), tuple(found["uplinks"]))
+
+
+def _eip_of(packed: list[Any]) -> Eip:
+    address, pool, namespace, name, uid = packed
+    return Eip(ip_address(address), pool, ObjectRef(namespace, name), uid)
 
 
 def _view(table: Table, before: Mapping[Address, list[Any]]) -> nodeview.View:

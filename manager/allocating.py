@@ -28,6 +28,7 @@ from lbctl.kube.objects import Kind
 from manager.configuration import Accepted
 from manager.dispatch import Dispatcher
 from manager.executor import Executor, Sink
+from manager.gateways import gateways
 from manager.inputs import Inputs
 from manager.metrics import Metrics
 from manager.releasing import Releasing
@@ -134,8 +135,8 @@ class Allocating:
         return reign
 
     def _forbidden(self) -> tuple[Forbidden, ...]:
-        """Addresses of the cluster and its switches: never given out."""
-        found: set[Forbidden] = set()
+        """Addresses of the cluster and its switches; the allocator knows ClusterIPs itself."""
+        found: set[Forbidden] = set(gateways())
         for node in self._inputs.nodes.cache.items.values():
             found.update(node.addresses, node.next_hops, node.pod_cidrs)
         if self._accepted is not None:

@@ -1,24 +1,28 @@
 """What every manager does with EIPs: inputs → `core.routes.select` → `speaker.set`.
 
-Rules: a change recomputes the EIPs that it touches; only what holds for a node as a whole
-recomputes all. Changes within a few milliseconds go out together. Nothing is set before everything
-needed is known, for what is not in the first set is withdrawn. An EIP that is given back is first
-withdrawn, then the speaker confirms it, and only then is our name put into its `withdrawnBy`.
+Rules: a change recomputes the EIPs that it touches, and nothing on its way is proportional to the
+number of EIPs; only what holds for a node as a whole recomputes all. Changes within a few
+milliseconds go out together. Nothing is set before everything needed is known, for what is not in
+the first set is withdrawn. An EIP that is given back is first withdrawn, then the speaker confirms
+it, and only then is our name put into its `withdrawnBy`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final, Protocol
 
 import structlog
 
 from lbctl import errors
+from lbctl.core.announce import Paths
 from lbctl.core.model import (
     Address,
     Eip,
+    Network,
     Node,
     NodeState,
     NodeView,
@@ -31,8 +35,9 @@ from lbctl.core.model import (
     Session,
     eip_object_name,
 )
+from lbctl.core.pmap import PMap
 from lbctl.core.reasons import Reason
-from lbctl.core.routes import EipSelection, PathIds, Rules, select
+from lbctl.core.routes import Confirmations, EipSelection, PathIds, Rules, host_route, select
 from lbctl.kube import client as api
 from lbctl.kube.client import Client
 from lbctl.kube.objects import Slice, timestamp
@@ -52,7 +57,7 @@ _log = structlog.get_logger()
 class Speaker(Protocol):
     """The part of the speaker's port that is used here (manager/speaker/port.py)."""
 
-    def set(self, peers: Iterable[Peer], paths: frozenset[Path]) -> int:
+    def set(self, peers: Iterable[Peer], paths: Paths) -> int:
         """The whole desired state; returns its number."""
 
     async def settled(self, number: int) -> None:
@@ -94,12 +99,14 @@ class Announcing:
         self._accepted: Accepted | None = None
         self._managers: tuple[str, ...] = (manager_id,)
         self._views: Mapping[str, NodeView] = {}
+        self._confirmations = Confirmations()
         self._eips: dict[Address, Eip] = {}
         self._releasing: set[Address] = set()
         self._owned: dict[ObjectRef, set[Address]] = {}
         self._nodes: dict[str, Node] = {}
         self._ids = PathIds()
-        self._paths: set[Path] = set()
+        self._paths: PMap[Network, frozenset[Path]] = PMap()
+        self._hops: Counter[str] = Counter()  # paths by node
         self._all = True
         self._touched: set[Address] = set()
         self._wake = asyncio.Event()
@@ -132,11 +139,9 @@ class Announcing:
             before, after = old.get(name), views.get(name)
             if before is after:
                 continue
+            self._touch(self._confirmations.take(name, before, after))
             if before is None or after is None or _judgement(before) != _judgement(after):
                 self._touch_all()
-                return
-            self._touch(before.confirmed ^ after.confirmed)
-            self._touch(before.local_ready ^ after.local_ready)
 
     def poke(self) -> None:
         """Peers, passwords or readiness to start may have changed."""
@@ -235,21 +240,37 @@ class Announcing:
             if service is not None:
                 services[eip.owner] = service
                 endpoints[eip.owner] = self._inputs.index.of(eip.owner)
-        found = select(rules, eips, services, endpoints, self._nodes, self._views, self._ids)
+        found = select(
+            rules,
+            eips,
+            services,
+            endpoints,
+            self._nodes,
+            self._views,
+            self._ids,
+            None,
+            self._confirmations,
+        )
+        fresh: dict[Network, frozenset[Path]] = {}
+        gone: set[Network] = set()
         for address in touched:
             old, new = self.selections.pop(address, None), found.eips.get(address)
             if new is not None:
                 self.selections[address] = new
-            if old is not None:
-                self._paths -= old.paths
-            if new is not None:
-                self._paths |= new.paths
+            before, after = old.paths if old else frozenset(), new.paths if new else frozenset()
+            if before != after:
+                prefix = host_route(address)
+                fresh.update({prefix: after} if after else {})
+                gone.update(() if after else (prefix,))
+                self._hops.subtract(path.node for path in before - after)
+                self._hops.update(path.node for path in after - before)
             if new is not None and (old is None or old.reason is not new.reason):
                 self._on_selected(self._eips[address].owner)
+        self._paths = self._paths.updated(fresh, gone)
 
     def _announce(self, accepted: Accepted) -> None:
         try:
-            self.number = self._speaker.set(self._peers(accepted), frozenset(self._paths))
+            self.number = self._speaker.set(self._peers(accepted), self._paths)
         except errors.SpeakerError as error:
             # Values were checked when the configuration was accepted: this is a fault of ours.
             _log.error("announce_refused", error=str(error))
@@ -312,14 +333,11 @@ class Announcing:
 
     def measure(self) -> None:
         """Fill in the metrics."""
-        self._metrics.paths.set(len(self._paths))
-        self._metrics.prefixes.set(sum(1 for s in self.selections.values() if s.paths))
-        hops: dict[str, int] = dict.fromkeys(self._nodes, 0)
-        for path in self._paths:
-            hops[path.node] = hops.get(path.node, 0) + 1
+        self._metrics.paths.set(self._hops.total())
+        self._metrics.prefixes.set(len(self._paths))
         self._metrics.next_hops.clear()
-        for name, count in sorted(hops.items()):
-            self._metrics.next_hops.labels(name).set(count)
+        for name in sorted(self._nodes.keys() | (+self._hops).keys()):
+            self._metrics.next_hops.labels(name).set(self._hops[name])
         self._metrics.session_up.clear()
         for session in self._speaker.sessions():
             self._metrics.session_up.labels(session.peer).set(session.up)

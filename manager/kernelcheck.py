@@ -8,9 +8,11 @@ nodes are judged, so that a late event loop does not make a node look dead.
 from __future__ import annotations
 
 import errno
+import math
 import select
 import socket
 import struct
+import time
 from collections import Counter
 from collections.abc import Iterable
 from typing import Final
@@ -18,10 +20,30 @@ from typing import Final
 from lbctl.core.model import Address
 
 LIMIT_S: Final = 1.0
+REACH_S: Final = 1.0
 _MAX_OPEN: Final = 400  # of all nodes; a process may have as few as 1,024 descriptors
 _MAX_OPEN_NODE: Final = 3
 # Linger 0: an accepted connection is reset at once, and leaves no TIME_WAIT here.
 _LINGER: Final = struct.pack("ii", 1, 0)
+
+
+class Reach:
+    """Whether hosts answer now: each call asks once more, and tells of the last REACH_S.
+
+    A host that answers hears what we send it, whatever runs there.
+    """
+
+    def __init__(self, port: int) -> None:
+        self._check = KernelCheck(port)
+        self._answered_s: dict[str, float] = {}
+
+    def __call__(self, name: str, address: Address) -> bool:
+        """Ask the host `address`, known as `name`."""
+        now_s = time.monotonic()
+        if self._check.ask(name, address, now_s):
+            self._answered_s[name] = now_s
+        self._answered_s.update(dict.fromkeys(self._check.poll(now_s), now_s))
+        return now_s - self._answered_s.get(name, -math.inf) <= REACH_S
 
 
 class KernelCheck:

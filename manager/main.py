@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import signal
 import sys
 import time
@@ -21,13 +22,14 @@ from lbctl import errors, log
 from lbctl.core import names, state
 from lbctl.core.health import Limits
 from lbctl.core.keys import Keys
-from lbctl.core.model import NodeState, ObjectRef
+from lbctl.core.model import Address, NodeState, ObjectRef
 from lbctl.core.release import Facts
 from lbctl.kube.client import Client
 from lbctl.kube.events import EventRecorder
 from lbctl.kube.lease import LeaderElector
 from manager import settings as options
 from manager.access import Gate
+from manager.agents import AgentHosts
 from manager.allocating import Allocating
 from manager.announcing import Announcing
 from manager.conditions import Conditions
@@ -36,6 +38,7 @@ from manager.confirming import Confirming
 from manager.fleet import Fleet
 from manager.http import Pages, serving
 from manager.inputs import Inputs
+from manager.kernelcheck import Reach
 from manager.keys import ProbeKeys
 from manager.metrics import Metrics
 from manager.neighbours import Neighbours
@@ -74,7 +77,10 @@ class Manager:
         self.speaker = ExabgpSpeaker(
             given.speaker_dir, given.manager_id, on_change=self._sessions_changed
         )
-        self.fleet = Fleet(given.manager_id, self.inputs.nodes.cache.items, self._heard)
+        self.agents = AgentHosts()
+        self._probed: frozenset[str] | None = None
+        self._reach = Reach(names.MANAGER_PEER_PORT)
+        self.fleet = Fleet(given.manager_id, self.inputs.nodes.cache.items, self)
         self.keys = ProbeKeys(client, self._new_keys, given.namespace)
         self.neighbours = Neighbours(
             self.inputs.secrets.cache.items, given.namespace, given.address
@@ -153,13 +159,21 @@ class Manager:
         self.announcing.poke()
 
     def _pod_changed(self, key: ObjectRef) -> None:
-        if self.fleet.change(key, self.inputs.pods.cache.get(key)):
+        pod = self.inputs.pods.cache.get(key)
+        if self.agents.change(key, pod):
+            self._nodes_listed()
+        if self.fleet.change(key, pod):
             self.allocating.touch()
 
     def _nodes_listed(self) -> None:
         if self._watch is not None:
             nodes = {node.name: node for node in self.inputs.nodes.cache.items.values()}
-            self._watch.prober.set_nodes(nodes)
+            self._probed = self._expected()
+            self._watch.prober.set_nodes(nodes, self._probed)
+
+    def _expected(self) -> frozenset[str] | None:
+        current = self.configuration.current
+        return self.agents.nodes(current.config.probe.agent_grace_s if current else math.inf)
 
     def _new_keys(self, keys: Keys) -> None:
         if self._watch is None:
@@ -167,7 +181,7 @@ class Manager:
                 keys,
                 self._given.manager_id,
                 self.fleet.addresses,
-                self._is_announcing,
+                self.announces,
                 lambda _names: self._views_changed(),
                 self._managers_changed,
             )
@@ -206,10 +220,20 @@ class Manager:
 
     # What the parts ask
 
-    def _heard(self) -> tuple[str, ...]:
+    def heard(self) -> tuple[str, ...]:
+        """Ids of the managers that live, as far as we hear (`fleet.Witness`)."""
         return self._watch.peers.managers() if self._watch is not None else ()
 
-    def _is_announcing(self) -> bool:
+    def heard_by_agents(self) -> frozenset[int] | None:
+        """Hashes of the managers that agents hear (`fleet.Witness`)."""
+        return self._watch.prober.heard_by_agents() if self._watch is not None else None
+
+    def host_answers(self, manager: str, address: Address) -> bool:
+        """Whether the host of another manager answers us (`fleet.Witness`)."""
+        return self._reach(manager, address)
+
+    def announces(self) -> bool:
+        """Whether our own sessions are up and full (`fleet.Witness`)."""
         return self.readiness.full and any(s.up for s in self.speaker.sessions())
 
     def _can_start(self) -> bool:
@@ -229,15 +253,20 @@ class Manager:
         views = self._watch.prober.views() if self._watch is not None else {}
         if current is None:
             return Facts(living=())  # nobody has withdrawn anything
-        peers, announce = current.config.bgp.peers, current.config.announce
+        announce = current.config.announce
         return Facts(
             living=self.fleet.living(),
             gone=self.fleet.gone(),
             confirming=Confirming(views),
-            hold_time_s=max((peer.hold_time_s for peer in peers), default=9),
+            hold_time_s=self._hold_time_s(),
             drain_time_s=announce.drain_time_s,
             reuse_after_s=announce.reuse_after_s,
         )
+
+    def _hold_time_s(self) -> float:
+        current = self.configuration.current
+        peers = current.config.bgp.peers if current is not None else ()
+        return max((peer.hold_time_s for peer in peers), default=9)
 
     # What runs
 
@@ -277,16 +306,24 @@ class Manager:
             now_sent = prober.counters.sent if prober is not None else sent
             current = self.configuration.current
             interval_s = current.config.probe.interval_s if current is not None else 1.0
-            idle = prober is not None and not self.inputs.nodes.cache.items
+            idle = prober is not None and prober.idle
             if now_sent != sent or idle:
                 sent, moved_s = now_sent, now_s
             if now_s - moved_s < max(1.0, 3 * interval_s):
                 others = self._watch is not None and self._watch.peers.announcing()
                 self.speaker.ping(others)
             self.readiness.look()
+            self._look()
             if self.announcing.number is None:
                 self.announcing.poke()
             await asyncio.sleep(PING_S)
+
+    def _look(self) -> None:
+        """What only time changes: managers that are silent for long, agents that are gone."""
+        if self._watch is not None and self.fleet.look(self._hold_time_s()):
+            self.allocating.touch()
+        if self._expected() != self._probed:
+            self._nodes_listed()
 
     async def _lead(self) -> None:
         """The leader's work; ends when any part of it does."""

@@ -63,6 +63,7 @@ class _Target:
     cookie: int = 0
     digest: int = 0
     config_generation: int = 0
+    heard: frozenset[int] = frozenset()
     answered_s: float | None = None
     reader: PageReader = field(default_factory=PageReader)
     page_nonce: int = 0
@@ -134,6 +135,21 @@ class Prober:
         """Whether every node that was known at the start has answered or been missed."""
         return self._judging
 
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing to probe."""
+        return not self._targets
+
+    def heard_by_agents(self) -> frozenset[int] | None:
+        """Hashes of the managers that agents hear, by their last answers; None if none can tell.
+
+        An agent that does not name us cannot: it answers us, so it should (an older version's).
+        """
+        us = probe.node_hash(self._id)
+        up = [t.heard for t in self._targets.values() if t.health.state is NodeState.UP]
+        telling = [heard for heard in up if us in heard]
+        return frozenset[int]().union(*telling) if telling else None
+
     def set_keys(self, keys: Keys) -> None:
         """Use these keys from now on."""
         self._keys = keys
@@ -145,9 +161,16 @@ class Prober:
         self._base = limits
         self._grow()
 
-    def set_nodes(self, nodes: Mapping[str, Node]) -> None:
-        """Take all nodes of the cluster. One without an address has no view: nothing to probe."""
-        probed = {name: node for name, node in nodes.items() if node.addresses}
+    def set_nodes(self, nodes: Mapping[str, Node], agents: frozenset[str] | None = None) -> None:
+        """Take all nodes of the cluster. agents: names of those to probe, None for all.
+
+        A node that is not probed has no view; nor has one without an address.
+        """
+        probed = {
+            name: node
+            for name, node in nodes.items()
+            if node.addresses and (agents is None or name in agents)
+        }
         changed = set(self._targets) - set(probed)
         for name in changed:
             self._remove(name)
@@ -327,7 +350,7 @@ class Prober:
         del target.nonces[: place + 1]
         target.waiting = bool(target.nonces)
         target.answered_s, target.cookie = now_s, answer.cookie
-        target.config_generation = answer.config_generation
+        target.config_generation, target.heard = answer.config_generation, answer.heard
         old = target.health
         if old.misses or old.answers < judging.RETURN_ANSWERS or old.reason is not None:
             self._touched.add(answer.node)

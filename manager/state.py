@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from lbctl.core import state
 from lbctl.core.allocator import not_ours
 from lbctl.core.health import Health
-from lbctl.core.model import Address, Eip, NodeView, ObjectRef, Phase, Service, Session
+from lbctl.core.model import Address, Eip, NodeState, NodeView, ObjectRef, Phase, Service, Session
 from lbctl.core.reasons import Reason
 from lbctl.core.routes import EipSelection
 from manager.allocating import Allocating
@@ -66,7 +66,7 @@ def build(
             if service.is_load_balancer
         ),
         sessions=_sessions(parts, sessions),
-        nodes=tuple(_node(*judgement) for judgement in nodes),
+        nodes=_nodes(parts, nodes),
         now_s=time.time(),
         holder=holder,
     )
@@ -148,6 +148,15 @@ def _sessions(parts: Parts, sessions: tuple[Session, ...]) -> tuple[state.Sessio
             )
         )
     return tuple(found)
+
+
+def _nodes(parts: Parts, judged: tuple[Judgement, ...]) -> tuple[state.NodeStatus, ...]:
+    """The judged ones, and those that are not probed because no agent is expected there."""
+    found = {view.name: _node(health, view, age_s) for health, view, age_s in judged}
+    for node in parts.inputs.nodes.cache.items.values():
+        unknown = state.NodeStatus(node.name, NodeState.UNKNOWN, False, Reason.NODE_UNKNOWN)
+        found.setdefault(node.name, unknown)
+    return tuple(found[name] for name in sorted(found))
 
 
 def _node(health: Health, view: NodeView, age_s: float | None) -> state.NodeStatus:

@@ -227,10 +227,11 @@ def _log_files(directory: Path) -> list[Path]:
 
 @node_app.command("add")
 def add(name: LabName = "lab", output: OutputOption = Output.TEXT) -> None:
-    """Add a node like the last one, wired to the same rack."""
+    """Add a node like the last one, wired to the same rack; ends when it serves."""
+    from lbctl.lab.bringup import add_node
     from lbctl.lab.lab import Lab
 
-    machine = Lab.load(name).add_node()
+    machine = add_node(Lab.load(name), _progress())
     answer = {"name": machine.name, "address": machine.address, "pods": machine.pod_cidr}
     if output is Output.JSON:
         print(json.dumps(answer))

@@ -117,14 +117,26 @@ class Allocator:
 
     def set_service(self, service: Service) -> None:
         """A Service appeared or changed."""
-        if self._services.get(service.ref) != service:
+        before = self._services.get(service.ref)
+        if before != service:
             self._dirty.add(service.ref)
+            self._keep_off(service.cluster_ips, before.cluster_ips if before is not None else ())
         self._services[service.ref] = service  # even if equal: its version may be newer
 
     def remove_service(self, ref: ObjectRef) -> None:
         """A Service is gone."""
-        if self._services.pop(ref, None) is not None:
+        before = self._services.pop(ref, None)
+        if before is not None:
             self._dirty.add(ref)
+            self._keep_off((), before.cluster_ips)
+
+    def _keep_off(self, now: Iterable[Address], before: Iterable[Address]) -> None:
+        """ClusterIPs, of whatever Service, are never given out."""
+        for address in now:
+            self._supply.forbid(address)
+        for address in before:
+            if self._supply.allow(address):
+                self._dirty |= self._refused
 
     def set_eip(self, eip: Eip) -> None:
         """An EIP object appeared or changed."""

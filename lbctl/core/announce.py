@@ -12,25 +12,41 @@ asks `take()` what to send. Rules:
 - A peer gets nothing before its first `negotiated`: only then is it known how many paths it takes.
   If that changes, everything of the old kind is withdrawn and on the wire before the new is sent.
 - What a lost command did is unknown: such routes are `unsure`, and are sent again or withdrawn.
+- The desired state is taken whole, as a persistent map by prefix (`by_prefix`): the difference to
+  the last is worked out here, at the cost of the prefixes that changed.
 - `settled` is the greatest number whose routes are acknowledged and, by a later barrier, on the
   wire of every established session.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Final
+from typing import Final, TypeAlias
 
 from lbctl.core import exabgp
 from lbctl.core.announce_table import Route, Table
 from lbctl.core.exabgp import Command, Verb
 from lbctl.core.model import Network, Path
+from lbctl.core.pmap import PMap, changed
 from lbctl.errors import MessageError, SpeakerError
 
 WINDOW: Final = 8
 PRUNE_EVERY: Final = 512  # numbers between two clearances of what is remembered for speed
+
+
+Paths: TypeAlias = frozenset[Path] | PMap[Network, frozenset[Path]]
+
+
+def by_prefix(paths: Paths) -> PMap[Network, frozenset[Path]]:
+    """The paths of each prefix. What is a map already stays the same object."""
+    if isinstance(paths, PMap):
+        return paths
+    found: dict[Network, set[Path]] = {}
+    for path in paths:
+        found.setdefault(path.prefix, set()).add(path)
+    return PMap({prefix: frozenset(several) for prefix, several in found.items()})
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +106,7 @@ class Announcer:
         self._window = window
         self._state = LinkState.AWAY
         self._number = 0
-        self._paths: frozenset[Path] = frozenset()
-        self._slots: set[tuple[int | None, str]] = set()  # of `_paths`
+        self._paths: PMap[Network, frozenset[Path]] = PMap()
         self._tables: dict[str, Table] = {}
         self._modes: dict[str, bool] = {}
         self._up: set[str] = set()
@@ -119,20 +134,22 @@ class Announcer:
 
     # what shall be
 
-    def want(self, peers: Iterable[str], paths: frozenset[Path]) -> int:
+    def want(self, peers: Iterable[str], paths: Paths) -> int:
         """Set the whole desired state; returns its number.
 
         `peers` are canonical addresses. SpeakerError, with nothing changed, if a value is not valid
         or one (prefix, path-id) occurs twice.
         """
-        added, removed = paths - self._paths, self._paths - paths
+        before, after = self._paths, by_prefix(paths)
+        touched = changed(before, after)
+        added: set[Path] = set()
+        removed: set[Path] = set()
+        for prefix in touched:
+            was, now = before.get(prefix, frozenset()), after.get(prefix, frozenset())
+            _check(prefix, now)
+            added |= now - was
+            removed |= was - now
         new, gone = self._routes(added, True), self._routes(removed, True)
-        slots = self._slots.difference(map(_slot, gone))
-        taken = set(map(_slot, new))
-        if len(taken) != len(new) or not taken.isdisjoint(slots):
-            raise SpeakerError("two paths have the same prefix and path-id")
-        slots |= taken
-        self._slots = slots
         self._number += 1
         if self._number % PRUNE_EVERY == 0:
             self._texts.clear()
@@ -143,7 +160,7 @@ class Announcer:
             table = self._tables.pop(peer)
             left = sorted(table.held | table.unsure | table.busy.keys())
             self._unclaimed[peer] = [Held(peer, r.attributes, (r.prefix,), False) for r in left]
-        self._paths = paths
+        self._paths = after
         for peer in wanted_peers:
             known = self._tables.get(peer)
             if known is None:
@@ -153,7 +170,7 @@ class Announcer:
             elif known.mode:
                 self._change(known, new, gone)
             elif known.mode is False and (new or gone):
-                self._choose(known, {path.prefix for path in added | removed})
+                self._choose(known, before, touched)
         return self._number
 
     def _text(self, path: Path, identified: bool) -> str:
@@ -175,7 +192,8 @@ class Announcer:
     def _fill(self, table: Table) -> None:
         """Make `wanted` anew."""
         old = table.empty()
-        fresh = [] if table.mode is None else self._routes(self._paths, table.mode)
+        every = _flat(self._paths, self._paths)
+        fresh = [] if table.mode is None else self._routes(every, table.mode)
         for route in fresh:
             table.want(route)
         for route in (*sorted(old - table.wanted), *fresh):
@@ -188,12 +206,12 @@ class Announcer:
         for route in (*gone, *new):
             self._consider(table, route)
 
-    def _choose(self, table: Table, prefixes: set[Network]) -> None:
+    def _choose(
+        self, table: Table, before: Mapping[Network, frozenset[Path]], prefixes: set[Network]
+    ) -> None:
         """Look again which path of these prefixes a peer without ADD-PATH gets."""
-        names = {str(network) for network in prefixes}
-        gone = sorted(route for route in table.wanted if route.prefix in names)
-        paths = (path for path in self._paths if path.prefix in prefixes)
-        self._change(table, self._routes(paths, False), gone)
+        gone = self._routes(_flat(before, prefixes), False)
+        self._change(table, self._routes(_flat(self._paths, prefixes), False), gone)
 
     def _consider(self, table: Table, route: Route) -> None:
         table.consider(route, self._number)
@@ -393,5 +411,12 @@ def _order(path: Path) -> tuple[int, int, int, int, int]:
     return network.version, int(network.network_address), network.prefixlen, int(hop), path.path_id
 
 
-def _slot(route: Route) -> tuple[int | None, str]:
-    return exabgp.path_id(route.attributes), route.prefix
+def _flat(paths: Mapping[Network, frozenset[Path]], prefixes: Iterable[Network]) -> Iterator[Path]:
+    return (path for prefix in prefixes for path in paths.get(prefix, ()))
+
+
+def _check(prefix: Network, paths: frozenset[Path]) -> None:
+    if any(path.prefix != prefix for path in paths):
+        raise SpeakerError(f"a path of {prefix} is for another prefix")
+    if len({path.path_id for path in paths}) != len(paths):
+        raise SpeakerError("two paths have the same prefix and path-id")

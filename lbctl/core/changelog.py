@@ -3,15 +3,18 @@
 Rules: `replace` takes the whole state and works out the difference; the generation rises by one for
 each replace that changes something. A page lists changes in the order (generation, address), so an
 entry that changes while somebody reads simply appears again later, and nothing is missed. Removals
-are remembered for the last MAX_REMOVED; whoever is further behind gets the full list.
+are remembered for the last MAX_REMOVED; whoever is further behind gets the full list. Both ends
+use persistent maps, so that a change costs what changed.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Mapping
+from itertools import islice
 
 from lbctl.core.model import Address
+from lbctl.core.pmap import PMap, PSet, changed, persistent
 from lbctl.core.probe import PAGE_ROOM, Cursor, Entry, Page, PageRequest, address_key, entry_bytes
 
 MAX_REMOVED = 4096
@@ -25,6 +28,8 @@ class ChangeLog:
         self.generation = 0
         self._floor = 0  # removals up to this generation are forgotten
         self._changed: dict[bytes, tuple[int, Entry]] = {}
+        self._confirmed: Mapping[Address, bool] = PMap()
+        self._removed: dict[bytes, int] = {}  # the oldest first
         self._order: list[tuple[int, bytes]] = []  # with outdated places, skipped when read
 
     def replace(self, confirmed: Mapping[Address, bool]) -> bool:
@@ -32,23 +37,29 @@ class ChangeLog:
 
         Returns whether something changed.
         """
-        new = {address_key(a): Entry(a, True, local) for a, local in confirmed.items()}
-        changes = {key: entry for key, entry in new.items() if self._entry(key) != entry}
-        for key, (_, entry) in self._changed.items():
-            if entry.present and key not in new:
-                changes[key] = Entry(entry.address, False)
+        touched = changed(self._confirmed, confirmed)
+        self._confirmed = persistent(confirmed)
+        changes: dict[bytes, Entry] = {}
+        for address in touched:
+            key, local = address_key(address), confirmed.get(address)
+            entry = Entry(address, local is not None, bool(local))
+            if self._entry(key) != entry:
+                changes[key] = entry
         if not changes:
             return False
         self.generation += 1
         for key in sorted(changes):
             self._changed[key] = (self.generation, changes[key])
             self._order.append((self.generation, key))
+            self._removed.pop(key, None)
+            if not changes[key].present:
+                self._removed[key] = self.generation
         self._forget()
         return True
 
     def confirmed(self) -> int:
         """Return how many EIPs are confirmed."""
-        return sum(entry.present for _, entry in self._changed.values())
+        return len(self._confirmed)
 
     def page(self, request: PageRequest) -> Page:
         """Answer a PageRequest; the answer fits into one datagram."""
@@ -78,14 +89,9 @@ class ChangeLog:
 
     def _forget(self) -> None:
         """Drop the oldest removals beyond the bound, and the outdated places of the order."""
-        removed = sorted(
-            (generation, key)
-            for key, (generation, entry) in self._changed.items()
-            if not entry.present
-        )
-        for generation, key in removed[: max(0, len(removed) - MAX_REMOVED)]:
+        for key in list(islice(self._removed, max(0, len(self._removed) - MAX_REMOVED))):
+            self._floor = self._removed.pop(key)
             del self._changed[key]
-            self._floor = generation
         if len(self._order) > 2 * len(self._changed) + 64:
             self._order = sorted((gen, key) for key, (gen, _) in self._changed.items())
 
@@ -99,12 +105,13 @@ class PageReader:
     def __init__(self) -> None:
         self.boot = 0
         self.generation = 0
-        self.confirmed: frozenset[Address] = frozenset()
-        self.local_ready: frozenset[Address] = frozenset()
+        self.confirmed: PSet[Address] = PSet()
+        self.local_ready: PSet[Address] = PSet()
         self._boot = 0  # of the list that is being read
         self._since = 0
         self._cursor = Cursor(0)
-        self._reading: dict[Address, bool] = {}
+        self._reading: PMap[Address, None] = PMap()
+        self._local: PMap[Address, None] = PMap()
 
     def current(self, boot: int, generation: int) -> bool:
         """Return whether the complete list is that of this boot and generation."""
@@ -118,18 +125,18 @@ class PageReader:
         """Take a page that answers the last request. Returns whether the list is complete."""
         if page.full or page.boot != self._boot:
             # Removals after this moment will be listed; those before concern nothing we hold.
-            self._reading, self._boot, self._since = {}, page.boot, page.generation
-        for entry in page.entries:
-            if entry.present:
-                self._reading[entry.address] = entry.local_ready
-            else:
-                self._reading.pop(entry.address, None)
+            self._reading, self._boot, self._since = PMap(), page.boot, page.generation
+            self._local = PMap()
+        latest = {entry.address: entry for entry in page.entries}
+        there = {a: None for a, entry in latest.items() if entry.present}
+        local = {a: None for a in there if latest[a].local_ready}
+        self._reading = self._reading.updated(there, latest.keys() - there.keys())
+        self._local = self._local.updated(local, latest.keys() - local.keys())
         if page.cursor is not None:
             self._cursor = page.cursor
             return False
         self.boot, self.generation = page.boot, page.generation
         self._since = page.generation
         self._cursor = Cursor(page.generation, b"\xff")
-        self.confirmed = frozenset(self._reading)
-        self.local_ready = frozenset(a for a, local in self._reading.items() if local)
+        self.confirmed, self.local_ready = PSet(self._reading), PSet(self._local)
         return True

@@ -71,6 +71,11 @@ def resolve(state: DownSet, nodes: Iterable[str], now_s: float) -> DownSet:
     return state if down == state.down else DownSet(state.voices, down)
 
 
+def heard(state: DownSet, now_s: float) -> frozenset[int]:
+    """Return the hashes of the managers heard within the last second, judging or not."""
+    return frozenset(node_hash(v.manager) for v in state.voices if now_s - v.heard_s <= HEARD_S)
+
+
 @lru_cache(maxsize=4)
 def _owners(names: tuple[str, ...]) -> dict[int, str]:
     """Node of each hash; "" where two have the same: they cannot be told apart, so none is down."""

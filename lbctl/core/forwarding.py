@@ -8,6 +8,8 @@ Rules:
   ones are refused at once. A port without any endpoint is in no table: everything is refused.
 - An endpoint's node is found by pod CIDRs and node addresses. nodeName counts only where *no* node
   has a pod CIDR (some CNIs allocate elsewhere), for Pods alone: anyone may write an EndpointSlice.
+- `revise` makes the next table from the last: persistent maps (`lbctl.core.pmap`) tell what changed
+  between two whole inputs, so that a change costs its own EIPs.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
-from ipaddress import IPv4Network, IPv6Network, collapse_addresses, ip_network
+from ipaddress import IPv4Network, IPv6Network, collapse_addresses
 from typing import Final
 
 from lbctl.core import maglev
@@ -31,6 +33,7 @@ from lbctl.core.model import (
     Service,
     ServiceEndpoints,
 )
+from lbctl.core.pmap import PMap, changed, persistent
 
 _WORD: Final = 1 << 64
 _CARRIED: Final = (Protocol.TCP, Protocol.UDP)
@@ -85,17 +88,6 @@ class EipTable:
     down: frozenset[str] = field(default=frozenset(), repr=False, compare=False)
 
 
-@dataclass(frozen=True, slots=True)
-class Table:
-    """All EIPs, and the sum of their digests modulo 2^64."""
-
-    eips: Mapping[Address, EipTable]
-    digest: int
-
-
-EMPTY: Final = Table({}, 0)
-
-
 class Locator:
     """Which node an endpoint's address is on. A function of the nodes alone."""
 
@@ -106,10 +98,10 @@ class Locator:
         self.key = tuple((node.name, node.addresses, node.pod_cidrs) for node in every)
         self._names = frozenset(node.name for node in every)
         self._addresses = {a: node.name for node in reversed(every) for a in node.addresses}
-        self._cidrs: dict[Network, str] = {
-            cidr: node.name for node in reversed(every) for cidr in node.pod_cidrs
-        }
-        self._lengths = sorted({(c.version, c.prefixlen) for c in self._cidrs}, reverse=True)
+        cidrs = [(cidr, node.name) for node in reversed(every) for cidr in node.pod_cidrs]
+        # By numbers: making a network of an address took most of a table's time.
+        self._cidrs = {_place(c.network_address, c.prefixlen): name for c, name in cidrs}
+        self._lengths = sorted({(c.version, c.prefixlen) for c, _ in cidrs}, reverse=True)
 
     def locate(self, endpoint: Endpoint) -> str | None:
         """The node's name; None if the address is on no node."""
@@ -120,12 +112,48 @@ class Locator:
             return name
         for version, length in self._lengths:
             if version == address.version:
-                name = self._cidrs.get(ip_network((address, length), strict=False))
+                name = self._cidrs.get(_place(address, length))
                 if name:
                     return name
         if not self._cidrs and endpoint.pod and endpoint.node in self._names:
             return endpoint.node
         return None
+
+
+def _place(address: Address, length: int) -> tuple[int, int, int]:
+    return address.version, length, int(address) >> (address.max_prefixlen - length)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sources:
+    """All that a table is made of. down: nodes whose endpoints take no new flows."""
+
+    eips: Mapping[Address, Eip]
+    services: Mapping[ObjectRef, Service]
+    endpoints: Mapping[ObjectRef, ServiceEndpoints]
+    locator: Locator
+    down: frozenset[str] = frozenset()
+
+
+_NO_SOURCES: Final = Sources(PMap(), PMap(), PMap(), Locator(()))
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """All EIPs, and the sum of their digests modulo 2^64.
+
+    `sources` is what it was made of, `owned` which EIPs a Service has in there: for `revise`.
+    """
+
+    eips: Mapping[Address, EipTable]
+    digest: int
+    sources: Sources = field(default=_NO_SOURCES, repr=False, compare=False)
+    owned: PMap[ObjectRef, frozenset[Address]] = field(
+        default_factory=PMap, repr=False, compare=False
+    )
+
+
+EMPTY: Final = Table(PMap(), 0)
 
 
 def build(
@@ -136,23 +164,77 @@ def build(
     down: frozenset[str] = frozenset(),
     previous: Table = EMPTY,
 ) -> Table:
-    """Return the tables of all EIPs that are to be forwarded.
+    """Return the tables of all EIPs that are to be forwarded: `revise` for plain collections."""
+    known = {eip.address: eip for eip in eips}
+    return revise(previous, Sources(known, services, endpoints, locator, down))
 
-    down: nodes whose endpoints take no new flows. previous: an earlier result, whose unchanged
-    EIPs are taken over, so that a change costs what it touches.
+
+def revise(previous: Table, sources: Sources) -> Table:
+    """Return the table that `sources` make, whatever `previous` is.
+
+    What did not change since `previous` is taken over. With persistent maps that are versions of
+    those before, the cost is that of what changed; a change of nodes or of `down` costs a look at
+    every EIP.
     """
-    tables: dict[Address, EipTable] = {}
-    for eip in sorted(eips, key=lambda e: (e.address.version, int(e.address))):
-        if eip.forwarding:
-            service = services.get(eip.owner)
-            known = endpoints.get(eip.owner)
-            inputs = (eip.owner, service, known, locator.key)
-            old = previous.eips.get(eip.address)
-            if old is not None and old.down == down & old.nodes and old.inputs == inputs:
-                tables[eip.address] = old
-            else:
-                tables[eip.address] = _eip(eip, service, known, locator, down, inputs)
-    return Table(tables, sum(entry.digest for entry in tables.values()) % _WORD)
+    sources = replace(
+        sources,
+        eips=persistent(sources.eips),
+        services=persistent(sources.services),
+        endpoints=persistent(sources.endpoints),
+    )
+    touched = changed(previous.sources.eips, sources.eips)
+    owned = _owned(previous, sources, touched)
+    old = previous.sources
+    if old.down != sources.down or old.locator.key != sources.locator.key:
+        touched = set(sources.eips) | set(previous.eips)
+    else:
+        refs = changed(old.services, sources.services) | changed(old.endpoints, sources.endpoints)
+        touched = touched.union(*(owned.get(ref, ()) for ref in refs))
+    fresh: dict[Address, EipTable] = {}
+    gone: list[Address] = []
+    digest = previous.digest
+    for address in touched:
+        was, now = previous.eips.get(address), _entry(address, sources, previous)
+        digest += (now.digest if now else 0) - (was.digest if was else 0)
+        if now is None:
+            gone.append(address)
+        elif now is not was:
+            fresh[address] = now
+    tables = persistent(previous.eips).updated(fresh, gone)
+    return Table(tables, digest % _WORD, sources, owned)
+
+
+def _owned(
+    previous: Table, sources: Sources, touched: Iterable[Address]
+) -> PMap[ObjectRef, frozenset[Address]]:
+    """Which EIPs belong to which Service, after those `touched` have changed."""
+    owners: dict[ObjectRef, set[Address]] = {}
+
+    def of(ref: ObjectRef) -> set[Address]:
+        if ref not in owners:
+            owners[ref] = set(previous.owned.get(ref, ()))
+        return owners[ref]
+
+    for address in touched:
+        was, now = previous.sources.eips.get(address), sources.eips.get(address)
+        if was is not None:
+            of(was.owner).discard(address)
+        if now is not None:
+            of(now.owner).add(address)
+    put = {ref: frozenset(mine) for ref, mine in owners.items() if mine}
+    return previous.owned.updated(put, owners.keys() - put.keys())
+
+
+def _entry(address: Address, sources: Sources, previous: Table) -> EipTable | None:
+    eip = sources.eips.get(address)
+    if eip is None or not eip.forwarding:
+        return None
+    service, known = sources.services.get(eip.owner), sources.endpoints.get(eip.owner)
+    inputs = (eip.owner, service, known, sources.locator.key)
+    old = previous.eips.get(address)
+    if old is not None and old.down == sources.down & old.nodes and old.inputs == inputs:
+        return old
+    return _eip(eip, service, known, sources.locator, sources.down, inputs)
 
 
 def _eip(

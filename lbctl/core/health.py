@@ -10,6 +10,11 @@ Rules beyond the table:
   `held`. The other manager decides; without one, NotReady or PANIC_S do.
 - A node that fell is back after RETURN_ANSWERS answers in a row. From its second fall on it is Up
   but not `stable` for a time that doubles to STABLE_MAX_S.
+- A node of which no manager ever had an answer stays Unknown, whatever else is said of it: it is in
+  no down set and no panic. A manager that has just started takes over what another one, that did
+  have answers, calls it (Suspect there is CONFIRMED here).
+- An agent whose kernel answers is AgentSilent only after SILENT_S: nothing is decided differently
+  before, and on a busy node answers come in bursts.
 - A kernel that answers after a silence of more than REBOOT_S may have rebooted, and has lost its
   forwarding: only a probe answer counts then.
 """
@@ -29,6 +34,7 @@ PARDONS = 3
 PANIC_S = 30.0
 AT_ONCE_S = 1.0  # falls within this time are "at once", or four intervals where those are longer
 REBOOT_S = 2.0
+SILENT_S = 1.0
 STABLE_FIRST_S = 1.0
 STABLE_MAX_S = 60.0
 FORGIVE_S = 300.0  # Up for so long: earlier falls are forgotten
@@ -73,12 +79,12 @@ class Signal(Enum):
 
 _S = NodeState
 TABLE: Mapping[tuple[NodeState, Signal], NodeState] = {
-    (_S.UNKNOWN, Signal.NOT_READY): _S.DOWN,
+    (_S.UNKNOWN, Signal.NOT_READY): _S.UNKNOWN,
     (_S.UNKNOWN, Signal.WAIT): _S.UNKNOWN,
     (_S.UNKNOWN, Signal.ANSWERS): _S.UP,
     (_S.UNKNOWN, Signal.STEADY): _S.UP,
     (_S.UNKNOWN, Signal.KERNEL): _S.UNKNOWN,
-    (_S.UNKNOWN, Signal.LOST): _S.SUSPECT,
+    (_S.UNKNOWN, Signal.LOST): _S.UNKNOWN,
     (_S.UNKNOWN, Signal.CONFIRMED): _S.DOWN,
     (_S.UP, Signal.NOT_READY): _S.DOWN,
     (_S.UP, Signal.WAIT): _S.UP,
@@ -274,7 +280,8 @@ def _signal(
     limits: Limits,
 ) -> Signal:
     lost = health.misses >= limits.misses
-    if not health.ready and (lost or not ignore_not_ready):
+    unknown = health.state is NodeState.UNKNOWN
+    if not health.ready and not unknown and (lost or not ignore_not_ready):
         return Signal.NOT_READY
     if not lost:
         if health.answers >= RETURN_ANSWERS:
@@ -282,7 +289,8 @@ def _signal(
         return Signal.ANSWERS if health.answers else Signal.WAIT
     in_grace = now_s - health.silent_s <= limits.agent_grace_s
     if in_grace and _kernel_alive(health, now_s, limits):
-        return Signal.KERNEL
+        brief = health.state is NodeState.UP and now_s - health.silent_s < SILENT_S
+        return Signal.WAIT if brief else Signal.KERNEL
     if any(node_hash(health.name) in peer.gone for peer in peers):
         return Signal.CONFIRMED
     # No manager left to ask: what was confirmed stays confirmed.

@@ -7,6 +7,7 @@ instants are seconds since the epoch where they come from the API server.
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass, field
 from enum import StrEnum
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
@@ -81,6 +82,7 @@ class Service:
     ingress: tuple[Address, ...] = ()
     annotations: tuple[tuple[str, str], ...] = ()
     requested: str | None = None  # spec.loadBalancerIP, unparsed: a user wrote it
+    cluster_ips: tuple[Address, ...] = ()
     version: str = field(default="", compare=False)  # resourceVersion, for guarded writes
     # status, reason and message of our own condition; not compared, as we write it ourselves
     condition: tuple[str, str, str] | None = field(default=None, compare=False)
@@ -232,6 +234,6 @@ class NodeView:
     stable: bool = True  # False while a flapping node has to prove itself
     lags: bool = False
     digest: int = 0
-    confirmed: frozenset[Address] = frozenset()
-    local_ready: frozenset[Address] = frozenset()
+    confirmed: Set[Address] = frozenset()
+    local_ready: Set[Address] = frozenset()
     since_s: float = 0.0

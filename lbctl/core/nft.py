@@ -23,15 +23,17 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 from lbctl.core import maglev
 from lbctl.core.model import Address, Network
 from lbctl.core.names import MARK_BASE, MARK_MASK, NFT_TABLE
 from lbctl.core.nodeview import PortElements
+from lbctl.core.pmap import changed
 from lbctl.errors import DataplaneError
 
 BUCKET_BASE: Final = MARK_BASE + 0x10000  # marks that live for a few hooks only
+_BUCKETS: Final = tuple(f" . {BUCKET_BASE + bucket:#x}" for bucket in range(maglev.SIZES[-1]))
 PIECE: Final = 20_000  # map elements of one transaction: nft takes about 2 KiB for each
 # A hand-over follows a flow's own history (conntrack's mark), so it cannot circle unless a node has
 # lost its entries; then this bounds it.
@@ -41,6 +43,7 @@ _TABLE: Final = f"ip {NFT_TABLE}"
 _INTERFACE: Final = re.compile(r"[A-Za-z0-9_.@:-]{1,15}")
 _MAC: Final = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}")
 _KEY: Final = "ip daddr . meta l4proto . th dport"
+PortKey: TypeAlias = tuple[Address, str, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +57,7 @@ class Ruleset:
     uplinks: tuple[str, ...] = ()
     peers: tuple[str, ...] = ()
     ranges: tuple[tuple[Address, Address], ...] = ()
-    ports: Mapping[tuple[Address, str, int], PortElements] = field(default_factory=dict)
+    ports: Mapping[PortKey, PortElements] = field(default_factory=dict)
     sources: Mapping[Address, tuple[Network, ...]] = field(default_factory=dict)
 
 
@@ -109,19 +112,33 @@ def difference(old: Ruleset, new: Ruleset) -> list[str]:
 
 def totals(rules: Ruleset) -> dict[str, int]:
     """Return how many elements each set and map has, but for the intervals of `ranges`."""
-    ports = [port for (address, _, _), port in rules.ports.items() if address.version == 4]
+    return recounted({}, Ruleset(), rules)
+
+
+def recounted(counts: Mapping[str, int], old: Ruleset, new: Ruleset) -> dict[str, int]:
+    """Return the totals of `new`, given those of `old`: the cost is that of their difference."""
+    made = {name: counts.get(name, 0) for name in _COUNTED}
+    for rules, keys, sign in (
+        (old, changed(old.ports, new.ports), -1),
+        (new, changed(old.ports, new.ports), 1),
+    ):
+        for key in keys:
+            port = rules.ports.get(key)
+            if port is not None and key[0].version == 4:
+                for name, number in _counts(port).items():
+                    made[name] += sign * number
+    for address in changed(old.sources, new.sources):
+        if address.version == 4:
+            made["restricted"] += (address in new.sources) - (address in old.sources)
+    return {**made, "gen": 1, "uplinks": len(new.uplinks), "peers": len(new.peers)}
+
+
+def _counts(port: PortElements) -> dict[str, int]:
     return {
-        "gen": 1,
-        "uplinks": len(rules.uplinks),
-        "peers": len(rules.peers),
-        "restricted": sum(address.version == 4 for address in rules.sources),
-        "closed": sum(port.closed for port in ports),
-        "svc": len(ports),
-        "past": len(ports),
-        "steer": sum(len(port.steer) for port in ports),
-        "prev": sum(len(port.prev) for port in ports),
-        "deliver": sum(len(port.deliver) for port in ports),
-        "late": sum(len(port.late) for port in ports),
+        "closed": int(port.closed),
+        "svc": 1,
+        "past": 1,
+        **{name: len(getattr(port, name)) for name, _ in _MAPS},
     }
 
 
@@ -144,11 +161,23 @@ def _small_sets(old: Ruleset, new: Ruleset) -> Iterator[str]:
         spans = (f"{a}-{b}" if a != b else str(a) for a, b in new.ranges)
         yield _replaced("ranges", spans)
 
-    if old.sources != new.sources:
-        limited = sorted((int(a), a) for a in new.sources if a.version == 4)
-        yield _replaced("restricted", (str(a) for _, a in limited))
-        allowed = (f"{a} . {network}" for _, a in limited for network in new.sources[a])
-        yield _replaced("sources", allowed)
+    yield from _restrictions(old.sources, new.sources)
+
+
+def _restrictions(
+    old: Mapping[Address, tuple[Network, ...]], new: Mapping[Address, tuple[Network, ...]]
+) -> Iterator[str]:
+    """The elements of the EIPs whose source ranges differ; what was goes first."""
+    touched = sorted(
+        a for a in changed(old, new) if isinstance(a, IPv4Address) and old.get(a) != new.get(a)
+    )
+    for verb, held, other in (("delete", old, new), ("add", new, old)):
+        entries = [f"{a} . {network}" for a in touched for network in held.get(a, ())]
+        if entries:
+            yield f"{verb} element {_TABLE} sources {{ {', '.join(entries)} }}\n"
+        listed = [str(a) for a in touched if a in held and a not in other]
+        if listed:
+            yield f"{verb} element {_TABLE} restricted {{ {', '.join(listed)} }}\n"
 
 
 def _replaced(name: str, entries: Iterable[str]) -> str:
@@ -199,23 +228,21 @@ def _text(deleted: dict[str, list[str]], added: dict[str, list[str]]) -> str:
     return "".join(parts)
 
 
-def _added(ports: Mapping[tuple[Address, str, int], PortElements]) -> Iterator[_Change]:
+def _added(ports: Mapping[PortKey, PortElements]) -> Iterator[_Change]:
     return _changes({}, ports)
 
 
 def _changes(
-    old: Mapping[tuple[Address, str, int], PortElements],
-    new: Mapping[tuple[Address, str, int], PortElements],
+    old: Mapping[PortKey, PortElements],
+    new: Mapping[PortKey, PortElements],
 ) -> Iterator[_Change]:
-    keys = {key for key, port in old.items() if new.get(key) is not port}
-    keys |= {key for key, port in new.items() if old.get(key) is not port}
-    for key in sorted(keys, key=lambda k: (int(k[0]), k[1], k[2])):
+    for key in sorted(changed(old, new), key=lambda k: (int(k[0]), k[1], k[2])):
         if key[0].version == 4:
             yield from _port_changes(key, old.get(key), new.get(key))
 
 
 def _port_changes(
-    key: tuple[Address, str, int], old: PortElements | None, new: PortElements | None
+    key: PortKey, old: PortElements | None, new: PortElements | None
 ) -> Iterator[_Change]:
     address, protocol, number = key
     prefix = f"{address} . {protocol.lower()} . {number}"
@@ -223,12 +250,12 @@ def _port_changes(
         was: Mapping[int, Any] = getattr(old, name) if old else {}
         now: Mapping[int, Any] = getattr(new, name) if new else {}
         if was is not now:
-            gone = [_key(prefix, b) for b, value in was.items() if now.get(b) != value]
-            fresh = [
-                f"{_key(prefix, b)} : {write(value)}"
-                for b, value in now.items()
-                if was.get(b) != value
-            ]
+            gone = [prefix + _BUCKETS[b] for b, value in was.items() if now.get(b) != value]
+            differ = [(b, value) for b, value in now.items() if was.get(b) != value]
+            # Few targets have many buckets: each is written once.
+            targets = {id(value): value for _, value in differ}
+            texts = {number: f" : {write(value)}" for number, value in targets.items()}
+            fresh = [prefix + _BUCKETS[b] + texts[id(value)] for b, value in differ]
             if gone or fresh:
                 yield address, name, gone, fresh
     yield from _whole(address, prefix, old, new)
@@ -247,10 +274,6 @@ def _whole(
         yield address, "closed", [prefix] if closed else [], [prefix] if closes else []
 
 
-def _key(prefix: str, bucket: int) -> str:
-    return f"{prefix} . {BUCKET_BASE + bucket:#x}"
-
-
 def _node_mark(index: int) -> str:
     return f"{MARK_BASE + index:#x}"
 
@@ -265,6 +288,8 @@ _MAPS: Final[tuple[tuple[str, Callable[[Any], str]], ...]] = (
     ("prev", _node_mark),
     ("steer", _node_mark),
 )
+
+_COUNTED: Final = ("closed", "past", "restricted", "svc", *(name for name, _ in _MAPS))
 
 
 # -- rules ---------------------------------------------------------------------------------------

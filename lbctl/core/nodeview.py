@@ -18,6 +18,7 @@ from typing import TypeAlias
 from lbctl.core import maglev
 from lbctl.core.forwarding import PortTable, Table
 from lbctl.core.model import Address, Endpoint, Protocol
+from lbctl.core.pmap import PMap, changed, persistent
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,22 +62,33 @@ class PortElements:
         return len(self.steer) + len(self.prev) + len(self.deliver) + len(self.late)
 
 
-def advance(old: View, table: Table) -> dict[Address, tuple[PortView, ...]]:
-    """Take a new table in: every bucket whose owner changed remembers the old one."""
-    result: dict[Address, tuple[PortView, ...]] = {}
-    for address, entry in table.eips.items():
-        known = old.get(address, ())
-        if len(known) == len(entry.ports) and all(
-            view.table is port for view, port in zip(known, entry.ports, strict=True)
+def advance(
+    old: View, table: Table, since: Table | None = None
+) -> PMap[Address, tuple[PortView, ...]]:
+    """Take a new table in: every bucket whose owner changed remembers the old one.
+
+    since: the table that `old` was made with, if known; then only what differs is looked at.
+    """
+    touched = old.keys() | table.eips.keys() if since is None else changed(since.eips, table.eips)
+    fresh: dict[Address, tuple[PortView, ...]] = {}
+    gone: list[Address] = []
+    for address in touched:
+        entry, known = table.eips.get(address), old.get(address, ())
+        if entry is None:
+            gone.append(address)
+            continue
+        if (
+            address in old
+            and len(known) == len(entry.ports)
+            and all(view.table is port for view, port in zip(known, entry.ports, strict=True))
         ):
-            result[address] = known
             continue
         by_key = {(v.table.protocol, v.table.port, v.table.by_client): v for v in known}
-        result[address] = tuple(
+        fresh[address] = tuple(
             PortView(port, _before(port, by_key.get((port.protocol, port.port, port.by_client))))
             for port in entry.ports
         )
-    return result
+    return persistent(old).updated(fresh, gone)
 
 
 def _before(table: PortTable, old: PortView | None) -> tuple[Endpoint | None, ...]:
@@ -127,6 +139,7 @@ def elements(address: Address, view: PortView, me: str, index: Mapping[str, int]
         elif node is not None:
             steer[bucket] = node
     size, past = len(table.owners), len(view.before)
+    targets: dict[int, tuple[Address, int]] = {}  # one object each: it is written out once
     for bucket, before in enumerate(view.before):
         if before is None:
             continue
@@ -134,7 +147,8 @@ def elements(address: Address, view: PortView, me: str, index: Mapping[str, int]
         if here and before.node != me and before.node in index:
             prev[bucket] = index[before.node]
         elif not here and before.node == me:
-            late[bucket] = (before.address, before.port)
+            target = (before.address, before.port)
+            late[bucket] = targets.setdefault(id(before), target)
     return PortElements(
         address,
         table.protocol,

@@ -31,6 +31,7 @@ REQUEST_BYTES = 512
 MAX_BYTES = 1232  # fits an IPv6 minimum MTU
 MAX_NODES = 250  # node hashes in one datagram: 4 bytes each
 MAX_MANAGER_ID = 128
+MAX_HEARD = 16  # managers that an answer names
 MAX_NODE_NAME = 253  # a DNS subdomain
 
 _HEADER = struct.Struct("!2sBBI")
@@ -82,7 +83,8 @@ class Request:
 class Answer:
     """Agent to manager. `generation` rises with each change of what is confirmed, within a `boot`.
 
-    `digest` is that of the forwarding table, alike on all nodes that are up to date.
+    `digest` is that of the forwarding table, alike on all nodes that are up to date. `heard` are
+    hashes (`node_hash`) of the managers heard within the last second, the asking one's among them.
     """
 
     nonce: int
@@ -93,6 +95,7 @@ class Answer:
     generation: int
     digest: int
     confirmed: int = 0
+    heard: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -219,7 +222,9 @@ def encode_answer(message: Answer, key: Key) -> bytes:
         message.digest,
         message.confirmed,
     )
-    return _seal(Kind.ANSWER, body + _text(message.node, MAX_NODE_NAME), key)
+    heard = sorted(message.heard)[:MAX_HEARD]
+    body += _text(message.node, MAX_NODE_NAME) + bytes((len(heard),))
+    return _seal(Kind.ANSWER, body + _hashes(frozenset(heard)), key)
 
 
 def decode_answer(data: bytes, ring: KeyRing) -> Answer:
@@ -227,8 +232,9 @@ def decode_answer(data: bytes, ring: KeyRing) -> Answer:
     body, _ = _open(Kind.ANSWER, data, ring)
     fields, rest = _unpack(_ANSWER, body)
     nonce, boot, cookie, config_generation, generation, digest, count = fields
-    node, _ = _read_text(rest, MAX_NODE_NAME)
-    return Answer(nonce, node, boot, cookie, config_generation, generation, digest, count)
+    node, rest = _read_text(rest, MAX_NODE_NAME)
+    heard = _read_hashes(rest[1:], rest[0]) if rest else frozenset()
+    return Answer(nonce, node, boot, cookie, config_generation, generation, digest, count, heard)
 
 
 def encode_page_request(message: PageRequest, key: Key) -> bytes:

@@ -20,6 +20,7 @@ from enum import IntEnum
 from functools import lru_cache
 from hashlib import blake2b
 from ipaddress import IPv4Network, IPv6Network
+from typing import Final, TypeAlias
 
 from lbctl.core.config import Config
 from lbctl.core.endpoints import serving_nodes
@@ -38,6 +39,7 @@ from lbctl.core.model import (
     ServiceEndpoints,
     TrafficPolicy,
 )
+from lbctl.core.pmap import differing
 from lbctl.core.reasons import Reason
 
 
@@ -153,6 +155,54 @@ class Rules:
     managers: tuple[str, ...] = ()
 
 
+_NOBODY: Final[frozenset[str]] = frozenset()
+Evidence: TypeAlias = Callable[[Address], tuple[frozenset[str], frozenset[str]]]
+
+
+class Confirmations:
+    """By EIP: the nodes that confirmed it, and those that have a ready endpoint of it.
+
+    `take` costs what differs between two views of a node; an instance is an `Evidence`.
+    """
+
+    def __init__(self) -> None:
+        self._of: tuple[dict[Address, frozenset[str]], ...] = ({}, {})
+        self._same: dict[frozenset[str], frozenset[str]] = {}  # few distinct ones are kept
+
+    def take(self, name: str, old: NodeView | None, new: NodeView | None) -> set[Address]:
+        """Take a node's next view in; the EIPs of which it says something else than the last."""
+        old, new = old or NodeView(name), new or NodeView(name)
+        found: set[Address] = set()
+        for known, was, now in (
+            (self._of[0], old.confirmed, new.confirmed),
+            (self._of[1], old.local_ready, new.local_ready),
+        ):
+            touched = differing(was, now)
+            for address in touched:
+                names = known.get(address, _NOBODY)
+                names = names | {name} if address in now else names - {name}
+                if names:
+                    known[address] = self._same.setdefault(names, names)
+                else:
+                    known.pop(address, None)
+            found |= touched
+        if len(self._same) > 4096:
+            self._same.clear()
+        return found
+
+    def __call__(self, address: Address) -> tuple[frozenset[str], frozenset[str]]:
+        """The nodes that confirmed the EIP; those that have a ready endpoint of it."""
+        return self._of[0].get(address, _NOBODY), self._of[1].get(address, _NOBODY)
+
+
+def _asked(nodes: Iterable[str], views: Mapping[str, NodeView]) -> Evidence:
+    known = [(name, views[name]) for name in nodes if name in views]
+    return lambda address: (
+        frozenset(name for name, view in known if address in view.confirmed),
+        frozenset(name for name, view in known if address in view.local_ready),
+    )
+
+
 def select(
     rules: Rules,
     eips: Iterable[Eip],
@@ -162,21 +212,24 @@ def select(
     views: Mapping[str, NodeView],
     ids: PathIds,
     previous: Selection | None = None,
+    evidence: Evidence | None = None,
 ) -> Selection:
-    """Select the paths of all EIPs; one whose facts are those of `previous` costs a comparison."""
+    """Select the paths of all EIPs; one whose facts are those of `previous` costs a comparison.
+
+    evidence: what the views say of each EIP, if somebody keeps it.
+    """
     verdicts = {name: _verdict(nodes[name], views.get(name), ids) for name in sorted(nodes)}
     common = (rules, tuple(verdicts.items()))
     if previous is not None and previous.facts:
         # Tuples compare by identity first: one comparison here makes all those below cheap.
         old = next(iter(previous.facts.values()))[0]
         common = old if old == common else common
-    known = [(name, views[name]) for name in verdicts if name in views]
+    evidence = evidence if evidence is not None else _asked(verdicts, views)
     selections: dict[Address, EipSelection] = {}
     facts: dict[Address, tuple[object, ...]] = {}
     for eip in sorted(eips, key=lambda eip: (eip.address.version, eip.address)):
         service, behind = services.get(eip.owner), endpoints.get(eip.owner)
-        confirmed = frozenset(n for n, view in known if eip.address in view.confirmed)
-        local = frozenset(n for n, view in known if eip.address in view.local_ready)
+        confirmed, local = evidence(eip.address)
         fact = (common, eip, service, behind, confirmed, local)
         facts[eip.address] = fact
         if previous is not None and previous.facts.get(eip.address) == fact:
@@ -330,12 +383,13 @@ def _score(eip: Address, node: str) -> bytes:
 
 
 def _paths(eip: Address, names: Iterable[str], verdicts: Mapping[str, _Verdict]) -> frozenset[Path]:
-    prefix = _prefix(eip)
+    prefix = host_route(eip)
     hops = ((name, verdicts[name].hops[eip.version == 6]) for name in names)
     return frozenset(Path(prefix, hop[0], hop[1], name) for name, hop in hops if hop is not None)
 
 
 @lru_cache(maxsize=65536)
-def _prefix(eip: Address) -> Network:
+def host_route(eip: Address) -> Network:
+    """Return the prefix that an EIP is announced as."""
     # Cached, and made from the number: parsing text took most of a whole selection's time.
     return IPv4Network((int(eip), 32)) if eip.version == 4 else IPv6Network((int(eip), 128))

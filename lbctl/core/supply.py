@@ -24,6 +24,7 @@ class Supply:
         self.config = config
         self.forbidden = frozenset(forbidden)
         self._used: set[Address] = set()
+        self._cluster: Counter[Address] = Counter()  # ClusterIPs; how many Services have it
         self._count: Counter[str] = Counter()
         self._spaces: dict[tuple[str, int], Space] = {}
         self._build()
@@ -40,6 +41,8 @@ class Supply:
             for (_, version), space in self._spaces.items():
                 if version == item.version:
                     space.remove(low, high)
+        for address in self._cluster:
+            self._withhold(address)
         self._count.clear()
         for address in self._used:
             self._take(address)
@@ -81,6 +84,29 @@ class Supply:
             if not self.is_forbidden(address):
                 self._spaces[pool, address.version].add(int(address), int(address))
 
+    def forbid(self, address: Address) -> None:
+        """A Service has it as its ClusterIP: it is not given out as long as that is so."""
+        self._cluster[address] += 1
+        if self._cluster[address] == 1:
+            self._withhold(address)
+
+    def allow(self, address: Address) -> bool:
+        """Undo one `forbid`; True if an address of a pool can be given out by that."""
+        self._cluster[address] -= 1
+        if self._cluster[address] > 0:
+            return False
+        del self._cluster[address]
+        pool = self.pool_of(address)
+        if pool is None or address in self._used or self.is_forbidden(address):
+            return False
+        self._spaces[pool, address.version].add(int(address), int(address))
+        return True
+
+    def _withhold(self, address: Address) -> None:
+        pool = self.pool_of(address)
+        if pool is not None:
+            self._spaces[pool, address.version].remove(int(address), int(address))
+
     def usage(self) -> tuple[tuple[str, int, int], ...]:
         """Name, size and addresses in use (in whatever phase) of each pool, in file order."""
         pools = self.config.pools if self.config else ()
@@ -93,7 +119,7 @@ class Supply:
 
     def is_forbidden(self, address: Address) -> bool:
         """Whether the address belongs to the cluster itself (a node, a peer, a ClusterIP …)."""
-        if address in self.forbidden:
+        if address in self.forbidden or address in self._cluster:
             return True
         return any(
             isinstance(item, IPv4Network | IPv6Network)

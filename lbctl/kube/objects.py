@@ -85,6 +85,8 @@ class _ServiceSpec(msgspec.Struct):
     ports: list[_Port] | None = None
     loadBalancerClass: str | None = None
     loadBalancerIP: str | None = None
+    clusterIP: str | None = None
+    clusterIPs: list[str] | None = None
     loadBalancerSourceRanges: list[str] | None = None
     externalTrafficPolicy: str | None = None
     ipFamilies: list[str] | None = None
@@ -296,9 +298,16 @@ def to_service(raw: bytes | msgspec.Raw) -> Service:
         ingress=tuple(ingress),
         annotations=_pairs(meta.annotations),
         requested=spec.loadBalancerIP or None,
+        cluster_ips=_cluster_ips(spec),
         version=meta.resourceVersion,
         condition=_announced(found.status),
     )
+
+
+def _cluster_ips(spec: _ServiceSpec) -> tuple[Address, ...]:
+    """Headless Services have the word "None" there; ExternalName ones have nothing."""
+    given = spec.clusterIPs or ([spec.clusterIP] if spec.clusterIP else [])
+    return tuple(_address(text) for text in given if text not in ("", "None"))
 
 
 def to_endpoints(raw: bytes | msgspec.Raw) -> Slice:

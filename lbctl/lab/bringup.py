@@ -29,6 +29,7 @@ from lbctl.lab.daemon import CLUSTER, ROLES, SOCKET, ClusterAccess
 from lbctl.lab.forward import start_forwarder
 from lbctl.lab.kubelet import api as kube
 from lbctl.lab.lab import Lab
+from lbctl.lab.machine import Machine
 
 Object: TypeAlias = dict[str, Any]
 Progress: TypeAlias = Callable[[str], None]
@@ -76,6 +77,28 @@ def start(lab: Lab, kind: ClusterKind, progress: Progress) -> ClusterAccess:
 def start_kubelets(lab: Lab) -> None:
     """Start the daemon that is scheduler and kubelets; one that runs is stopped first."""
     lab.spawn("kubelet", [sys.executable, "-m", "lbctl.lab.daemon", lab.name], env=_environment())
+
+
+def add_node(lab: Lab, progress: Progress) -> Machine:
+    """One more node, Ready with its agent if the lab has a cluster.
+
+    Raises LabError. A machine that could not be made is gone again; one that does not join the
+    cluster stays, and the error says what it waits for and where its logs are.
+    """
+    progress(f"adding a node like {lab.of_role('node')[-1].name}")
+    machine = lab.add_node()
+    progress(f"{machine.name} is on at {machine.address}")
+    if (lab.directory / CLUSTER).exists():
+        asyncio.run(_join(lab, ClusterAccess.read(lab.directory), machine.name, progress))
+    return machine
+
+
+async def _join(lab: Lab, access: ClusterAccess, name: str, progress: Progress) -> None:
+    async with _api(lab, access) as api:
+        progress(f"waiting for {name} to be Ready")
+        await _until(lambda: _unready_nodes(api, {name}), f"{name} to be Ready", lab, name)
+        progress(f"waiting for the agent on {name}")
+        await _until(lambda: _unready_agent(api, lab, name), f"{name}'s agent", lab, name)
 
 
 def take_down(lab: Lab) -> None:
@@ -195,8 +218,11 @@ async def _make_keys(api: kube.Api) -> None:
         return
 
 
-async def _until(look: Callable[[], Any], what: str, lab: Lab) -> None:
-    """Wait until `look` finds nothing amiss. Raises LabError with what is."""
+async def _until(look: Callable[[], Any], what: str, lab: Lab, node: str = "") -> None:
+    """Wait until `look` finds nothing amiss. Raises LabError with what is.
+
+    node: the machine that it is about; its kubelet's last words go into the error.
+    """
     deadline = time.monotonic() + _LIMIT_S
     while True:
         try:
@@ -206,12 +232,19 @@ async def _until(look: Callable[[], Any], what: str, lab: Lab) -> None:
         if not amiss:
             return
         if time.monotonic() > deadline:
-            raise LabError(f"waited {_LIMIT_S:.0f} s for {what}: {'; '.join(amiss)}")
+            said = _kubelet_said(lab, node) if node else ""
+            raise LabError(f"waited {_LIMIT_S:.0f} s for {what}: {'; '.join(amiss)}{said}")
         if lab.process("kubelet") is None:
-            log = lab.directory / "logs" / "kubelet.log"
-            said = log.read_text("utf-8", "replace").strip().splitlines()
-            raise LabError(f"the lab's kubelet ended: {' '.join(said[-3:])} (see {log})")
+            raise LabError(f"the lab's kubelet ended{_kubelet_said(lab)}")
         await asyncio.sleep(_POLL_S)
+
+
+def _kubelet_said(lab: Lab, node: str = "") -> str:
+    """The last lines of the kubelets' log, of one node or of all, and where it is."""
+    log = lab.directory / "logs" / "kubelet.log"
+    lines = log.read_text("utf-8", "replace").splitlines() if log.exists() else []
+    said = [line for line in lines if not node or f'"{node}"' in line]
+    return f": {' '.join(said[-3:]) or 'it said nothing'} (see {log})"
 
 
 async def _unready_nodes(api: kube.Api, wanted: set[str]) -> list[str]:
@@ -234,6 +267,19 @@ async def _unready_ours(api: kube.Api, lab: Lab) -> list[str]:
             amiss.append(f"{ready} of {count} {app} pods are Ready")
             amiss += [_complaint(pod, lab) for pod in pods if not _is_ready(pod)]
     return amiss
+
+
+async def _unready_agent(api: kube.Api, lab: Lab, node: str) -> list[str]:
+    """What the agent of one node lacks; nothing on a cluster where no agents are installed."""
+    sets = kube.path("daemonsets", names.NAMESPACE, group="apps/v1")
+    if not (await api.get(sets)).get("items"):
+        return []
+    items = (await api.get(kube.path("pods", names.NAMESPACE))).get("items") or []
+    here = [p for p in items if _app(p) == names.AGENT_APP and p["spec"].get("nodeName") == node]
+    here = [pod for pod in here if "deletionTimestamp" not in pod["metadata"]]
+    if any(_is_ready(pod) for pod in here):
+        return []
+    return [_complaint(pod, lab) for pod in here] or [f"no agent has been given to {node}"]
 
 
 def _app(pod: Object) -> str:

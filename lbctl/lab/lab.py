@@ -219,23 +219,42 @@ class Lab:
     # --- changes ---------------------------------------------------------------------------------
 
     def add_node(self) -> Machine:
-        """A node like the last one, wired to the same bridge, routes to its pods everywhere."""
+        """A node like the last one, wired to the same bridge, routes to its pods everywhere.
+
+        All or nothing: if it fails, the lab is as it was. Raises LabError.
+        """
         with _locked(self.name):
-            self.topology = self.load(self.name).topology
-            new = next_node(self.topology)
-            old_port = self.topology.links_of(self._last_node())[0].far(self._last_node())
-            bridge = network.bridge_of(old_port, self._netns)
+            self.topology = before = self.load(self.name).topology
+            new = next_node(before)
+            bridge = self._bridge_for(new)
             self.topology = replace(
-                self.topology,
-                nodes=(*self.topology.nodes, new.spec),
-                links=(*self.topology.links, new.link),
+                before, nodes=(*before.nodes, new.spec), links=(*before.links, new.link)
             )
             self._write()
-            self._join(new, bridge)
+            try:
+                self._join(new, bridge)
+            except BaseException:
+                self._part(new)
+                self.topology = before
+                self._write()
+                raise
         return self.machine(new.spec.name)
 
-    def _last_node(self) -> str:
-        return self.of_role("node")[-1].name
+    def _bridge_for(self, new: Addition) -> int | None:
+        """The bridge of the last node's port, None where nodes hang on no bridge.
+
+        Raises LabError for a port that lost its bridge (an interrupted `power_on`): the new node
+        would be up and reach nobody.
+        """
+        last = self.of_role("node")[-1].name
+        port = self.topology.links_of(last)[0].far(last)
+        bridge = network.bridge_of(port, self._netns)
+        if bridge is None and self.machine(port.node).role == "lan":
+            raise LabError(
+                f"{port.node}:{port.interface}, the port of {last}, is in no bridge: cut the power "
+                f"of {last} and switch it on again, or start the lab anew"
+            )
+        return bridge
 
     def _join(self, new: Addition, bridge: int | None) -> None:
         others = [m for m in self.machines if m.role in ROUTED_ROLES and m.name != new.spec.name]
@@ -247,6 +266,16 @@ class Lab:
         for machine in others:
             if machine.alive:
                 machine.run(*shlex.split(new.route))
+
+    def _part(self, new: Addition) -> None:
+        """Undo `_join`, however far it came; routes that others got lead nowhere, as before."""
+        machine = self._machine(new.spec)
+        init = machine.init()
+        processes.stop([init] if init else [], grace_s=0)
+        processes.stop(processes.members([machine.netns]), grace_s=0)
+        network.unplug(new.link.far(machine.name), self._netns)
+        machines_.release_name(machine.netns)
+        machine.pid_file.unlink(missing_ok=True)
 
     def power_cut(self, name: str) -> None:
         """Cut a machine's power: it falls silent in one instant, then its processes die.

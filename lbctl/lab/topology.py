@@ -1,9 +1,11 @@
 """A topology file in containerlab's format as frozen dataclasses. Pure but for reading the file.
 
 The part of the format that a lab of `linux` nodes needs: `name`, `topology.defaults`,
-`topology.kinds.linux`, `topology.nodes` (kind, image, binds, exec, labels, network-mode) and
-`topology.links`. What the lab cannot carry out is refused, never ignored: a topology that works
-here has to mean the same under `containerlab deploy`. Everything wrong is reported at once.
+`topology.kinds.linux`, `topology.nodes` (kind, image, binds, exec, labels) and `topology.links`.
+What the lab cannot carry out is refused, never ignored: a topology that works here has to mean the
+same under `containerlab deploy`. So a link cannot end at `eth0`, which is containerlab's management
+network, and lists and labels, which containerlab merges, stand only at nodes. Everything wrong is
+reported at once.
 
 Source: https://containerlab.dev/manual/topo-def-file/ and `schemas/clab.schema.json` there.
 """
@@ -26,7 +28,10 @@ POD_CIDR_LABEL: Final = "lbctl.io/pod-cidr"
 ROLES: Final = frozenset({"switch", "node", "control", "client", "lan", "cluster"})
 ROUTED_ROLES: Final = frozenset({"node", "control", "cluster"})  # have routes to the pod networks
 
-_NODE_KEYS: Final = frozenset({"kind", "image", "binds", "exec", "labels", "network-mode", "group"})
+_NODE_KEYS: Final = frozenset({"kind", "image", "binds", "exec", "labels", "group"})
+_SHARED_KEYS: Final = frozenset({"kind", "image", "group"})
+_TOPOLOGY_KEYS: Final = frozenset({"defaults", "kinds", "nodes", "links"})
+_MANAGEMENT: Final = "eth0"
 _NAME: Final = re.compile(r"[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?")
 _INTERFACE: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,14}")
 
@@ -143,7 +148,7 @@ def parse(data: object, base: Path, source: str) -> Topology:
     if not isinstance(data, Mapping) or not isinstance(data.get("topology"), Mapping):
         raise LabError(f"{source}: has no `topology:`; see bgp-lab/small.clab.yml")
     body = data["topology"]
-    shared = {**(body.get("defaults") or {}), **((body.get("kinds") or {}).get("linux") or {})}
+    shared = _shared(body, problems)
     nodes = [
         _node(str(name), {**shared, **(raw or {})}, base, problems)
         for name, raw in (body.get("nodes") or {}).items()
@@ -158,6 +163,22 @@ def parse(data: object, base: Path, source: str) -> Topology:
     return Topology(str(data.get("name", "lab")), tuple(nodes), tuple(links))
 
 
+def _shared(body: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
+    """What `defaults` and `kinds.linux` say for every node."""
+    problems += [
+        f"topology.{key}: not supported by the lab" for key in sorted(set(body) - _TOPOLOGY_KEYS)
+    ]
+    shared: dict[str, Any] = {}
+    linux = (body.get("kinds") or {}).get("linux")
+    for where, raw in (("defaults", body.get("defaults")), ("kinds.linux", linux)):
+        shared |= raw or {}
+        problems += [
+            f"{where}.{key}: not supported by the lab here, only at a node"
+            for key in sorted(set(raw or ()) - _SHARED_KEYS)
+        ]
+    return {key: value for key, value in shared.items() if key in _SHARED_KEYS}
+
+
 def _node(name: str, raw: Mapping[str, Any], base: Path, problems: list[str]) -> NodeSpec:
     where = f"nodes.{name}"
     if not _NAME.fullmatch(name):
@@ -167,8 +188,6 @@ def _node(name: str, raw: Mapping[str, Any], base: Path, problems: list[str]) ->
     ]
     if raw.get("kind", "linux") != "linux":
         problems.append(f"{where}.kind: {raw['kind']!r}; only `linux` runs in namespaces")
-    if raw.get("network-mode") != "none":
-        problems.append(f"{where}.network-mode: must be `none`; there is no management network")
     labels = {str(k): str(v) for k, v in (raw.get("labels") or {}).items()}
     role = labels.get(ROLE_LABEL, "")
     if role not in ROLES:
@@ -218,6 +237,8 @@ def _link(raw: object, names: set[str], problems: list[str]) -> Link | None:
             problems.append(f"links: {node}:{interface}: there is no node {node!r}")
         if not _INTERFACE.fullmatch(interface):
             problems.append(f"links: {node}:{interface}: bad interface name")
+        if interface == _MANAGEMENT:
+            problems.append(f"links: {node}:{interface}: is the management network; begin at eth1")
     (a, _, a_if), (b, _, b_if) = parsed
     return Link(LinkEnd(a, a_if), LinkEnd(b, b_if))
 

@@ -19,7 +19,7 @@ from lbctl.lab.cluster.processes import rss_bytes
 from lbctl.lab.lab import Lab, take_down
 from tests.lab.system.support import SWITCHES, TOPOLOGY, System
 
-from .pure import Measured
+from .timing import Measured
 
 # One question each 5 ms until an answer comes; prints the monotonic instant of the answer, and who.
 _FIRST_ANSWER = """

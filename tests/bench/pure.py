@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from lbctl.core import config, maglev
 from lbctl.core.allocator import Allocator
 from lbctl.core.model import ObjectRef, Protocol, Service, ServicePort
 
-Measured = tuple[str, tuple[float, ...], str]
+from . import change
+from .timing import Measured, timed
 
 _SERVICES = 10_000
 _CONFIG = """\
@@ -17,16 +17,6 @@ version: 1
 pools: [{name: big, addresses: [198.18.0.0/16]}]
 bgp: {asn: 64512, peers: [{name: tor-a, address: 192.0.2.1, asn: 64500}]}
 """
-
-
-def timed(work: Callable[[], object], runs: int) -> tuple[float, ...]:
-    """Milliseconds of each run."""
-    found = []
-    for _ in range(runs):
-        begin = time.perf_counter()
-        work()
-        found.append((time.perf_counter() - begin) * 1000)
-    return tuple(found)
 
 
 def services(count: int) -> list[Service]:
@@ -65,3 +55,4 @@ def measure(runs: int) -> Iterator[Measured]:
         names = [f"10.244.{n // 250}.{n % 250}|8080" for n in range(count)]
         what = f"Maglev table, {count} endpoints, {maglev.size_for(count)} buckets"
         yield what, timed(lambda names=names: maglev.table(names), runs * 5), "ms"  # type: ignore[misc]
+    yield from change.measure(runs)

@@ -96,16 +96,16 @@ async def main() -> None:
             one = ask_udp if command.get("udp") else ask
             limit_s = command.get("limit_s", 10.0)
             result = []
+            host, port = command["ask"]
             for start in range(0, command["count"], 50):
                 number = min(50, command["count"] - start)
-                result += await asyncio.gather(
-                    *(one(*command["ask"], limit_s) for _ in range(number))
-                )
+                result += await asyncio.gather(*(one(host, port, limit_s) for _ in range(number)))
         elif "open" in command:
             opened = asyncio.Semaphore(0)
+            host, port = command["open"]
             for number in range(command["count"]):
                 flows.append(Flow())
-                tasks.append(loop.create_task(flows[-1].run(*command["open"], opened)))
+                tasks.append(loop.create_task(flows[-1].run(host, port, opened)))
                 if number % 20 == 19:
                     await asyncio.sleep(0.02)
             for _ in range(command["count"]):

@@ -54,10 +54,10 @@ def inputs_of(spec: dict[str, Any]) -> Inputs:
             ref, tuple(PortEndpoints(p.name, p.protocol, found) for p in ports)
         )
     return Inputs(
-        eips=tuple(
-            Eip(ip_address(a), "public", ObjectRef("default", name), name)
+        eips={
+            (address := ip_address(a)): Eip(address, "public", ObjectRef("default", name), name)
             for a, name in spec["eips"].items()
-        ),
+        },
         services=services,
         endpoints=endpoints,
         nodes=tuple(

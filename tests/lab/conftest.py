@@ -11,7 +11,7 @@ import pytest
 from lbctl.lab import preflight
 from lbctl.lab.lab import Lab, take_down
 
-from .rack import SMALL, settled
+from .rack import BARE, SMALL, settled
 
 _numbers = itertools.count(1)
 
@@ -45,12 +45,12 @@ def rack() -> Iterator[Lab]:
 
 @pytest.fixture
 def new_lab() -> Iterator[Callable[[], Lab]]:
-    """Makes racks of a test's own, which it may break."""
+    """Makes bare labs of a test's own, which it may break."""
     made: list[str] = []
 
     def make() -> Lab:
         made.append(f"n-{os.getpid()}-{next(_numbers)}")
-        return settled(Lab.up(SMALL, made[-1], print))
+        return Lab.up(BARE, made[-1], print)
 
     yield make
     for name in made:

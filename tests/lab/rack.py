@@ -15,6 +15,7 @@ from lbctl.lab.machine import NETNS_DIR, Machine
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ROOT / "bgp-lab" / "small.clab.yml"
+BARE = ROOT / "tests" / "lab" / "bare.clab.yml"  # no switches: comes up in a second
 VRRP = {"tor-a": {10: "Master", 20: "Master"}, "tor-b": {10: "Backup", 20: "Backup"}}
 EIP = "198.51.100.7"
 
@@ -62,7 +63,7 @@ def traces(name: str) -> list[str]:
     return found
 
 
-def lbctl(*argv: str, **options: object) -> subprocess.CompletedProcess[str]:
+def lbctl(*argv: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     """The real command, as a process of its own."""
     return subprocess.run(
         [sys.executable, "-m", "lbctl.cli.main", *argv],
@@ -71,7 +72,7 @@ def lbctl(*argv: str, **options: object) -> subprocess.CompletedProcess[str]:
         text=True,
         timeout=120,
         check=False,
-        **options,  # type: ignore[call-overload]
+        env=env,
     )
 
 

@@ -18,9 +18,10 @@ from typing import Any
 
 import pytest
 
+from lbctl.errors import LabError
 from lbctl.kube import client as kube
 from lbctl.kube.client import Resource
-from lbctl.lab import bringup, control, workload
+from lbctl.lab import bringup, control, processes, workload
 from lbctl.lab.api import DAEMON_SETS, DEPLOYMENTS, Api, is_ready, wait
 from lbctl.lab.cluster.handle import ClusterKind
 from lbctl.lab.kubelet.kubelet import CONTROL_LABEL
@@ -378,8 +379,8 @@ def test_the_grace_period_is_granted_and_ends(cluster: Running, app: str) -> Non
 
 
 def test_a_node_that_is_added_is_served_at_once(cluster: Running, app: str) -> None:
-    machine = cluster.lab.add_node()
-    cluster.until(f"{machine.name} to register", lambda: machine.name in cluster.nodes())
+    machine = bringup.add_node(cluster.lab, print)
+    assert machine.name in cluster.nodes()
     cluster.api.apply(workload.deployment(app, 4))
     pods = cluster.ready(app, 4)
     assert sorted(Counter(pod["spec"]["nodeName"] for pod in pods).values()) == [1, 1, 1, 1]
@@ -405,3 +406,14 @@ def test_a_crash_of_the_daemon_leaves_no_process_and_a_new_one_takes_over(
     bringup.start_kubelets(cluster.lab)
     cluster.until("every container to be started again", lambda: cluster.restarts(app) == count)
     cluster.ready(app, count)
+
+
+def test_a_node_that_cannot_join_is_an_error_that_says_why(cluster: Running) -> None:
+    daemon = cluster.lab.process("kubelet")
+    assert daemon is not None
+    processes.stop([daemon])
+    with pytest.raises(LabError, match=r"the lab's kubelet ended: .*kubelet\.log\)"):
+        bringup.add_node(cluster.lab, print)
+    bringup.start_kubelets(cluster.lab)
+    name = cluster.lab.of_role("node")[-1].name
+    cluster.until(f"{name} to register after all", lambda: name in cluster.nodes())

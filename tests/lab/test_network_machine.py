@@ -25,7 +25,8 @@ def test_own_hostname_processes_run_and_files(rack: Lab) -> None:
         assert other.run("test", "-e", path, check=False).returncode == 1
         assert subprocess.run(["test", "-e", path], check=False).returncode == 1
     assert node.run("sh", "-c", "echo 1 >/proc/sys/net/ipv4/ip_forward").returncode == 0
-    assert sorted(json.loads(node.run("sh", "-c", "ip -j l").stdout)[1]["ifname"]) == sorted("eth0")
+    links = json.loads(node.run("sh", "-c", "ip -j link").stdout)
+    assert [link["ifname"] for link in links] == ["lo", "eth1"]
 
 
 def test_orphans_are_reaped(rack: Lab) -> None:

@@ -11,6 +11,7 @@ import base64
 import os
 import time
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from ipaddress import ip_address
 from pathlib import Path
 
@@ -70,6 +71,14 @@ class Bed:
         self.nodes[name] = Node(name, uid=name, addresses=(ip_address(self.address(name)),))
         self.prober.set_nodes(self.nodes)
         return responder
+
+    async def lose(self, name: str) -> None:
+        """A node that was Up as all the others is NotReady and silent."""
+        responder = await self.agent(name, SOME)
+        await wait(f"all Up before {name} goes", self.up(*self.nodes))
+        responder.close()
+        self.nodes[name] = replace(self.nodes[name], ready=False)
+        self.prober.set_nodes(self.nodes)
 
     async def answers(self, more: int) -> None:
         mark = self.prober.counters.answered + more
@@ -162,9 +171,7 @@ async def test_agent_with_another_key_is_not_believed(bed: Bed) -> None:
 
 async def test_down_set_reaches_the_agents_and_replays_do_not(bed: Bed) -> None:
     agent = await bed.agent("n1", SOME)
-    await wait("n1 Up", bed.up("n1"))
-    bed.nodes["n2"] = Node("n2", uid="n2", addresses=(ip_address(bed.address("n2")),), ready=False)
-    bed.prober.set_nodes(bed.nodes)
+    await bed.lose("n2")
     await wait("n2 in the down set", lambda: agent.down == {"n2"})
     ring = bed.keys.node("n1")
     old = probe.Request("m0", 1, 1, nonce=1, cookie=7, judging=True)  # a cookie of long ago
@@ -197,11 +204,34 @@ async def test_rubbish_from_anywhere_is_counted_and_dropped(bed: Bed) -> None:
     await bed.answers(1)
 
 
+async def test_agents_name_the_managers_that_they_hear(bed: Bed) -> None:
+    assert bed.prober.heard_by_agents() is None, "no agent, no word"
+    agent = await bed.agent("n1", SOME)
+    us = node_hash("m1")
+    await wait("our own name", lambda: bed.prober.heard_by_agents() == frozenset({us}))
+    other = Prober(bed.keys, "m2", time.time_ns(), lambda: (), lambda _: None, bed.port)
+    other.set_nodes(bed.nodes)
+    task = asyncio.create_task(other.run())
+    await wait("both", lambda: bed.prober.heard_by_agents() == frozenset({us, node_hash("m2")}))
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    await wait("us alone again", lambda: bed.prober.heard_by_agents() == frozenset({us}))
+    agent.close()
+
+
+async def test_nodes_without_an_agent_are_not_probed(bed: Bed) -> None:
+    await bed.agent("n1", SOME)
+    bed.nodes["n2"] = Node("n2", uid="n2", addresses=(ip_address(bed.address("n2")),))
+    bed.prober.set_nodes(bed.nodes, frozenset({"n1"}))
+    await wait("n1 Up", bed.up("n1"))
+    assert set(bed.prober.views()) == {"n1"} and bed.prober.judges
+    bed.prober.set_nodes(bed.nodes, frozenset())
+    assert bed.prober.idle
+
+
 async def test_outlook_names_the_gone(bed: Bed) -> None:
     await bed.agent("n1", SOME)
-    await wait("n1 Up", bed.up("n1"))
-    bed.nodes["n2"] = Node("n2", uid="n2", addresses=(ip_address(bed.address("n2")),), ready=False)
-    bed.prober.set_nodes(bed.nodes)
+    await bed.lose("n2")
     await wait("n2 Down", lambda: bed.view("n2").state is NodeState.DOWN)
     outlook = bed.prober.outlook(announcing=True)
     assert (outlook.judging, outlook.announcing, outlook.seen) == (True, True, 1)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 
-from agent.engine import State, assign, current_macs, hops, render
+from agent.engine import assign, current_macs, hops
 from agent.inputs import Inputs
+from agent.rendering import State, render
 from agent.routes import Hop, Survey, rules
 from agent.snapshot import FILE, Store
 from lbctl.core import nodeview
@@ -62,7 +63,7 @@ def state() -> State:
     limited = service(affinity=False)
     first, second = table(*pods[:3]), table(*pods, of=limited)
     inputs = Inputs(
-        eips=(Eip(EIP, "public", WEB, "uid"),),
+        eips={EIP: Eip(EIP, "public", WEB, "uid")},
         services={WEB: limited},
         endpoints={
             WEB: ServiceEndpoints(

@@ -6,6 +6,7 @@ import random
 import time
 from dataclasses import replace
 from ipaddress import ip_address, ip_network
+from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -40,12 +41,12 @@ def config(*pools: str) -> Config:
     return parse(f"version: 1\npools: [{', '.join(items)}]\nbgp: {{asn: 64512, peers: []}}\n")
 
 
-def service(name: str, created_s: float = 0.0, **changes: object) -> Service:
+def service(name: str, created_s: float = 0.0, **changes: Any) -> Service:
     made = Service(ObjectRef("default", name), f"uid-{name}", created_s, (), True)
-    return replace(made, **changes)  # type: ignore[arg-type]
+    return replace(made, **changes)
 
 
-def settled(name: str, *addresses: str, **changes: object) -> Service:
+def settled(name: str, *addresses: str, **changes: Any) -> Service:
     """A Service that has its finalizer and its status."""
     ingress = tuple(ip_address(text) for text in addresses)
     return service(name, ingress=ingress, finalizers=(names.FINALIZER,), **changes)

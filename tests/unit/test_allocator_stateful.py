@@ -169,8 +169,10 @@ class Leader:
         """Deliver what the server has told so far."""
         while self.queue:
             key = self.queue.pop(0)
-            kept = self.server.services if isinstance(key, ObjectRef) else self.server.eips
-            found = kept.get(key)  # type: ignore[call-overload]
+            if isinstance(key, ObjectRef):
+                found: Service | Eip | None = self.server.services.get(key)
+            else:
+                found = self.server.eips.get(key)
             self.lose(key) if found is None else self.see(found)
 
     def decide(self) -> None:

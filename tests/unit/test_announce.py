@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
+from collections.abc import Callable
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 
 import pytest
@@ -330,7 +331,7 @@ def test_a_peer_that_goes_and_comes_back_gets_all_of_it() -> None:
 
 def test_every_pair_of_state_and_event_is_in_the_table_or_an_error() -> None:
     """One table; what is not in it is refused."""
-    doing = {
+    doing: dict[LinkEvent, Callable[[Announcer], None]] = {
         LinkEvent.CONNECTED: Announcer.connected,
         LinkEvent.CLOSED: Announcer.closed,
         LinkEvent.PAUSED: Announcer.paused,

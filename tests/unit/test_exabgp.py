@@ -15,7 +15,7 @@ import pytest
 
 from lbctl.core import exabgp
 from lbctl.core.exabgp import Acknowledged, BarrierAnswer, Command, SessionEvent, Verb
-from lbctl.core.model import Path, Peer
+from lbctl.core.model import Address, Path, Peer
 from lbctl.errors import MessageError, SpeakerError
 from manager.speaker.process import environment
 
@@ -41,7 +41,10 @@ PATH = Path(ip_network("198.51.100.1/32"), ip_address("192.0.2.21"), 17, "node-1
 
 def rendered() -> dict[str, str]:
     """What the golden files hold, by file name."""
-    local = {"tor-a": IPv4Address("192.0.2.11"), "tor-c": IPv6Address("2001:db8::2")}
+    local: dict[str, Address] = {
+        "tor-a": IPv4Address("192.0.2.11"),
+        "tor-c": IPv6Address("2001:db8::2"),
+    }
     return {
         "exabgp-one.conf": exabgp.render_config((TOR_A,), local, RELAY),
         "exabgp-three.conf": exabgp.render_config((FULL, BARE6, TOR_A), local, RELAY),
@@ -134,7 +137,10 @@ def test_config_needs_a_source_and_one_peer_per_address() -> None:
     """No guesses, no duplicates, no odd command lines."""
     with pytest.raises(SpeakerError, match="local address"):
         exabgp.render_config((TOR_A,), {}, RELAY)
-    local = {"tor-a": IPv4Address("192.0.2.11"), "again": IPv4Address("192.0.2.11")}
+    local: dict[str, Address] = {
+        "tor-a": IPv4Address("192.0.2.11"),
+        "again": IPv4Address("192.0.2.11"),
+    }
     with pytest.raises(SpeakerError, match="same address"):
         exabgp.render_config((TOR_A, dataclasses.replace(TOR_A, name="again")), local, RELAY)
     with pytest.raises(SpeakerError, match="interpret"):

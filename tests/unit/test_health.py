@@ -89,6 +89,32 @@ def test_unknown_with_a_living_kernel_stays_unknown() -> None:
     assert world.states() == "Unknown Up"
 
 
+def test_a_node_that_never_answered_anybody_stays_unknown() -> None:
+    """No agent runs there: it is in no down set, in no heartbeat and in no panic."""
+    world = World(*"abcd")
+    world.peer_says("")
+    world.wait(60, silent="abc")
+    world.ready("b", False)
+    world.wait(60, silent="abc")
+    assert (world.states(), world.reason("a")) == (
+        "Unknown Unknown Unknown Up",
+        Reason.NODE_UNKNOWN,
+    )
+    assert not h.gone(world.nodes.values()) and not h.down_set(world.nodes.values())
+    world.peers = ()
+    world.step(silent="abcd", times=3)
+    assert world.states() == "Unknown Unknown Unknown Suspect"  # alone: not held as if four went
+
+
+def test_a_fresh_manager_believes_one_that_had_answers() -> None:
+    world = World("a", "b")
+    world.peer_says("a")
+    world.step(silent="a", times=3)
+    assert (world.states(), world.reason("a")) == ("Down Up", Reason.NODE_DOWN)
+    world.step(times=3)
+    assert world.states() == "Up Up"
+
+
 def test_suspect_at_the_third_miss_not_before() -> None:
     world = up(*"abcd")
     world.step(silent="a", times=2)
@@ -130,9 +156,11 @@ def test_a_peer_that_does_not_judge_yet_is_no_witness() -> None:
 
 def test_agent_silent_while_the_kernel_answers() -> None:
     world = up(*"abc")
-    world.step(silent="a", kernel="a", times=3)
+    world.wait(h.SILENT_S - 2 * TICK, silent="a", kernel="a")
+    assert world.states() == "Up Up Up"  # a busy agent: nobody is told
+    world.step(silent="a", kernel="a", times=4)
     assert (world.states(), world.reason("a")) == ("AgentSilent Up Up", Reason.AGENT_SILENT)
-    world.wait(LIMITS.agent_grace_s - 1, silent="a", kernel="a")
+    world.wait(LIMITS.agent_grace_s - 2, silent="a", kernel="a")
     assert world.states() == "AgentSilent Up Up"
     world.step()
     assert (world.states(), world.nodes["a"].falls) == ("Up Up Up", 0)
@@ -264,6 +292,8 @@ def test_not_ready_decides_a_panic() -> None:
 def test_the_kernel_decides_a_panic() -> None:
     world = up(*"abc")
     world.step(silent="ab", kernel="ab", times=3)
+    assert world.states() == "Up Up Up"
+    world.wait(h.SILENT_S, silent="ab", kernel="ab")
     assert world.states() == "AgentSilent AgentSilent Up"
 
 

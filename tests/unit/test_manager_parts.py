@@ -10,12 +10,11 @@ import pytest
 
 from lbctl import errors
 from lbctl.core import config, names
-from lbctl.core.model import Node, NodeState, NodeView, ObjectRef
-from lbctl.kube.objects import DataObject, Pod
+from lbctl.core.model import NodeState, NodeView, ObjectRef
+from lbctl.kube.objects import DataObject
 from manager import keys
 from manager.configuration import Accepted
 from manager.confirming import Confirming
-from manager.fleet import Fleet
 from manager.neighbours import Neighbours
 
 TEXT = """
@@ -61,38 +60,17 @@ def test_unusable_passwords_leave_the_peer_out(bad: bytes) -> None:
     assert [peer.name for peer in made.peers(accepted())] == ["a"]
 
 
-def pod(name: str, node: str = "n", **given: object) -> Pod:
-    return Pod(ObjectRef(names.NAMESPACE, name), "u", node, app=names.MANAGER_APP, **given)  # type: ignore[arg-type]
-
-
-def test_fleet_knows_who_lives_and_since_when_not() -> None:
-    nodes = {ObjectRef("", "n"): Node("n"), ObjectRef("", "cut"): Node("cut", ready=False)}
-    clock = [100.0]
-    heard: list[str] = []
-    fleet = Fleet("me", nodes, lambda: tuple(heard), lambda: clock[0])
-    for one in (pod("me"), pod("a"), pod("b", "cut", deleting=True)):
-        assert fleet.change(one.ref, one)
-    other = Pod(ObjectRef(names.NAMESPACE, "agent-x"), "u", app=names.AGENT_APP)
-    assert not fleet.change(other.ref, other)
-    # b's host is dead, its Pod is to go, and nobody hears it.
-    assert fleet.living() == {"me", "a"} and fleet.gone() == {"b": 100.0}
-    heard.append("b")
-    assert fleet.living() == {"me", "a", "b"} and fleet.gone() == {}
-    clock[0] = 200.0
-    assert fleet.change(ObjectRef(names.NAMESPACE, "a"), None)
-    assert fleet.living() == {"me", "b"} and fleet.gone() == {"a": 200.0}
-    assert not fleet.change(ObjectRef(names.NAMESPACE, "a"), None)
-
-
-def test_confirming_counts_up_nodes_only() -> None:
+def test_confirming_counts_every_node_that_may_still_forward() -> None:
     one, two = ip_address("198.51.100.1"), ip_address("198.51.100.2")
     views = {
         "b": NodeView("b", NodeState.UP, confirmed=frozenset({one, two})),
         "a": NodeView("a", NodeState.UP, confirmed=frozenset({one})),
         "c": NodeView("c", NodeState.DOWN, confirmed=frozenset({one})),
+        "d": NodeView("d", NodeState.AGENT_SILENT, confirmed=frozenset({two})),
+        "e": NodeView("e", NodeState.SUSPECT, confirmed=frozenset({two})),
     }
     found = Confirming(views)
-    assert found[one] == ("a", "b") and found[two] == ("b",)
+    assert found[one] == ("a", "b") and found[two] == ("b", "d", "e")
     assert found.get(ip_address("198.51.100.3")) == () and len(found) == 2
 
 

@@ -19,6 +19,7 @@ KEYS = Keys(SECRET)
 RING = KEYS.node("node-1")
 U64 = st.integers(0, 2**64 - 1)
 HASHES = st.frozensets(st.integers(0, 2**32 - 1), max_size=probe.MAX_NODES)
+HEARD = st.frozensets(st.integers(0, 2**32 - 1), max_size=probe.MAX_HEARD)
 NAMES = st.from_regex(r"[a-z0-9]([a-z0-9.-]{0,60}[a-z0-9])?", fullmatch=True)
 CURSORS = st.builds(
     probe.Cursor,
@@ -48,7 +49,9 @@ def test_request_round_trip(message: probe.Request) -> None:
 
 
 @settings(deadline=None)
-@given(st.builds(probe.Answer, U64, NAMES, U64, U64, U64, U64, U64, st.integers(0, 2**32 - 1)))
+@given(
+    st.builds(probe.Answer, U64, NAMES, U64, U64, U64, U64, U64, st.integers(0, 2**32 - 1), HEARD)
+)
 def test_answer_round_trip_and_no_amplification(message: probe.Answer) -> None:
     data = probe.encode_answer(message, RING.signing)
     assert probe.decode_answer(data, RING) == message
@@ -56,7 +59,8 @@ def test_answer_round_trip_and_no_amplification(message: probe.Answer) -> None:
 
 
 def test_longest_answer_is_no_larger_than_a_request() -> None:
-    longest = probe.Answer(1, "n" * probe.MAX_NODE_NAME, 2, 3, 4, 5, 6, 7)
+    heard = frozenset(range(probe.MAX_HEARD + 1))
+    longest = probe.Answer(1, "n" * probe.MAX_NODE_NAME, 2, 3, 4, 5, 6, 7, heard)
     assert len(probe.encode_answer(longest, RING.signing)) <= probe.REQUEST_BYTES
 
 

@@ -27,8 +27,17 @@ from lbctl.core.model import (
     ServicePort,
     TrafficPolicy,
 )
+from lbctl.core.pmap import PSet
 from lbctl.core.reasons import Reason
-from lbctl.core.routes import EipSelection, PathIds, Rules, Selection, path_id, select
+from lbctl.core.routes import (
+    Confirmations,
+    EipSelection,
+    PathIds,
+    Rules,
+    Selection,
+    path_id,
+    select,
+)
 
 CONFIG = """
 version: 1
@@ -375,3 +384,29 @@ def test_eligible_endpoints() -> None:
     assert eligible((ending, ready, dead, ready, nowhere)) == (ready,)
     assert eligible((dead, ending, starting, nowhere)) == (ending,)
     assert eligible((dead, starting, nowhere)) == ()
+
+
+VIEWS = st.builds(
+    NodeView,
+    st.just("n"),
+    confirmed=st.sets(st.sampled_from([A, B, V6])).map(PSet),
+    local_ready=st.sets(st.sampled_from([A, B, V6])).map(frozenset),
+)
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(["n1", "n2", "n3"]), st.none() | VIEWS), max_size=12))
+def test_confirmations_say_what_the_views_say(steps: list[tuple[str, NodeView | None]]) -> None:
+    kept, views = Confirmations(), dict[str, NodeView | None]()
+    for name, view in steps:
+        old = views.get(name)
+        before = {address: kept(address) for address in (A, B, V6)}
+        told = kept.take(name, old, view)
+        views[name] = view
+        for address in (A, B, V6):
+            known = [(n, v) for n, v in views.items() if v is not None]
+            assert kept(address) == (
+                frozenset(n for n, v in known if address in v.confirmed),
+                frozenset(n for n, v in known if address in v.local_ready),
+            )
+            assert (address in told) == (kept(address) != before[address])

@@ -59,9 +59,10 @@ def test_exabgp_never_waits_for_the_launcher(
 ) -> None:
     """8 MiB of answers are taken while nobody reads them, and none is lost."""
     process, link = pair
-    assert process.stdin is not None
+    stdin = process.stdin
+    assert stdin is not None
     data = b"".join(b"done %07d\n" % number for number in range(8 << 16))
-    writer = threading.Thread(target=lambda: (process.stdin.write(data), process.stdin.flush()))
+    writer = threading.Thread(target=lambda: (stdin.write(data), stdin.flush()))
     writer.start()
     writer.join(LIMIT_S)
     assert not writer.is_alive(), "the relay stopped reading"

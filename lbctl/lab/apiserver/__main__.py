@@ -37,6 +37,7 @@ _VERSIONS_PER_S: Final = 1000  # resourceVersions begin at the clock times this
 def main() -> None:
     """Parse the command line and serve until SIGTERM or SIGINT."""
     args = _arguments()
+    _configure_log()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)  # a parent may have left them blocked
     asyncio.run(_serve(args))
 
@@ -60,16 +61,6 @@ def _arguments() -> argparse.Namespace:
 
 
 async def _serve(args: argparse.Namespace) -> None:
-    structlog.configure(
-        processors=[
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso"),
-            structlog.processors.format_exc_info,
-            structlog.processors.JSONRenderer(),
-        ],
-        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
-        logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
-    )
     pki = Pki(args.pki)
     store = Store(int(time.time() * _VERSIONS_PER_S), args.history)
     api = Api(store, args.service_cidr)
@@ -105,6 +96,20 @@ async def _serve(args: argparse.Namespace) -> None:
     await runner.cleanup()
     if journal is not None:
         journal.close()
+
+
+def _configure_log() -> None:
+    """JSON lines on standard error."""
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso"),
+            structlog.processors.format_exc_info,
+            structlog.processors.JSONRenderer(),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
+        logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
+    )
 
 
 async def _listen(runner: web.AppRunner, pki: Pki, args: argparse.Namespace) -> int:

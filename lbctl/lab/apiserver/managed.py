@@ -238,25 +238,29 @@ def applied(
         return found is _MISSING or found != _look(schemas, schema, config, path)
 
     clashes = [(e, {p for p in paths & wanted if differs(p)}) for e, paths in others]
-    refused = clashes
-    if manager == _KUBECTL:
-        refused = _without_former_self(schemas, schema, live, clashes)
+    own = manager == _KUBECTL
+    refused = _without_former_self(schemas, schema, live, clashes) if own else clashes
     if any(paths for _, paths in refused) and not force:
         raise _conflict(refused)
     lost = {path for _, paths in clashes for path in paths}
     others = [(e, paths - lost) for e, paths in others]
     merged: Obj = _merge(schemas, schema, live, config)
     had = mine[0][1] if mine else set()
-    kept = set().union(*(paths for _, paths in others)) if others else set()
-    for path in sorted(had - wanted, key=len):
-        if path not in kept and not any(other[: len(path)] == path for other in kept | wanted):
-            _take(schemas, schema, merged, path)
-    same = bool(mine) and had == wanted and _content(merged) == _content(live) and not lost
+    kept = {path for _, paths in others for path in paths}
+    _drop(schemas, schema, merged, had - wanted - kept, kept | wanted)
+    same = bool(mine) and had == wanted and not lost and _content(merged) == _content(live)
     entry = mine[0][0] if same else _entry(resource, manager, "Apply", sub, time)
     _write(merged, [(entry, wanted), *others])
-    if same and owners:
+    if same:
         merged["metadata"]["managedFields"] = live["metadata"]["managedFields"]
     return merged
+
+
+def _drop(schemas: Schemas, schema: Obj, obj: Obj, lost: set[Path], kept: set[Path]) -> None:
+    """Remove the fields that nobody owns any more, elements of lists before what is in them."""
+    for path in sorted(lost, key=len):
+        if not any(other[: len(path)] == path for other in kept):
+            _take(schemas, schema, obj, path)
 
 
 def _without_former_self(

@@ -1,0 +1,120 @@
+"""From the common tables and this node's view to the ruleset that its kernel is to hold. Pure.
+
+Rule: what did not change since the last state is taken over as the same objects, so that both the
+rendering and the difference of two rulesets cost what changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from ipaddress import IPv4Address
+
+from agent.inputs import Inputs
+from lbctl.core import forwarding, nft, nodeview
+from lbctl.core.forwarding import Table
+from lbctl.core.model import Address, Network
+from lbctl.core.nft import PortKey, Ruleset
+from lbctl.core.nodeview import PortElements, PortView
+from lbctl.core.pmap import PMap, changed, persistent
+
+_Ranges = tuple[tuple[Address, Address], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """Everything that a restart needs; written to the snapshot whole.
+
+    macs: of the other nodes' addresses, the last that were seen. down: nodes called down. strays:
+    EIPs outside every accepted pool.
+    """
+
+    inputs: Inputs = field(default_factory=Inputs)
+    down: frozenset[str] = frozenset()
+    table: Table = forwarding.EMPTY
+    view: Mapping[Address, tuple[PortView, ...]] = field(default_factory=PMap)
+    index: Mapping[str, int] = field(default_factory=dict)
+    macs: Mapping[IPv4Address, str] = field(default_factory=dict)
+    rules: Ruleset = field(default_factory=Ruleset)
+    usable: tuple[str, ...] = ()  # the nodes that can be steered to
+    shape: str = ""
+    strays: PMap[Address, None] = field(default_factory=PMap)
+
+    @property
+    def steerable(self) -> dict[str, int]:
+        """The nodes that can be steered to, with their numbers."""
+        return {name: self.index[name] for name in self.usable}
+
+
+def render(
+    state: State,
+    me: str,
+    generation: int,
+    uplinks: tuple[str, ...],
+    before: State | None = None,
+) -> State:
+    """Return the state with the ruleset that it makes on node `me`.
+
+    before: the last rendered state of this node, of which unchanged ports stay the same objects.
+    """
+    before = State() if before is None else before
+    touched = changed(before.table.eips, state.table.eips)
+    strays = _strays(before, state, touched)
+    ranges = nft.merged(
+        [*state.inputs.ranges, *((a, a) for a in strays)],
+        [a for node in state.inputs.nodes for a in node.addresses],
+    )
+    peers = tuple(sorted(set(state.macs.values())))
+    rules = Ruleset(
+        generation,
+        uplinks,
+        peers,
+        ranges,
+        _ports(before, state, me),
+        _sources(before, state, touched),
+    )
+    return replace(state, rules=rules, strays=strays)
+
+
+def _ports(before: State, state: State, me: str) -> PMap[PortKey, PortElements]:
+    index = state.steerable
+    if before.steerable == index:
+        addresses = changed(before.view, state.view)
+    else:
+        addresses = set(before.view) | set(state.view)
+    old = persistent(before.rules.ports)
+    gone = {_key(a, view) for a in addresses for view in before.view.get(a, ())}
+    fresh: dict[PortKey, PortElements] = {}
+    for address in addresses:
+        for view in state.view.get(address, ()):
+            key = _key(address, view)
+            made, known = nodeview.elements(address, view, me, index), old.get(key)
+            fresh[key] = known if known == made else made
+    return old.updated(fresh, gone - fresh.keys())
+
+
+def _key(address: Address, view: PortView) -> PortKey:
+    return address, view.table.protocol.value, view.table.port
+
+
+def _sources(
+    before: State, state: State, touched: Iterable[Address]
+) -> PMap[Address, tuple[Network, ...]]:
+    found = {a: entry.sources for a in touched if (entry := state.table.eips.get(a)) is not None}
+    fresh = {address: sources for address, sources in found.items() if sources}
+    return persistent(before.rules.sources).updated(fresh, set(touched) - fresh.keys())
+
+
+def _strays(before: State, state: State, touched: Iterable[Address]) -> PMap[Address, None]:
+    """The EIPs outside the pools: rare, and all that `ranges` needs to know of the EIPs."""
+    spans = state.inputs.ranges
+    known = before.strays
+    if before.inputs.ranges != spans:
+        touched, known = state.table.eips, PMap()
+    outside = {a: None for a in touched if a in state.table.eips and not _within(a, spans)}
+    return known.updated(outside, set(touched) - outside.keys())
+
+
+def _within(address: Address, spans: _Ranges) -> bool:
+    number, version = int(address), address.version
+    return any(a.version == version and int(a) <= number <= int(b) for a, b in spans)

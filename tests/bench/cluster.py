@@ -1,0 +1,80 @@
+"""A cluster in memory of any size, as manager and agent see it, for the pure benches."""
+
+from __future__ import annotations
+
+from ipaddress import ip_address, ip_network
+
+from lbctl.core import config
+from lbctl.core.model import (
+    Address,
+    Eip,
+    Endpoint,
+    Node,
+    NodeState,
+    NodeView,
+    ObjectRef,
+    PortEndpoints,
+    Protocol,
+    Service,
+    ServiceEndpoints,
+    ServicePort,
+)
+from lbctl.core.pmap import PSet
+
+NODES = 8
+PODS = 4  # of each Service
+CONFIG = config.parse(
+    """\
+version: 1
+pools: [{name: big, addresses: [198.18.0.0/15]}]
+bgp: {asn: 64512, peers: [{name: tor-a, address: 192.0.2.1, asn: 64500}]}
+"""
+)
+FIRST = int(ip_address("198.18.0.0"))
+
+
+class Cluster:
+    """`count` Services with an EIP each and PODS pods on NODES nodes, all well."""
+
+    def __init__(self, count: int) -> None:
+        self.refs = [ObjectRef("default", f"s{n:05}") for n in range(count)]
+        self.addresses: list[Address] = [ip_address(FIRST + n) for n in range(count)]
+        self.eips = {
+            address: Eip(address, "big", ref, str(ref))
+            for address, ref in zip(self.addresses, self.refs, strict=True)
+        }
+        port = (ServicePort("", Protocol.TCP, 80),)
+        self.services = {ref: Service(ref, str(ref), 0.0, port, True) for ref in self.refs}
+        self.endpoints = {ref: self.behind(n) for n, ref in enumerate(self.refs)}
+        self.nodes = tuple(
+            Node(
+                f"n{n}",
+                addresses=(ip_address(f"192.0.2.{20 + n}"),),
+                pod_cidrs=(ip_network(f"10.{n}.0.0/16"),),
+            )
+            for n in range(NODES)
+        )
+        self.views = {
+            node.name: NodeView(
+                node.name,
+                NodeState.UP,
+                confirmed=PSet(self.addresses),
+                local_ready=PSet(self.addresses),
+            )
+            for node in self.nodes
+        }
+
+    def behind(self, number: int, pods: int = PODS) -> ServiceEndpoints:
+        """The endpoints of Service `number` with so many pods."""
+        found = tuple(
+            Endpoint(
+                ip_address(f"10.{(number + p) % NODES}.{number // 250}.{2 + number % 250}"),
+                8080,
+                f"n{(number + p) % NODES}",
+                "pod",
+            )
+            for p in range(pods)
+        )
+        return ServiceEndpoints(
+            self.refs[number], (PortEndpoints("", Protocol.TCP, tuple(sorted(found))),)
+        )

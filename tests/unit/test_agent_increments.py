@@ -1,0 +1,171 @@
+"""Passes that build upon the last one give what one from nothing gives, whatever happened before.
+
+That is the safety net of "a change costs what changed": tables, digests, rulesets, totals, what is
+confirmed and the snapshot, all against the same made from scratch; and the text of each difference,
+applied to a fake table, against the full text.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from ipaddress import IPv4Address, ip_address, ip_network
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from agent.engine import Confirmed, confirmed_eips
+from agent.inputs import Inputs
+from agent.rendering import State, render
+from agent.snapshot import Store
+from lbctl.core import forwarding, nft, nodeview
+from lbctl.core.forwarding import Locator, Sources
+from lbctl.core.model import (
+    Address,
+    Eip,
+    Endpoint,
+    Network,
+    ObjectRef,
+    PortEndpoints,
+    Protocol,
+    Service,
+    ServiceEndpoints,
+    ServicePort,
+)
+from lbctl.core.pmap import PMap, persistent
+
+from .faketable import FakeTable
+from .forwarding_cases import RANGES, nodes, pod
+
+EIPS = [ip_address(f"198.51.100.{n}") for n in (1, 2, 200)] + [ip_address("2001:db8::1")]
+REFS = [ObjectRef("default", name) for name in ("a", "b", "c")]
+PODS = [pod(n, p) for n in (1, 2, 3) for p in (2, 3)]
+SOURCES = [ip_network("203.0.113.0/24"), ip_network("192.0.2.0/25")]
+PORTS = [ServicePort("", Protocol.TCP, 80), ServicePort("dns", Protocol.UDP, 53)]
+
+
+def confirmed_from(table: forwarding.Table) -> PMap[Address, bool]:
+    return confirmed_eips("n1", Confirmed(), table)
+
+
+class Passes(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.directory = TemporaryDirectory()
+        self.store = Store(Path(self.directory.name), "n1")
+        self.inputs = Inputs(nodes=nodes(), ranges=RANGES)
+        self.down: frozenset[str] = frozenset()
+        self.usable: tuple[str, ...] = ("n2", "n3")
+        self.state, self.counts, self.confirmed = State(), nft.totals(nft.Ruleset()), Confirmed()
+        self.kernel = FakeTable()
+        self.view: nodeview.View = {}  # made without knowing what changed
+
+    def teardown(self) -> None:
+        self.directory.cleanup()
+
+    @rule(eip=st.sampled_from(EIPS), ref=st.sampled_from(REFS), forwarding=st.booleans())
+    def own(self, eip: IPv4Address, ref: ObjectRef, forwarding: bool) -> None:
+        made = Eip(eip, "public", ref, "uid", forwarding=forwarding)
+        self.inputs = replace(self.inputs, eips=persistent(self.inputs.eips).updated({eip: made}))
+
+    @rule(eip=st.sampled_from(EIPS))
+    def free(self, eip: IPv4Address) -> None:
+        self.inputs = replace(self.inputs, eips=persistent(self.inputs.eips).updated({}, [eip]))
+
+    @rule(
+        ref=st.sampled_from(REFS),
+        ports=st.sets(st.sampled_from(PORTS)),
+        affinity=st.booleans(),
+        sources=st.sets(st.sampled_from(SOURCES)),
+    )
+    def serve(
+        self, ref: ObjectRef, ports: set[ServicePort], affinity: bool, sources: set[Network]
+    ) -> None:
+        made = Service(
+            ref,
+            "uid",
+            0.0,
+            tuple(sorted(ports)),
+            True,
+            affinity_s=10 if affinity else None,
+            source_ranges=tuple(sorted(sources, key=str)),
+        )
+        known = persistent(self.inputs.services)
+        self.inputs = replace(self.inputs, services=known.updated({ref: made}))
+
+    @rule(ref=st.sampled_from(REFS))
+    def delete(self, ref: ObjectRef) -> None:
+        known = persistent(self.inputs.services)
+        self.inputs = replace(self.inputs, services=known.updated({}, [ref]))
+
+    @rule(ref=st.sampled_from(REFS), chosen=st.sets(st.sampled_from(PODS)), ready=st.booleans())
+    def scale(self, ref: ObjectRef, chosen: set[Endpoint], ready: bool) -> None:
+        pods = tuple(replace(p, ready=ready) for p in sorted(chosen))
+        made = ServiceEndpoints(ref, tuple(PortEndpoints(p.name, p.protocol, pods) for p in PORTS))
+        known = persistent(self.inputs.endpoints)
+        self.inputs = replace(self.inputs, endpoints=known.updated({ref: made}))
+
+    @rule(down=st.sets(st.sampled_from(["n1", "n2", "n3"]), max_size=1))
+    def judge(self, down: set[str]) -> None:
+        self.down = frozenset(down)
+
+    @rule(count=st.integers(2, 3), wide=st.booleans(), reachable=st.booleans())
+    def rebuild(self, count: int, wide: bool, reachable: bool) -> None:
+        spans = (*RANGES, (EIPS[2], EIPS[2])) if wide else RANGES
+        self.inputs = replace(self.inputs, nodes=nodes(count), ranges=spans)
+        self.usable = tuple(f"n{n}" for n in range(2, count + 1)) if reachable else ()
+
+    @rule()
+    def one_pass(self) -> None:
+        i, before = self.inputs, self.state
+        locator = Locator(i.nodes)
+        sources = Sources(i.eips, i.services, i.endpoints, locator, self.down)
+        table = forwarding.revise(before.table, sources)
+        view = nodeview.advance(before.view, table, before.table)
+        macs = {IPv4Address("192.0.2.22"): "02:00:00:00:00:02"}
+        bare = State(i, self.down, table, view, {"n2": 1, "n3": 2}, macs, usable=self.usable)
+        generation = before.rules.generation + 1
+        self.state = render(bare, "n1", generation, ("eth0",), before)
+        pieces = nft.difference(before.rules, self.state.rules)
+        for piece in pieces if before.rules.generation else nft.full(self.state.rules):
+            self.kernel.apply(piece)
+        self.counts = nft.recounted(self.counts, before.rules, self.state.rules)
+        eips = confirmed_eips("n1", self.confirmed, table)
+        self.confirmed = Confirmed(generation, 0, table, eips)
+
+        plain = (dict(i.eips), dict(i.services), dict(i.endpoints))
+        whole = forwarding.revise(forwarding.EMPTY, Sources(*plain, locator, self.down))
+        assert (table.eips, table.digest, table.owned) == (whole.eips, whole.digest, whole.owned)
+        self.view = nodeview.advance(dict(self.view), whole)
+        assert view == self.view
+        fresh = render(replace(bare, view=self.view), "n1", generation, ("eth0",))
+        assert self.state.rules == fresh.rules and self.state.strays == fresh.strays
+        assert self.counts == nft.totals(fresh.rules)
+        assert eips == confirmed_from(whole)
+        anew = FakeTable()
+        for piece in nft.full(fresh.rules):
+            anew.apply(piece)
+        kept, made = self.kernel.maps, anew.maps
+        assert {n: m for n, m in kept.items() if m and n != "gen"} == {
+            n: m for n, m in made.items() if m and n != "gen"
+        }
+
+    @rule()
+    def snapshot(self) -> None:
+        self.store.save(self.state)
+        self.store.write()
+
+    @invariant()
+    def the_snapshot_is_the_state_when_written(self) -> None:
+        if self.store._latest is self.state and self.state.rules.generation:
+            self.store.write()
+            found = self.store.load()
+            assert found is not None
+            assert found.rules == self.state.rules
+            assert found.table.digest == self.state.table.digest
+
+
+TestPasses = Passes.TestCase
+TestPasses.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
