@@ -331,6 +331,12 @@ class Announcing:
 
         return not all(await asyncio.gather(*(one(eip) for eip in due)))
 
+    def sent(self, session: Session) -> int | None:
+        """How many paths a session has had, None while that is not certain."""
+        if self.number is None or not session.up or not self._speaker.is_settled(self.number):
+            return None
+        return self._hops.total() if session.add_path else len(self._paths)
+
     def measure(self) -> None:
         """Fill in the metrics."""
         self._metrics.paths.set(self._hops.total())

@@ -101,6 +101,7 @@ def _eip(parts: Parts, eip: Eip) -> state.EipState:
         forwarding=eip.forwarding,
         hops=_hops(selection) if selection is not None else (),
         detail=parts.allocating.release(eip.address) or "",
+        reason=selection.reason if selection is not None else None,
     )
 
 
@@ -144,7 +145,13 @@ def _sessions(parts: Parts, sessions: tuple[Session, ...]) -> tuple[state.Sessio
             reason = Reason.ADD_PATH_MISSING
         found.append(
             state.SessionState(
-                peer.name, peer.address, session.up, reason, session.add_path, session.detail
+                peer.name,
+                peer.address,
+                session.up,
+                reason,
+                session.add_path,
+                session.detail,
+                parts.announcing.sent(session),
             )
         )
     return tuple(found)

@@ -277,9 +277,11 @@ def _nodes(states: tuple[ManagerState, ...], agents: frozenset[str] | None) -> l
 def _eips(states: tuple[ManagerState, ...]) -> list[str]:
     return [
         f"{eip.address} of Service {eip.owner} has no next hop at {state.manager}"
+        + (f": {SENTENCE[eip.reason]}" if eip.reason else "")
         for state in states
         for eip in state.eips
         if eip.phase.value == "Bound"
         and not eip.next_hops
+        and eip.reason is not Reason.NO_ENDPOINTS
         and not (eip.hops and any(hop.reason in _WANTED for hop in eip.hops))
     ]

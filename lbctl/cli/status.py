@@ -11,6 +11,7 @@ from rich.console import Console
 
 from lbctl.cli.live import Live, Merged, fetch, merge
 from lbctl.cli.output import WRONG, Output, cannot, clean, console, print_json, print_table
+from lbctl.core.reasons import SENTENCE
 from lbctl.core.state import NodeStatus, SessionState, to_plain
 from lbctl.errors import LbctlError
 
@@ -103,7 +104,8 @@ def _eips(merged: Merged, out: Console) -> None:
     rows = []
     for eip in merged.eips:
         hops = ", ".join(str(hop) for hop in eip.next_hops) or "none"
-        rows.append((eip.address, eip.owner, eip.pool, eip.phase.value, hops, eip.detail))
+        why = SENTENCE[eip.reason] if eip.reason and not eip.next_hops else ""
+        rows.append((eip.address, eip.owner, eip.pool, eip.phase.value, hops, eip.detail or why))
     heads = ("ADDRESS", "SERVICE", "POOL", "PHASE", "NEXT HOPS", "")
     print_table(out, "EIPs", heads, rows)
 

@@ -57,7 +57,11 @@ class HopState:
 
 @dataclass(frozen=True, slots=True)
 class EipState:
-    """An EIP object, and what this manager announces for it. `detail`: a release's progress."""
+    """An EIP object, and what this manager announces for it.
+
+    reason: of the announcement as a whole, None before there was a decision. detail: a release's
+    progress.
+    """
 
     address: Address
     pool: str
@@ -66,6 +70,7 @@ class EipState:
     forwarding: bool = True
     hops: tuple[HopState, ...] = ()
     detail: str = ""
+    reason: Reason | None = None
 
     @property
     def next_hops(self) -> tuple[Address, ...]:
