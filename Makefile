@@ -1,6 +1,8 @@
 # The commands of this repository. `make demo` first; `make test` is what CI runs.
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
+# Where Debian keeps nft, ip and sysctl; a plain `su` leaves these out.
+export PATH := $(PATH):/usr/local/sbin:/usr/sbin:/sbin
 BIN := .venv/bin
 SOURCES := lbctl manager agent tests
 .PHONY: help tools demo test check unit kube lab bench format clean
@@ -32,7 +34,7 @@ kube: tools ## contract tests on both clusters
 lab: tools ## namespaces, FRR, traffic
 	@$(BIN)/pytest -q tests/lab
 
-bench: tools ## print the measurements of docs/benchmarks.md
+bench: tools ## measure, and print a table
 	@$(BIN)/python -m tests.bench
 
 format: tools ## let ruff write

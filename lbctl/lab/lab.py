@@ -16,6 +16,7 @@ import os
 import re
 import shlex
 import shutil
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -42,6 +43,7 @@ Progress = Callable[[str], None]
 
 _NAME: Final = re.compile(r"[a-z0-9]([a-z0-9-]{0,22}[a-z0-9])?")
 _WORKERS: Final = 8
+_WORKER: Final = "lbctl-lab"
 
 
 class Lab:
@@ -119,6 +121,7 @@ class Lab:
             try:
                 lab._build(progress)
             except BaseException:
+                _join_workers()
                 cls._remove(name)
                 raise
         return lab
@@ -147,7 +150,7 @@ class Lab:
             machine.run(*shlex.split(line))
 
     def _each(self, specs: Sequence[NodeSpec], work: Callable[[NodeSpec], None]) -> None:
-        with ThreadPoolExecutor(_WORKERS) as pool:
+        with ThreadPoolExecutor(_WORKERS, thread_name_prefix=_WORKER) as pool:
             for _ in pool.map(work, specs):
                 pass
 
@@ -326,6 +329,13 @@ def directory_of(name: str) -> Path:
     if not _NAME.fullmatch(name):
         raise LabError(f"lab name {name!r}: lower-case letters, digits and dashes, at most 24")
     return STATE_ROOT / name
+
+
+def _join_workers() -> None:
+    """Wait for every worker. Ctrl-C in `submit` can leave one that its own pool does not know."""
+    for thread in threading.enumerate():
+        if thread.name.startswith(_WORKER):
+            thread.join()
 
 
 def take_down(name: str) -> bool:
