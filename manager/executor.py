@@ -1,8 +1,9 @@
 """Carries out the actions of the allocator and of releases: one write to the API server each.
 
 Rules: leadership is checked by the monotonic clock before every write, and every write is a create
-or guarded by a resourceVersion, so a leader that froze in between loses by 409. What the API server
-answers is fed back at once; what it refuses is read afresh and fed back. The client is handed in.
+or guarded by a resourceVersion, so a leader that froze in between loses by 409 (a release reads the
+Service again as well: `core.actions` says why). What the API server answers is fed back at once;
+what it refuses is read afresh and fed back. The client is handed in.
 """
 
 from __future__ import annotations
@@ -112,7 +113,10 @@ class Executor:
                 body = objects.eip_body(action.eip)
                 self._check()
                 self._sink.eip(_eip(await self._client.create(api.EIPS.path(), body)))
-            case RebindEip() | ReleaseEip() | SetUnforwarded():
+            case ReleaseEip():
+                await self._still(action, fresh.get(action.service, action.because))
+                await self._patch_eip(action)
+            case RebindEip() | SetUnforwarded():
                 await self._patch_eip(action)
             case DeleteEip():
                 self._check()
@@ -124,6 +128,11 @@ class Executor:
                 pass  # told below
             case _:
                 assert_never(action)
+
+    async def _still(self, action: ReleaseEip, because: Service | None) -> None:
+        """Raises Conflict unless the Service is as it was decided on: see `core.actions`."""
+        if await self._read_service(action.service) != because:
+            raise errors.Conflict(f"Service {action.service} is not what it was")
 
     def _newest(self, seen: Service) -> Service:
         """The same content under its latest version: our own conditions raise it all the time."""
@@ -164,16 +173,18 @@ class Executor:
 
     async def _patch_eip(self, action: RebindEip | ReleaseEip | SetUnforwarded) -> None:
         spec: dict[str, Any]
+        meta: dict[str, Any] = {"resourceVersion": action.seen.version}
         now = objects.timestamp(time.time(), micro=True)
         match action:
             case RebindEip():
                 spec = objects.eip_body(action.eip)["spec"]
                 spec |= {"withdrawnBy": None, "releasedAt": None, "unforwardedAt": None}
+                meta["annotations"] = {names.ANNOTATION_BOUND_AT: now}
             case ReleaseEip():
                 spec = {"phase": "Releasing", "releasedAt": now, "withdrawnBy": None}
             case SetUnforwarded():
                 spec = {"forwarding": False, "unforwardedAt": now}
-        body = {"metadata": {"resourceVersion": action.seen.version}, "spec": spec}
+        body = {"metadata": meta, "spec": spec}
         self._check()
         self._sink.eip(_eip(await self._client.patch(_eip_path(action.seen.address), body)))
 
@@ -183,7 +194,10 @@ class Executor:
             match action:
                 case CreateEip():
                     await self._refresh_eip(action.eip.address)
-                case RebindEip() | ReleaseEip() | SetUnforwarded() | DeleteEip():
+                case ReleaseEip():
+                    await self._refresh_eip(action.seen.address)
+                    await self._refresh_service(action.service)
+                case RebindEip() | SetUnforwarded() | DeleteEip():
                     await self._refresh_eip(action.seen.address)
                 case AddFinalizer() | RemoveFinalizer() | WriteStatus() | ClearStatus():
                     await self._refresh_service(action.service)
@@ -199,12 +213,19 @@ class Executor:
             self._sink.eip_gone(address)
 
     async def _refresh_service(self, ref: ObjectRef) -> None:
+        service = await self._read_service(ref)
+        if service is None:
+            self._sink.service_gone(ref)
+        else:
+            self._sink.service(service)
+
+    async def _read_service(self, ref: ObjectRef) -> Service | None:
+        """As the API server has it now (never from its watch cache), None if it is gone."""
         try:
             answer = await self._client.get(api.SERVICES.path(ref.namespace, ref.name))
         except errors.NotFound:
-            self._sink.service_gone(ref)
-            return
-        self._sink.service(objects.to_service(msgspec.json.encode(answer)))
+            return None
+        return objects.to_service(msgspec.json.encode(answer))
 
     def _check(self) -> None:
         if not self._is_leader():

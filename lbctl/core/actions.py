@@ -4,6 +4,12 @@ Rules for the executor: actions of one Service are contiguous and in an order th
 after any of them (finalizer, then the EIP object, then the status). When one fails, skip the rest
 of that Service's and tell `Allocator.failed`. Every write is guarded by the resourceVersion in
 the snapshot that it carries, or is a create; the API server is the arbiter.
+
+Two objects are never written at once, so one pair of rules keeps a stale leader from taking back
+what a Service shows. A release reads the Service again *after* it has seen the EIP object and goes
+on only if it is as it was decided on. A status shows an address only *after* a write to its EIP
+object that was decided on the same Service (CreateEip, RebindEip). So whichever of the two comes
+later to the EIP object meets a resourceVersion that is not its own.
 """
 
 from __future__ import annotations
@@ -44,7 +50,11 @@ class CreateEip:
 
 @dataclass(frozen=True, slots=True)
 class RebindEip:
-    """Replace `seen` by `eip`: Bound, the Service's uid, forwarding, no marks of a release."""
+    """Replace `seen` by `eip`: Bound, the Service's uid, forwarding, no marks of a release.
+
+    Always gives it a new resourceVersion, even if nothing else differs (the API server keeps the
+    old one if a write changes nothing): who decided on the old one to release it has to lose.
+    """
 
     service: ObjectRef
     seen: Eip
@@ -54,11 +64,16 @@ class RebindEip:
 
 @dataclass(frozen=True, slots=True)
 class ReleaseEip:
-    """Make the EIP object Releasing, `releasedAt` now."""
+    """Make the EIP object Releasing, `releasedAt` now.
+
+    because: the Service that was decided on, None if it was gone. Read it again before the write;
+    if it differs now (by more than the same plan's own writes), treat that as a 409.
+    """
 
     service: ObjectRef
     seen: Eip
     reason: Reason
+    because: Service | None
 
 
 @dataclass(frozen=True, slots=True)

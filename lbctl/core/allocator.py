@@ -240,8 +240,9 @@ class Allocator:
                 _, ref = heapq.heappop(queue)
                 if ref in self._starved[family]:
                     self._starved[family].discard(ref)
+                    # One that changed is looked at anyway, and may want no address any more.
+                    free -= ref not in self._dirty
                     self._dirty.add(ref)
-                    free -= 1
 
     def _wait(self, service: Service, family: int) -> None:
         if service.ref not in self._starved[family]:
@@ -267,7 +268,7 @@ class Allocator:
         owned = self.owned(ref)
         bound = [e for e in owned if e.phase is Phase.BOUND and e.address not in self._in_flight]
         if bound:
-            return [ReleaseEip(ref, eip, Reason.RELEASING) for eip in bound]
+            return [ReleaseEip(ref, eip, Reason.RELEASING, service) for eip in bound]
         # A finalizer that was set just before its Service went, with no EIP made since. Other
         # controllers use the same one: it is taken off only where it keeps a Service from going.
         stranded = service is not None and service.deleting and not owned
@@ -291,13 +292,15 @@ class Allocator:
         for eip in self.owned(service.ref):
             extra = eip.phase is Phase.BOUND and eip.address not in addresses
             if extra and eip.address not in self._in_flight:
-                actions.append(ReleaseEip(service.ref, eip, Reason.RELEASING))
+                actions.append(ReleaseEip(service.ref, eip, Reason.RELEASING, service))
         return actions + self._decide(service, picks, addresses)
 
     def _bind(self, service: Service, pick: _Pick) -> list[Action]:
         eip, seen = pick.eip, pick.seen
-        if eip is None or eip == seen or eip.address in self._in_flight:
+        if eip is None or eip.address in self._in_flight:
             return []
+        if eip == seen and eip.address in service.ingress:
+            return []  # one that is not shown yet is bound anew first: see `core.actions`
         if seen is not None:
             return [RebindEip(service.ref, seen, eip, pick.reason)]
         self._in_flight[eip.address] = eip

@@ -28,6 +28,7 @@ EIP_KIND: Final = "EIP"
 LOAD_BALANCER_CLASS: Final = "lbctl.io/bgp"
 FINALIZER: Final = "service.kubernetes.io/load-balancer-cleanup"
 CONDITION_ANNOUNCED: Final = "lbctl.io/Announced"
+ANNOTATION_BOUND_AT: Final = "lbctl.io/bound-at"  # of an EIP: a rebind always changes it
 ANNOTATION_DRAIN: Final = "lbctl.io/drain"
 ANNOTATION_NEXT_HOP: Final = "lbctl.io/next-hop"
 ANNOTATION_POOL: Final = "lbctl.io/pool"

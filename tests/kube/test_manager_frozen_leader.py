@@ -175,3 +175,35 @@ async def _give_back(site: Site, replica: Replica) -> None:
                     body = {"spec": {"withdrawnBy": {replica.name: "2026-01-01T00:00:00Z"}}}
                     await site.client.patch(f"/apis/lbctl.io/v1/eips/{eip.address}", body)
             await asyncio.sleep(0.1)
+
+
+async def test_frozen_before_releasing_the_eip(cluster: Cluster) -> None:
+    with turn():
+        async with connect(cluster) as client:
+            site = Site(client)
+            await site.open("198.51.100.3/32")
+            try:
+                await _frozen_before_release(cluster, site)
+            finally:
+                await site.close()
+
+
+async def _frozen_before_release(cluster: Cluster, site: Site) -> None:
+    """Same Service, same uid, same EIP content: its resourceVersion must tell old from new."""
+    writer = connect(cluster, Frozen)
+    assert isinstance(writer, Frozen)
+    async with Replica(cluster, site, "one", writer, **LEASE).running() as one:
+        await site.add("web")
+        assert await site.address("web") == "198.51.100.3"
+        writer.freeze_on = "patch /apis/lbctl.io/v1/eips"
+        path = f"/api/v1/namespaces/{site.namespace}/services/web"
+        await site.client.patch(path, {"spec": {"type": "ClusterIP"}})
+        await until("one to be about to release", writer.frozen.is_set)
+        one.client.url = "http://127.0.0.1:9"
+        await site.client.patch(path, {"spec": {"type": "LoadBalancer"}})
+        async with Replica(cluster, site, "two", **LEASE).running() as two:
+            two.living = {"two"}
+            await until("two to lead", two.elector.is_leader)
+            assert await site.address("web") == "198.51.100.3"
+            assert (await _thaw(writer)).endswith("/198.51.100.3: Conflict")
+            assert (await site.eips())["198.51.100.3"].phase == "Bound"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import time
 from dataclasses import replace
 from ipaddress import ip_address, ip_network
@@ -25,9 +24,8 @@ from lbctl.core.actions import (
 )
 from lbctl.core.allocator import Allocator, plan
 from lbctl.core.config import Config, parse
-from lbctl.core.model import Address, Eip, ObjectRef, Phase, Service
+from lbctl.core.model import Eip, ObjectRef, Phase, Service
 from lbctl.core.reasons import Reason
-from lbctl.core.space import Space
 
 
 def config(*pools: str) -> Config:
@@ -185,6 +183,18 @@ def test_a_full_pool_and_the_line_before_it() -> None:
     assert given_to(allocator.plan()) == {"s9": "10.0.0.0"}
 
 
+def test_who_leaves_the_line_does_not_use_up_the_turn_of_the_next() -> None:
+    """Both in one batch: an address is free, and the first in line is gone."""
+    allocator = Allocator(config("a 10.0.0.0/32"))
+    for number, name in enumerate(["has", "first", "second"]):
+        allocator.set_service(service(name, number))
+    accept(allocator, allocator.plan())
+    for name in ("has", "first"):
+        allocator.remove_service(ObjectRef("default", name))
+    allocator.remove_eip(ip_address("10.0.0.0"))
+    assert given_to(allocator.plan()) == {"second": "10.0.0.0"}
+
+
 def test_a_bigger_pool_serves_who_waits() -> None:
     allocator = Allocator(config("a 10.0.0.0/32"))
     for n in range(3):
@@ -230,7 +240,7 @@ def test_giving_back() -> None:
     for changes in ({"deleting": True}, {"is_load_balancer": False}):
         web = settled("web", "10.0.0.5", **changes)
         actions = plan(config("a 10.0.0.0/24"), [web], [eip("10.0.0.5", "web")])
-        assert actions == (ReleaseEip(web.ref, eip("10.0.0.5", "web"), Reason.RELEASING),)
+        assert actions == (ReleaseEip(web.ref, eip("10.0.0.5", "web"), Reason.RELEASING, web),)
         releasing = eip("10.0.0.5", "web", Phase.RELEASING)
         assert plan(config("a 10.0.0.0/24"), [web], [releasing]) == ()
     assert kinds(plan(config("a 10.0.0.0/24"), [], [eip("10.0.0.5", "web")])) == ["ReleaseEip"]
@@ -273,14 +283,9 @@ def test_a_service_made_anew_keeps_its_bound_address() -> None:
 
 def test_two_eips_of_one_service() -> None:
     """A frozen leader's late write. The one in the status stays."""
-    actions = plan(
-        config("a 10.0.0.0/24"),
-        [settled("web", "10.0.0.9")],
-        [eip("10.0.0.2", "web"), eip("10.0.0.9", "web")],
-    )
-    assert actions == (
-        ReleaseEip(ObjectRef("default", "web"), eip("10.0.0.2", "web"), Reason.RELEASING),
-    )
+    web = settled("web", "10.0.0.9")
+    actions = plan(config("a 10.0.0.0/24"), [web], [eip("10.0.0.2", "web"), eip("10.0.0.9", "web")])
+    assert actions == (ReleaseEip(web.ref, eip("10.0.0.2", "web"), Reason.RELEASING, web),)
 
 
 def test_addresses_stay_when_pools_change() -> None:
@@ -474,40 +479,6 @@ def test_many_who_wait_do_not_slow_one_change() -> None:
     allocator.remove_service(ObjectRef("default", "first"))
     assert given_to(allocator.plan()) == {"s0": "10.0.0.0"}
     assert time.perf_counter() - started < all_s / 10
-
-
-# Free addresses
-
-
-@given(st.lists(st.tuples(st.booleans(), st.integers(0, 40), st.integers(0, 8)), max_size=40))
-def test_space_is_a_set(steps: list[tuple[bool, int, int]]) -> None:
-    space, expected = Space(), set[int]()
-    for add, start, length in steps:
-        run = range(start, start + length + 1)
-        if add:
-            space.add(start, start + length)
-            expected.update(run)
-        else:
-            space.remove(start, start + length)
-            expected.difference_update(run)
-        assert [n for n in range(60) if n in space] == sorted(expected)
-        assert space.free == len(expected)
-        assert space.first() == min(expected, default=None)
-        assert len(space) == sum(n - 1 not in expected for n in expected)  # runs are merged
-
-
-def test_a_nearly_full_big_pool() -> None:
-    allocator = Allocator(config("a 10.0.0.0/20"))
-    order = list(range(1 << 12))
-    random.Random(1).shuffle(order)
-    base = int(ip_address("10.0.0.0"))
-    free: Address = ip_address(base + order.pop())
-    for n in order:
-        allocator.set_eip(eip(str(ip_address(base + n)), f"s{n}"))
-        allocator.set_service(settled(f"s{n}", str(ip_address(base + n))))
-    allocator.set_service(service("web"))
-    assert given_to(allocator.plan()) == {"web": str(free)}
-    assert allocator.usage() == (("a", 1 << 12, 1 << 12),)
 
 
 def test_clear_status_is_what_is_left_after_an_eip_was_deleted_by_hand() -> None:

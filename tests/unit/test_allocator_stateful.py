@@ -1,215 +1,28 @@
 """The allocator against a model of the API server, with leaders that freeze and thaw.
 
-The model is the arbiter: creates fail on a name that exists, writes fail on a resourceVersion that
-is not the current one, every leader sees changes only when its watch delivers them. Whatever
-happens in whatever order: no address twice, none lost, none moved.
+Whatever happens in whatever order: no address twice, none lost, none moved, and none that a
+Service of ours shows is being released, not even for a moment.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from ipaddress import ip_address
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from lbctl.core import actions, names
-from lbctl.core.allocator import Allocator, not_ours
-from lbctl.core.config import Config, parse, shrink_conflicts
-from lbctl.core.model import Address, Eip, ObjectRef, Phase, Service
+from lbctl.core.allocator import not_ours
+from lbctl.core.config import shrink_conflicts
+from lbctl.core.model import Address, ObjectRef, Phase, Service
 from lbctl.core.reasons import Reason
-from lbctl.core.release import Facts, Releases
+from tests.unit.allocator_model import Leader, Server, config
 
 # Several at a time: single steps would leave most runs with next to nothing in the cluster.
 NAMES = st.sets(st.sampled_from([ObjectRef("default", f"s{n}") for n in range(6)]), min_size=1)
 ASKS = st.sampled_from([None, None, None, None, "10.0.0.1", "10.9.9.9", "x"])
-FACTS = Facts(living={"m"}, drain_time_s=2, reuse_after_s=30)
-
-
-def config(size: int) -> Config:
-    return parse(
-        f"version: 1\npools: [{{name: a, addresses: [10.0.0.0-10.0.0.{size - 1}]}}]\n"
-        "bgp: {asn: 64512, peers: []}\n"
-    )
-
-
-class Stale(Exception):
-    """409."""
-
-
-class Server:
-    """The API server: objects with versions, and a change feed."""
-
-    def __init__(self) -> None:
-        self.services: dict[ObjectRef, Service] = {}
-        self.eips: dict[Address, Eip] = {}
-        self.watchers: dict[int, list[ObjectRef | Address]] = {}
-        self.now_s = 1000.0
-        self._version = 0
-
-    def tick(self) -> str:
-        self._version += 1
-        return str(self._version)
-
-    def _tell(self, key: ObjectRef | Address) -> None:
-        for queue in self.watchers.values():
-            queue.append(key)
-
-    def put_service(self, service: Service) -> Service:
-        """Store; one that is being deleted and has no finalizer goes."""
-        stored = replace(service, version=self.tick())
-        if stored.deleting and not stored.finalizers:
-            self.services.pop(stored.ref, None)
-        else:
-            self.services[stored.ref] = stored
-        self._tell(stored.ref)
-        return stored
-
-    def drop_service(self, ref: ObjectRef) -> None:
-        del self.services[ref]
-        self._tell(ref)
-
-    def put_eip(self, eip: Eip) -> Eip:
-        self.eips[eip.address] = replace(eip, version=self.tick())
-        self._tell(eip.address)
-        return self.eips[eip.address]
-
-    def carry_out(self, action: actions.Action) -> Service | Eip | None:
-        """A guarded write. Raises Stale; what is stored now, None if deleted."""
-        match action:
-            case actions.CreateEip(eip=eip):
-                if eip.address in self.eips:
-                    raise Stale
-                return self.put_eip(eip)
-            case actions.RebindEip(seen=seen, eip=eip):
-                self._check_eip(seen)
-                return self.put_eip(eip)
-            case actions.ReleaseEip(seen=seen):
-                self._check_eip(seen)
-                released = replace(seen, phase=Phase.RELEASING, released_s=self.now_s)
-                return self.put_eip(released)
-            case actions.SetUnforwarded(seen=seen):
-                self._check_eip(seen)
-                return self.put_eip(replace(seen, forwarding=False, unforwarded_s=self.now_s))
-            case actions.DeleteEip(seen=seen):
-                self._check_eip(seen)
-                del self.eips[seen.address]
-                self._tell(seen.address)
-                return None
-            case actions.Refused():
-                return None
-            case _:
-                return self._service_write(action)
-
-    def _check_eip(self, seen: Eip) -> None:
-        now = self.eips.get(seen.address)
-        if now is None or now.version != seen.version:
-            raise Stale
-
-    def _service_write(self, action: actions.Action) -> Service:
-        assert not isinstance(action, actions.CreateEip)
-        now = self.services.get(action.service)
-        seen = action.seen
-        if now is None or now.version != seen.version:
-            raise Stale
-        match action:
-            case actions.AddFinalizer():
-                return self.put_service(replace(now, finalizers=(names.FINALIZER,)))
-            case actions.RemoveFinalizer():
-                return self.put_service(replace(now, finalizers=()))
-            case actions.WriteStatus(addresses=addresses):
-                return self.put_service(replace(now, ingress=addresses))
-            case actions.ClearStatus():
-                return self.put_service(replace(now, ingress=()))
-        raise AssertionError(action)
-
-
-@dataclass
-class Leader:
-    """An allocator, its watch, and what it has decided but not yet done."""
-
-    server: Server
-    allocator: Allocator
-    queue: list[ObjectRef | Address] = field(default_factory=list)
-    todo: list[actions.Action] = field(default_factory=list)
-    releases: Releases = field(default_factory=Releases)
-    cached: dict[Address, Eip] = field(default_factory=dict)
-    services: dict[ObjectRef, Service] = field(default_factory=dict)
-
-    @classmethod
-    def start(cls, server: Server, accepted: Config) -> Leader:
-        """A new leader: everything is listed before anything is planned."""
-        leader = cls(server, Allocator(accepted))
-        for eip in server.eips.values():
-            leader.see(eip)
-        for service in server.services.values():
-            leader.see(service)
-        server.watchers[id(leader)] = leader.queue
-        return leader
-
-    def see(self, found: Eip | Service) -> None:
-        if isinstance(found, Eip):
-            self.cached[found.address] = found
-            self.allocator.set_eip(found)
-        else:
-            self.services[found.ref] = found
-            self.allocator.set_service(found)
-
-    def lose(self, key: ObjectRef | Address) -> None:
-        if isinstance(key, ObjectRef):
-            self.services.pop(key, None)
-            self.allocator.remove_service(key)
-        else:
-            self.cached.pop(key, None)
-            self.releases.forget(key)
-            self.allocator.remove_eip(key)
-
-    def watch(self) -> None:
-        """Deliver what the server has told so far."""
-        while self.queue:
-            key = self.queue.pop(0)
-            if isinstance(key, ObjectRef):
-                found: Service | Eip | None = self.server.services.get(key)
-            else:
-                found = self.server.eips.get(key)
-            self.lose(key) if found is None else self.see(found)
-
-    def decide(self) -> None:
-        self.todo += self.allocator.plan()
-        for eip in sorted(self.cached.values(), key=lambda e: int(e.address)):
-            owned = self.allocator.owned(eip.owner)
-            service = self.services.get(eip.owner)
-            step = self.releases.step(eip, service, owned, FACTS, self.server.now_s)
-            self.todo += step.actions
-
-    def act(self, limit: int | None = None) -> None:
-        """Do what was decided, or its first `limit` actions."""
-        skip: set[ObjectRef] = set()
-        for _ in range(len(self.todo) if limit is None else min(limit, len(self.todo))):
-            action = self.todo.pop(0)
-            if action.service in skip:
-                continue
-            try:
-                stored = self.server.carry_out(self._fresh(action))
-            except Stale:
-                skip.add(action.service)
-                if isinstance(action, actions.CreateEip):
-                    self.see(self.server.eips[action.eip.address])
-                self.allocator.failed(action)
-                continue
-            if stored is not None:
-                self.see(stored)
-            elif isinstance(action, actions.DeleteEip):
-                self.lose(action.seen.address)
-
-    def _fresh(self, action: actions.Action) -> actions.Action:
-        """Our own earlier write of the same plan moved the Service's version on; follow it."""
-        if isinstance(action, actions.WriteStatus | actions.ClearStatus | actions.RemoveFinalizer):
-            mine = self.services.get(action.service)
-            if mine is not None and mine.uid == action.seen.uid:
-                return replace(action, seen=mine)
-        return action
 
 
 class World(RuleBasedStateMachine):
@@ -257,10 +70,20 @@ class World(RuleBasedStateMachine):
                 self.server.put_service(replace(service, is_load_balancer=other, ingress=ingress))
                 self.first.pop(service.uid, None)
 
+    @rule(refs=NAMES, asks=ASKS)
+    def ask_for_another(self, refs: set[ObjectRef], asks: str | None) -> None:
+        for ref in sorted(refs & self.server.services.keys()):
+            self.server.put_service(replace(self.server.services[ref], requested=asks))
+
     @rule(refs=NAMES)
     def status_is_lost(self, refs: set[ObjectRef]) -> None:
         for ref in sorted(refs & self.server.services.keys()):
-            self.server.put_service(replace(self.server.services[ref], ingress=()))
+            service = self.server.services[ref]
+            self.server.put_service(replace(service, ingress=()))
+            # The one address that a lost status may cost: a frozen leader's, given by an older
+            # configuration. No announcer announces it, so what takes its place is an improvement.
+            if not any(config(self.size).pool_of(address) for address in service.ingress):
+                self.first.pop(service.uid, None)
 
     # Operators and time
 
@@ -367,8 +190,11 @@ class World(RuleBasedStateMachine):
     def none_moved(self) -> None:
         for service in self.server.services.values():
             if service.ingress:
-                first = self.first.setdefault(service.uid, service.ingress)
-                assert service.ingress == first, f"{service.ref}: {first} became {service.ingress}"
+                first = self.first.get(service.uid, service.ingress)
+                asked = [str(address) for address in service.ingress] == [service.requested]
+                moved = f"{service.ref}: {first} became {service.ingress}"
+                assert service.ingress == first or asked, moved
+                self.first[service.uid] = service.ingress
 
     def teardown(self) -> None:
         """When it is quiet at last, all is as it should be."""
@@ -420,4 +246,5 @@ World.TestCase.settings = settings(
     report_multiple_bugs=False,
     derandomize=True,  # `make test` must not depend on luck; change max_examples to search on
 )
-TestWorld = World.TestCase
+# hypothesis shrinks for 300 s at most, and pytest must not cut off what it then has to say.
+TestWorld = pytest.mark.timeout(900)(World.TestCase)
