@@ -1,6 +1,6 @@
 """Print the medians that `docs/benchmarks.md` holds, as a Markdown table.
 
-`python -m tests.bench [--runs N] [--services N] [--only pure|lab]`. Absolute times depend on the
+`python -m tests.bench [--runs N] [--services N] [--only pure|lab|memory]`. Absolute times depend on the
 machine, which is printed; compare rows of one run.
 """
 
@@ -52,15 +52,17 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--services", type=int, default=1000)
-    parser.add_argument("--only", choices=("pure", "lab"), default=None)
+    parser.add_argument("--only", choices=("pure", "lab", "memory"), default=None)
     chosen = parser.parse_args(argv)
     print(f"{dt.datetime.now(dt.UTC):%Y-%m-%d %H:%M} UTC, {machine()}\n")
     print("| what | median | worst | runs |\n|---|---|---|---|")
-    if chosen.only != "lab":
+    if chosen.only in (None, "pure"):
         for what, values, unit in pure.measure(chosen.runs):
             print(Row(what, values, unit).render(), flush=True)
     if chosen.only != "pure":
-        for what, values, unit in lab.measure(chosen.runs, chosen.services):
+        for what, values, unit in lab.measure(
+            chosen.runs, chosen.services, chosen.only == "memory"
+        ):
             print(Row(what, values, unit).render(), flush=True)
     return 0
 
