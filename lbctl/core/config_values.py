@@ -186,12 +186,15 @@ def parse_duration(value: object) -> float:
 
 
 def parse_hold_time(value: object) -> int:
-    """BGP hold time: 0 (never expires) or 3 to 65535 whole seconds (RFC 4271, 4.2)."""
+    """BGP hold time: 3 to 65535 whole seconds (RFC 4271, 4.2).
+
+    Not 0, which the RFC allows: routes of a manager that died would then stay for ever.
+    """
     seconds = parse_duration(value)
     if seconds != int(seconds):
         raise ValueError("a hold time is whole seconds")
-    if seconds in (1, 2) or seconds > 65535:
-        raise ValueError("a hold time is 0 or 3s to 65535s (RFC 4271)")
+    if not 3 <= seconds <= 65535:
+        raise ValueError("a hold time is 3s to 65535s (RFC 4271; 0 would keep dead routes)")
     return int(seconds)
 
 

@@ -2,7 +2,7 @@
 
 Names are DESIGN.md's. Numbers stay clear of what kube-proxy (marks 0x4000, 0x8000), Calico (mark
 bits chosen from 0xffff0000, tables 1-250 by default), Cilium (marks 0x0f00, tables 2004, 2005) and
-flannel (VXLAN ports 8472, 4789) document. They are defaults; `forwarding.*` may override them.
+flannel (VXLAN ports 8472, 4789) document.
 """
 
 from __future__ import annotations

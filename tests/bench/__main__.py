@@ -1,7 +1,7 @@
 """Print the medians that `docs/benchmarks.md` holds, as a Markdown table.
 
-`python -m tests.bench [--runs N] [--services N] [--only pure|lab|memory]`. Absolute times depend on the
-machine, which is printed; compare rows of one run.
+`python -m tests.bench [--runs N] [--services N] [--only pure|lab|memory]`. Absolute times depend on
+the machine, which is printed; compare rows of one run.
 """
 
 from __future__ import annotations
