@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
-import signal
 import socket
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
 
 from lbctl.errors import LabError
-
-_PR_SET_PDEATHSIG: Final = 1
-_LIBC: Final = ctypes.CDLL(None, use_errno=True)
-
-
-def die_with_parent() -> None:
-    """For `preexec_fn`: be killed when the parent dies (prctl(2), PR_SET_PDEATHSIG)."""
-    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+from lbctl.lab.kubelet.linux import die_with_parent
 
 
 def start(command: Sequence[str], log: Path, *, linked: bool) -> subprocess.Popen[bytes]:

@@ -50,6 +50,11 @@ class Controller:
         """A listener that queues the changed object itself."""
         self.add(change.key)
 
+    def add_all(self, resource: str) -> None:
+        """Queue every object of a resource."""
+        for item in self.store.items(resource):
+            self.add((item.obj["metadata"]["namespace"], item.obj["metadata"]["name"]))
+
     def reconcile(self, key: Key) -> None:
         """Bring the object at `key` to its desired state. ApiRefusal: it is called again."""
         raise NotImplementedError

@@ -47,11 +47,7 @@ class DaemonSets(Controller):
         self.store.subscribe(DAEMONS, self.on_change)
         self.store.subscribe("pods", self._pod_changed)
         self.store.subscribe("nodes", self._node_changed)
-        self._all()
-
-    def _all(self) -> None:
-        for item in self.store.items(DAEMONS):
-            self.add((item.obj["metadata"]["namespace"], item.obj["metadata"]["name"]))
+        self.add_all(DAEMONS)
 
     def _pod_changed(self, change: Change) -> None:
         reference = controller_of(change.item.obj)
@@ -65,7 +61,7 @@ class DaemonSets(Controller):
             same_labels = old.obj["metadata"].get("labels") == new.obj["metadata"].get("labels")
             if same_labels and old.obj.get("spec") == new.obj.get("spec"):
                 return
-        self._all()
+        self.add_all(DAEMONS)
 
     def reconcile(self, key: Key) -> None:
         """Create, delete and roll Pods, and write the status."""

@@ -35,8 +35,7 @@ class Deployments(Controller):
         self._pods = Index(self.store, "pods", owner_uids)
         self.store.subscribe(DEPLOYMENTS, self.on_change)
         self.store.subscribe(SETS, self._set_changed)
-        for item in self.store.items(DEPLOYMENTS):
-            self.add((item.obj["metadata"]["namespace"], item.obj["metadata"]["name"]))
+        self.add_all(DEPLOYMENTS)
 
     def _set_changed(self, change: Change) -> None:
         reference = controller_of(change.item.obj)

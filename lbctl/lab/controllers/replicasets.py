@@ -38,8 +38,7 @@ class ReplicaSets(Controller):
         self._pods = Index(self.store, "pods", owner_uids)
         self.store.subscribe(SETS, self.on_change)
         self.store.subscribe("pods", self._pod_changed)
-        for item in self.store.items(SETS):
-            self.add((item.obj["metadata"]["namespace"], item.obj["metadata"]["name"]))
+        self.add_all(SETS)
 
     def _pod_changed(self, change: Change) -> None:
         for item in (change.item, change.old):

@@ -37,8 +37,7 @@ class StatefulSets(Controller):
         self._pods = Index(self.store, "pods", owner_uids)
         self.store.subscribe(STATEFUL, self.on_change)
         self.store.subscribe("pods", self._pod_changed)
-        for item in self.store.items(STATEFUL):
-            self.add((item.obj["metadata"]["namespace"], item.obj["metadata"]["name"]))
+        self.add_all(STATEFUL)
 
     def _pod_changed(self, change: Change) -> None:
         reference = controller_of(change.item.obj)
