@@ -1,8 +1,9 @@
-"""`make test`: the parts of the suite one after the other, in one summary.
+"""`make test`: the parts of the suite in two lanes, in one summary.
 
-unit and kube run on two workers; the rest runs alone, because a namespace test that shares two
-cores with another one measures the neighbour. The last line is the sum over all of them, and the
-exit code is that of the first part that failed.
+Contract tests mostly wait for controllers and leases, and namespace tests mostly for packets, so
+one of each runs side by side; two namespace tests never do, because one would measure the other. A
+part's output is printed when it ends. The last line is the sum over all of them, and the exit code
+is that of the first part that failed.
 """
 
 from __future__ import annotations
@@ -11,37 +12,65 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import chain
 
 from lbctl.errors import MissingFeature
 from lbctl.lab.cluster import binaries
 
 REAL = {"LBCTL_LAB_CLUSTER": "kubernetes"}
-PARTS: tuple[tuple[str, list[str], dict[str, str]], ...] = (
-    ("unit", ["-n", "2", "tests/unit"], {}),
-    ("kube", ["-n", "2", "--dist", "loadfile", "tests/kube"], {}),
-    ("lab", ["tests/lab", "--ignore", "tests/lab/system"], {}),
-    ("system", ["tests/lab/system"], {}),
-    ("system on kubernetes", ["-m", "both", "tests/lab/system"], REAL),
+Part = tuple[str, list[str], dict[str, str]]
+LANES: tuple[tuple[Part, ...], ...] = (
+    (
+        ("lab", ["tests/lab", "--ignore", "tests/lab/system"], {}),
+        ("system", ["tests/lab/system"], {}),
+    ),
+    (
+        ("unit", ["tests/unit"], {}),
+        ("kube", ["-n", "4", "--dist", "loadfile", "tests/kube"], {}),
+        ("system on kubernetes", ["-m", "both", "tests/lab/system"], REAL),
+    ),
 )
 COUNT = re.compile(r"(\d+) (passed|failed|skipped|errors?|xfailed|xpassed)")
+PRINT = threading.Lock()
 
 
-def run(name: str, arguments: list[str], more: dict[str, str]) -> tuple[int, Counter[str]]:
-    """Run one part with its output passed through; return pytest's exit code and its counts."""
-    print(f"── {name} " + "─" * 60, flush=True)
+@dataclass(frozen=True, slots=True)
+class Result:
+    """How one part ended: pytest's exit code and its counts."""
+
+    code: int
+    counts: Counter[str]
+
+
+def run(part: Part) -> Result:
+    """Run one part, then print all that it said."""
+    name, arguments, more = part
+    say(f"   {name} begins")
+    begin = time.monotonic()
     command = [sys.executable, "-m", "pytest", "-q", *arguments]
-    last = ""
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, env={**os.environ, **more}
-    ) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            print(line, end="", flush=True)
-            last = line if line.strip() else last
+    environment = {**os.environ, **more}
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=False)
+    took_s = time.monotonic() - begin
+    say(f"── {name}, {took_s:.0f} s " + "─" * 60 + f"\n{done.stdout}")
+    last = done.stdout.rstrip().rpartition("\n")[2]
     counts = Counter({word.rstrip("s"): int(n) for n, word in COUNT.findall(last)})
-    return process.returncode, counts
+    return Result(done.returncode, counts)
+
+
+def run_lane(lane: tuple[Part, ...]) -> list[Result]:
+    """Run parts one after the other."""
+    return [run(part) for part in lane]
+
+
+def say(text: str) -> None:
+    """Print without another lane's words in between."""
+    with PRINT:
+        print(text, flush=True)
 
 
 def build() -> None:
@@ -56,15 +85,13 @@ def main() -> int:
     """Run all parts and print the sum."""
     build()
     begin = time.monotonic()
-    codes, total = [], Counter[str]()
-    for part in PARTS:
-        code, counts = run(*part)
-        codes.append(code)
-        total += counts
+    with ThreadPoolExecutor(len(LANES)) as lanes:
+        results = list(chain.from_iterable(lanes.map(run_lane, LANES)))
+    total = sum((result.counts for result in results), Counter[str]())
     failed = total["failed"] + total["error"]
     print(f"all parts in {time.monotonic() - begin:.0f} s", flush=True)
     print(f"{total['passed']} passed, {failed} failed, {total['skipped']} skipped", flush=True)
-    return next((code for code in codes if code), 0)
+    return next((result.code for result in results if result.code), 0)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
-"""Holds one cluster for all test workers: `python cluster_holder.py KIND DIRECTORY`.
+"""Holds one cluster for all test workers: `python cluster_holder.py KIND DIRECTORY RUN`.
 
-Workers add a file named after their pid to DIRECTORY/users. The cluster ends on SIGTERM, or when no
-worker in there is alive any more, however they ended.
+The cluster ends on SIGTERM, or when the process RUN is gone, however it ended.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ HISTORY = 500  # small, so that the suite can outrun it
 
 def main() -> None:
     """Start, say where it is (or why not), hold, stop."""
-    kind, directory = sys.argv[1], Path(sys.argv[2])
+    kind, directory, run = sys.argv[1], Path(sys.argv[2]), Path("/proc", sys.argv[3])
     ended: list[int] = []
     pid_file = directory / "holder.new"
     pid_file.write_text(str(os.getpid()))
@@ -58,13 +57,9 @@ def main() -> None:
         "pids": cluster.pids(),
     }
     _write(directory / "access.json", access)
-    while not ended and _users(directory):
+    while not ended and run.exists():
         time.sleep(POLL_S)
     cluster.stop()
-
-
-def _users(directory: Path) -> bool:
-    return any(Path("/proc", path.name).exists() for path in (directory / "users").iterdir())
 
 
 def _write(path: Path, content: object) -> None:

@@ -1,8 +1,10 @@
 """Fixtures of the contract suite: every test here runs against both clusters of the lab.
 
-`cluster` is one per test run and kind, shared by all xdist workers; `space` a namespace of the
-test's own. Without the real cluster's programs its half is skipped with the reason, unless
-LBCTL_REQUIRE_KUBERNETES=1, which builds them and turns a skip into a failure.
+`cluster` is one per test run and kind, shared by all xdist workers until the run ends, but for
+files that say OWN_CLUSTER: a manager sees all Services, so it needs a cluster without other tests'.
+`space` is a namespace of the test's own. Without the real cluster's programs its half is skipped
+with the reason, unless LBCTL_REQUIRE_KUBERNETES=1, which builds them and turns a skip into a
+failure.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ from tests.programs import REQUIRED, need_kubernetes, skip_or_fail
 HERE = Path(__file__).parent
 CHECKOUT = HERE.parents[1]
 BUILD_S = 1800.0
+KINDS: tuple[ClusterKind, ...] = ("embedded", "kubernetes")
 STOP_S = 60.0
+BASE = Path("/dev/shm") if Path("/dev/shm").is_dir() else Path("/tmp")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,26 +63,33 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.timeout(BUILD_S))
 
 
-@pytest.fixture(scope="session", params=["embedded", "kubernetes"])
-def cluster(request: pytest.FixtureRequest) -> Iterator[SharedCluster]:
-    """A running cluster of each kind."""
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """The run's own process, not a worker, ends its clusters: nobody can be about to join them."""
+    if not hasattr(session.config, "workerinput"):
+        for directory in BASE.glob(f"lbctl-kube-{os.getpid()}-*/"):
+            _stop(directory)
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def cluster(request: pytest.FixtureRequest) -> SharedCluster:
+    """A running cluster of each kind; it lives as long as the whole run."""
     kind: ClusterKind = request.param
     if kind == "kubernetes":
         need_kubernetes()
-    run = os.environ.get("PYTEST_XDIST_TESTRUNUID") or str(os.getpid())
-    base = Path("/dev/shm") if Path("/dev/shm").is_dir() else Path("/tmp")
-    directory = base / f"lbctl-kube-{run[:12]}-{kind}"
-    with _shared(kind, directory) as access:
-        if "error" in access:
-            skip_or_fail(str(access["error"]), missing=bool(access["missing"]))
-        yield SharedCluster(
-            kind,
-            str(access["url"]),
-            Path(str(access["ca_file"])),
-            str(access["admin_token"]),
-            Path(str(access["kubeconfig"])),
-            dict(access["pids"]),  # type: ignore[call-overload]
-        )
+    own = (
+        request.module.__name__.rpartition(".")[2] if hasattr(request.module, "OWN_CLUSTER") else ""
+    )
+    access = _join(kind, _directory(kind, own))
+    if "error" in access:
+        skip_or_fail(str(access["error"]), missing=bool(access["missing"]))
+    return SharedCluster(
+        kind,
+        str(access["url"]),
+        Path(str(access["ca_file"])),
+        str(access["admin_token"]),
+        Path(str(access["kubeconfig"])),
+        dict(access["pids"]),  # type: ignore[call-overload]
+    )
 
 
 @pytest.fixture
@@ -107,7 +118,7 @@ def raw(cluster: SharedCluster) -> Iterator[Raw]:
         yield client
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def node(cluster: SharedCluster) -> Iterator[str]:
     """A ready Node of this worker's own, for Pods to be bound to."""
 
@@ -118,28 +129,25 @@ def node(cluster: SharedCluster) -> Iterator[str]:
         yield found.name
 
 
-@contextmanager
-def _shared(kind: str, directory: Path) -> Iterator[dict[str, object]]:
-    """Join the run's cluster, starting it if this is the first worker; the last one stops it."""
-    users = directory / "users"
-    users.mkdir(parents=True, exist_ok=True)
+def _directory(kind: str, own: str) -> Path:
+    """Where a cluster of this run has its state; the run is the pytest that the user started."""
+    run = os.getppid() if "PYTEST_XDIST_WORKER" in os.environ else os.getpid()
+    return BASE / f"lbctl-kube-{run}-{kind}{own}"
+
+
+def _join(kind: str, directory: Path) -> dict[str, object]:
+    """The run's cluster of this kind; the first worker to ask starts it."""
     with _lock(directory):
-        (users / str(os.getpid())).touch()
+        directory.mkdir(parents=True, exist_ok=True)
         if not (directory / "holder.pid").exists():
-            holder = [sys.executable, str(HERE / "cluster_holder.py"), kind, str(directory)]
+            run = directory.name.split("-")[2]
+            holder = [sys.executable, str(HERE / "cluster_holder.py"), kind, str(directory), run]
             command = ["setsid", "--fork", *holder]  # no child of this worker: others outlive it
             environment = {**os.environ, "PYTHONPATH": str(CHECKOUT)}
             with (directory / "holder.log").open("ab") as log:
                 subprocess.run(command, stdout=log, stderr=log, env=environment, check=True)
             until("the holder to start", (directory / "holder.pid").exists)
-    try:
-        yield _access(directory)
-    finally:
-        with _lock(directory):
-            (users / str(os.getpid())).unlink()
-            last = not any(users.iterdir())
-        if last:
-            _stop(directory)
+    return _access(directory)
 
 
 @contextmanager
@@ -171,11 +179,14 @@ def _alive(pid: int) -> bool:
 
 
 def _stop(directory: Path) -> None:
-    pid = int((directory / "holder.pid").read_text())
-    if _alive(pid):
-        os.kill(pid, signal.SIGTERM)
-    end = time.monotonic() + STOP_S
-    while _alive(pid) and time.monotonic() < end:
-        time.sleep(0.05)
+    """End the holder, if there is one, and what it left."""
+    pid_file = directory / "holder.pid"
+    if pid_file.exists():
+        pid = int(pid_file.read_text())
+        if _alive(pid):
+            os.kill(pid, signal.SIGTERM)
+        end = time.monotonic() + STOP_S
+        while _alive(pid) and time.monotonic() < end:
+            time.sleep(0.05)
     shutil.rmtree(directory, ignore_errors=True)
     directory.with_suffix(".lock").unlink(missing_ok=True)

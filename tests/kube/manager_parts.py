@@ -1,17 +1,15 @@
 """Parts of a manager put together for tests: caches, configuration, allocation; no speaker.
 
 Every test has a namespace of its own for the ConfigMaps, the Lease and the Services, and a pool of
-its own; allocation looks at the whole cluster, so tests that allocate take turns by a file lock.
+its own; allocation looks at the whole cluster, so files that allocate say OWN_CLUSTER.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
-import tempfile
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
@@ -57,14 +55,6 @@ async def eventually(
                 await asyncio.sleep(0.05)
     except TimeoutError:
         pytest.fail(f"waited {limit_s} s for: {what}")
-
-
-@contextlib.contextmanager
-def turn() -> Iterator[None]:
-    """One allocating test at a time, whatever the number of test workers."""
-    with (Path(tempfile.gettempdir()) / "lbctl-tests-allocating.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def connect(cluster: Cluster, kind: type[Client] = Client) -> Client:

@@ -24,6 +24,7 @@ from lbctl.kube.client import PODS, SERVICES, TOKEN_REVIEWS, Client
 from lbctl.lab.cluster import embedded
 from lbctl.lab.cluster.handle import Cluster, ClusterSpec
 
+OWN_CLUSTER = True
 CHECKOUT = Path(__file__).parents[2]
 ONE, TWO = "127.74.80.1", "127.74.80.2"
 

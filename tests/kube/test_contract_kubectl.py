@@ -190,7 +190,7 @@ def test_columns(kubectl: Kubectl, kind: str, headings: str) -> None:
     assert shown == headings.split()
 
 
-def test_describe(kubectl: Kubectl) -> None:
+def test_describe(kubectl: Kubectl, space: str) -> None:
     kubectl("apply", "-f", "-", stdin=workload("Deployment", replicas=1))
     until("a Pod", lambda: kubectl("get", "pods", "-o", "name"))
     assert "NewReplicaSet:" in kubectl("describe", "deploy", "web")
@@ -198,7 +198,7 @@ def test_describe(kubectl: Kubectl) -> None:
     shown = kubectl("describe", pod)
     assert re.search(r"Controlled By: +ReplicaSet/web-", shown), shown
     assert re.search(r"Status: +Pending", shown), shown
-    for kind in ("rs", "ns", "cm", "sa"):
+    for kind in ("rs", f"ns/{space}", "cm", "sa"):  # other tests' namespaces come and go
         kubectl("describe", kind)
 
 

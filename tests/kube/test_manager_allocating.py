@@ -19,23 +19,22 @@ from tests.kube.manager_parts import (
     configuration,
     connect,
     eventually,
-    turn,
     until,
 )
 
+OWN_CLUSTER = True
 LEASE: Timing = {"lease_duration_s": 3.0, "renew_deadline_s": 2.0, "retry_period_s": 0.3}
 
 
 @pytest.fixture
 async def site(cluster: Cluster) -> AsyncIterator[Site]:
-    with turn():
-        async with connect(cluster) as client:
-            made = Site(client)
-            await made.open("198.51.100.16/31")
-            try:
-                yield made
-            finally:
-                await made.close()
+    async with connect(cluster) as client:
+        made = Site(client)
+        await made.open("198.51.100.16/31")
+        try:
+            yield made
+        finally:
+            await made.close()
 
 
 @contextlib.asynccontextmanager

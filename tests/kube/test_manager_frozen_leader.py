@@ -14,8 +14,9 @@ from lbctl import errors
 from lbctl.core import names
 from lbctl.kube.client import MERGE, Client
 from lbctl.lab.cluster.handle import Cluster
-from tests.kube.manager_parts import Replica, Site, Timing, connect, turn, until
+from tests.kube.manager_parts import Replica, Site, Timing, connect, until
 
+OWN_CLUSTER = True
 LEASE: Timing = {"lease_duration_s": 3.0, "renew_deadline_s": 2.0, "retry_period_s": 0.3}
 
 
@@ -85,14 +86,13 @@ async def _thaw(writer: Frozen) -> str:
 
 
 async def test_frozen_before_creating_the_eip(cluster: Cluster) -> None:
-    with turn():
-        async with connect(cluster) as client:
-            site = Site(client)
-            await site.open("198.51.100.1/32")
-            try:
-                await _frozen_before_create(cluster, site)
-            finally:
-                await site.close()
+    async with connect(cluster) as client:
+        site = Site(client)
+        await site.open("198.51.100.1/32")
+        try:
+            await _frozen_before_create(cluster, site)
+        finally:
+            await site.close()
 
 
 async def _frozen_before_create(cluster: Cluster, site: Site) -> None:
@@ -129,14 +129,13 @@ async def _strip_and_delete(site: Site, name: str) -> None:
 
 
 async def test_frozen_before_writing_the_status(cluster: Cluster) -> None:
-    with turn():
-        async with connect(cluster) as client:
-            site = Site(client)
-            await site.open("198.51.100.2/32")
-            try:
-                await _frozen_before_status(cluster, site)
-            finally:
-                await site.close()
+    async with connect(cluster) as client:
+        site = Site(client)
+        await site.open("198.51.100.2/32")
+        try:
+            await _frozen_before_status(cluster, site)
+        finally:
+            await site.close()
 
 
 async def _frozen_before_status(cluster: Cluster, site: Site) -> None:
@@ -178,14 +177,13 @@ async def _give_back(site: Site, replica: Replica) -> None:
 
 
 async def test_frozen_before_releasing_the_eip(cluster: Cluster) -> None:
-    with turn():
-        async with connect(cluster) as client:
-            site = Site(client)
-            await site.open("198.51.100.3/32")
-            try:
-                await _frozen_before_release(cluster, site)
-            finally:
-                await site.close()
+    async with connect(cluster) as client:
+        site = Site(client)
+        await site.open("198.51.100.3/32")
+        try:
+            await _frozen_before_release(cluster, site)
+        finally:
+            await site.close()
 
 
 async def _frozen_before_release(cluster: Cluster, site: Site) -> None:

@@ -23,8 +23,9 @@ from lbctl.kube import client as api
 from lbctl.kube.client import Client
 from lbctl.lab.cluster.handle import Cluster
 from manager.access import Gate
-from tests.kube.manager_parts import CRD, Site, configuration, connect, define, eventually, turn
+from tests.kube.manager_parts import CRD, Site, configuration, connect, define, eventually
 
+OWN_CLUSTER = True
 BASE = CRD.parent
 CHECKOUT = BASE.parents[2]
 PLURAL = {"ServiceAccount": "serviceaccounts", "ConfigMap": "configmaps"}
@@ -94,17 +95,16 @@ class Process:
 
 @pytest.fixture
 async def admin(cluster: Cluster) -> AsyncIterator[Client]:
-    with turn():
-        async with connect(cluster) as client:
-            await install(client)
-            yield client
-            for path in (
-                api.LEASES.path(names.NAMESPACE, names.LEASE),
-                api.CONFIG_MAPS.path(names.NAMESPACE, names.CONFIG_MAP),
-                api.CONFIG_MAPS.path(names.NAMESPACE, names.ACCEPTED_CONFIG_MAP),
-                api.SECRETS.path(names.NAMESPACE, names.PROBE_SECRET),
-            ):
-                await client.delete(path)
+    async with connect(cluster) as client:
+        await install(client)
+        yield client
+        for path in (
+            api.LEASES.path(names.NAMESPACE, names.LEASE),
+            api.CONFIG_MAPS.path(names.NAMESPACE, names.CONFIG_MAP),
+            api.CONFIG_MAPS.path(names.NAMESPACE, names.ACCEPTED_CONFIG_MAP),
+            api.SECRETS.path(names.NAMESPACE, names.PROBE_SECRET),
+        ):
+            await client.delete(path)
 
 
 @pytest.fixture
