@@ -1,9 +1,10 @@
 """`make test`: the parts of the suite in two lanes, in one summary.
 
 Contract tests mostly wait for controllers and leases, and namespace tests mostly for packets, so
-one of each runs side by side; two namespace tests never do, because one would measure the other. A
-part's output is printed when it ends. The last line is the sum over all of them, and the exit code
-is that of the first part that failed.
+one of each runs side by side. Of two namespace tests one would measure the other, so those with
+forwarded traffic share a lane; the speaker's, which have none, are in the other one. A part's
+output is printed when it ends. The last line is the sum over all of them, and the exit code is that
+of the first part that failed.
 """
 
 from __future__ import annotations
@@ -18,20 +19,30 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
+from typing import Final
 
 from lbctl.errors import MissingFeature
 from lbctl.lab.cluster import binaries
 
 REAL = {"LBCTL_LAB_CLUSTER": "kubernetes"}
+SPEAKER: Final = ("tests/lab/test_speaker_session.py", "tests/lab/test_speaker_chaos.py")
+
+
+def without(files: tuple[str, ...]) -> list[str]:
+    """pytest's options that leave these files out."""
+    return [word for file in files for word in ("--ignore", file)]
+
+
 Part = tuple[str, list[str], dict[str, str]]
 LANES: tuple[tuple[Part, ...], ...] = (
     (
-        ("lab", ["tests/lab", "--ignore", "tests/lab/system"], {}),
+        ("lab", ["tests/lab", "--ignore", "tests/lab/system", *without(SPEAKER)], {}),
         ("system", ["tests/lab/system"], {}),
     ),
     (
         ("unit", ["tests/unit"], {}),
         ("kube", ["-n", "4", "--dist", "loadfile", "tests/kube"], {}),
+        ("speaker", list(SPEAKER), {}),
         ("system on kubernetes", ["-m", "both", "tests/lab/system"], REAL),
     ),
 )
