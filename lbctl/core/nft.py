@@ -1,12 +1,8 @@
 """The nftables text of a node's forwarding. Pure: what goes in is data, what comes out is text.
 
 Rules:
-- One table, `ip lbctl`; a handful of chains whatever the number of Services; everything that grows
-  is an element of a flat map, keyed `address . protocol . port . bucket`.
+- The chains and rules are `nftrules`'s; here are the elements, and what changes between two states.
 - Only numbers, addresses and checked interface names get into the text.
-- Hooks: raw prerouting steers (before conntrack), mangle - 5 gives the second chance, dstnat - 5
-  delivers before kube-proxy, dstnat + 5 clears the bucket's mark. Nothing for a pool's address is
-  ever routed on unsteered or given to a host socket.
 - Second chance: a packet of an established flow that conntrack does not know here goes to the
   bucket's last owner, and the flow's conntrack entry remembers that: later changes of the table
   lead it through the same nodes. `late` is for new flows that a node with an older table sent here.
@@ -27,22 +23,17 @@ from typing import Any, Final, TypeAlias
 
 from lbctl.core import maglev
 from lbctl.core.model import Address, Network
-from lbctl.core.names import MARK_BASE, MARK_MASK, NFT_TABLE
+from lbctl.core.names import MARK_BASE
+from lbctl.core.nftrules import BUCKET_BASE, V4, hash_chain, refusals, skeleton
 from lbctl.core.nodeview import PortElements
 from lbctl.core.pmap import changed
 from lbctl.errors import DataplaneError
 
-BUCKET_BASE: Final = MARK_BASE + 0x10000  # marks that live for a few hooks only
 _BUCKETS: Final = tuple(f" . {BUCKET_BASE + bucket:#x}" for bucket in range(maglev.SIZES[-1]))
 PIECE: Final = 20_000  # map elements of one transaction: nft takes about 2 KiB for each
-# A hand-over follows a flow's own history (conntrack's mark), so it cannot circle unless a node has
-# lost its entries; then this bounds it.
-HANDOVER_TTL: Final = 8
-COUNTERS: Final = ("steered", "delivered", "second_chance", "refused", "stray")
-_TABLE: Final = f"ip {NFT_TABLE}"
+_TABLE: Final = V4.table
 _INTERFACE: Final = re.compile(r"[A-Za-z0-9_.@:-]{1,15}")
 _MAC: Final = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}")
-_KEY: Final = "ip daddr . meta l4proto . th dport"
 PortKey: TypeAlias = tuple[Address, str, int]
 
 
@@ -91,11 +82,11 @@ def full(rules: Ruleset) -> list[str]:
 
     Until the last piece is in, what has no entry yet is dropped and not reset: a sender repeats.
     """
-    first = f"add table {_TABLE}\ndelete table {_TABLE}\n{skeleton()}"
+    first = f"add table {_TABLE}\ndelete table {_TABLE}\n{skeleton(V4)}"
     first += "".join(_small_sets(Ruleset(), rules))
     pieces = list(_pieces(_added(rules.ports)))
     pieces = [first + (pieces[0] if pieces else ""), *pieces[1:]]
-    pieces[-1] += _refusals() + _generation(rules.generation, flush=False)
+    pieces[-1] += refusals(V4) + _generation(rules.generation, flush=False)
     return pieces
 
 
@@ -292,154 +283,9 @@ _MAPS: Final[tuple[tuple[str, Callable[[Any], str]], ...]] = (
 _COUNTED: Final = ("closed", "past", "restricted", "svc", *(name for name, _ in _MAPS))
 
 
-# -- rules ---------------------------------------------------------------------------------------
 def _chain_of(port: PortElements | None) -> str:
-    return _hash_chain(port.size, port.by_client) if port else ""
+    return hash_chain(port.size, port.by_client) if port else ""
 
 
 def _past_chain_of(port: PortElements | None) -> str:
-    return _hash_chain(port.past, port.by_client) if port else ""
-
-
-def _hash_chain(size: int, by_client: bool) -> str:
-    return f"{'client' if by_client else 'flow'}{size}"
-
-
-def _hash_chains() -> str:
-    lines = []
-    for size in maglev.SIZES:
-        for by_client in (False, True):
-            what = "ip saddr" if by_client else "ip saddr . th sport"
-            lines.append(
-                f"  chain {_hash_chain(size, by_client)} {{\n    meta mark set jhash {what}"
-                f" mod {size} seed {maglev.SEED:#x} offset {BUCKET_BASE:#x}\n  }}\n"
-            )
-    return "".join(lines)
-
-
-def _refusals() -> str:
-    """The rules that answer instead of dropping; `refuse` ends in a drop from the start."""
-    chain = f"insert rule {_TABLE} refuse"
-    # Inserted one before the other: read them from the last to the first.
-    return (
-        f"{chain} meta l4proto udp reject with icmp type port-unreachable\n"
-        f"{chain} meta l4proto tcp reject with tcp reset\n"
-        f"{chain} limit rate over 500/second burst 500 packets drop\n"
-        f"{chain} counter name refused\n"
-    )
-
-
-_NODE: Final = f"meta mark & {MARK_MASK:#x} == {MARK_BASE:#x}"
-_NOT_NODE: Final = f"meta mark & {MARK_MASK:#x} != {MARK_BASE:#x}"
-_BUCKET: Final = f"meta mark & {MARK_MASK:#x} == {BUCKET_BASE:#x}"
-
-
-def skeleton() -> str:
-    """Return the table without elements: sets, maps, chains and rules."""
-    counters = "".join(f"  counter {name} {{ }}\n" for name in COUNTERS)
-    parts = (counters, _sets(), _hash_chains(), _steering(), _chance(), _delivery(), _guards())
-    return f"table {_TABLE} {{\n" + "".join(parts) + "}\n"
-
-
-def _sets() -> str:
-    key = "ipv4_addr . inet_proto . inet_service"
-    return f"""  set gen {{ type mark; }}
-  set uplinks {{ type ifname; }}
-  set peers {{ type ether_addr; }}
-  set ranges {{ type ipv4_addr; flags interval; }}
-  set restricted {{ type ipv4_addr; }}
-  set sources {{ type ipv4_addr . ipv4_addr; flags interval; }}
-  set closed {{ type {key}; }}
-  map svc {{ type {key} : verdict; }}
-  map past {{ type {key} : verdict; }}
-  map steer {{ type {key} . mark : mark; }}
-  map prev {{ type {key} . mark : mark; }}
-  map deliver {{ type {key} . mark : ipv4_addr . inet_service; }}
-  map late {{ type {key} . mark : ipv4_addr . inet_service; }}
-"""
-
-
-def _steering() -> str:
-    """From outside: refuse, or find the bucket, and mark and untrack what is another node's."""
-    return f"""  chain refuse {{
-    drop
-  }}
-  chain outside {{
-    ip daddr @restricted ip daddr . ip saddr != @sources counter name refused drop
-    icmp type {{ destination-unreachable, time-exceeded, parameter-problem }} accept
-    tcp flags & (fin|syn|rst|ack) == syn {_KEY} @closed goto refuse
-    meta l4proto udp {_KEY} @closed goto refuse
-    {_KEY} vmap @svc
-    meta mark 0 goto refuse
-    meta mark set {_KEY} . meta mark map @steer counter name steered notrack accept
-    meta mark set 0
-  }}
-  chain ingress {{
-    type filter hook prerouting priority raw; policy accept;
-    iifname != @uplinks accept
-    ip daddr != @ranges accept
-    meta mark set 0
-    ether saddr @peers accept
-    goto outside
-  }}
-"""
-
-
-def _chance() -> str:
-    """Established flows that conntrack does not know here go to their last owner."""
-    return f"""  chain handover {{
-    ip ttl > {HANDOVER_TTL} ip ttl set {HANDOVER_TTL}
-    ct mark set meta mark
-    counter name second_chance accept
-  }}
-  chain lookup {{
-    ct mark & {MARK_MASK:#x} == {MARK_BASE:#x} meta mark set ct mark goto handover
-    tcp flags & (syn|rst) != 0 accept
-    {_KEY} vmap @past
-    meta mark set {_KEY} . meta mark map @prev goto handover
-    meta mark set 0
-  }}
-  chain chance {{
-    type filter hook prerouting priority mangle - 5; policy accept;
-    iifname @uplinks ip daddr @ranges meta l4proto tcp ct state new goto lookup
-  }}
-"""
-
-
-def _delivery() -> str:
-    """Buckets of ours: to the pod, before kube-proxy; then the bucket's mark goes."""
-    return f"""  chain deliver_new {{
-    {_NODE} dnat to ip daddr
-    {_KEY} vmap @svc
-    meta l4proto {{ tcp, udp }} counter name delivered dnat ip to {_KEY} . meta mark map @deliver
-    {_KEY} vmap @past
-    tcp flags & (fin|syn|rst|ack) == syn dnat ip to {_KEY} . meta mark map @late
-    meta l4proto udp dnat ip to {_KEY} . meta mark map @late
-    counter name stray drop
-  }}
-  chain delivery {{
-    type nat hook prerouting priority dstnat - 5; policy accept;
-    iifname @uplinks ip daddr @ranges goto deliver_new
-  }}
-  chain cleanup {{
-    type filter hook prerouting priority dstnat + 5; policy accept;
-    {_BUCKET} meta mark set 0
-  }}
-"""
-
-
-def _guards() -> str:
-    """Nothing for the pools is routed on or reaches the host; no ICMP redirects about our hops."""
-    return f"""  chain onward {{
-    type filter hook forward priority filter - 5; policy accept;
-    iifname @uplinks ip daddr @ranges {_NOT_NODE} counter name stray drop
-  }}
-  chain host {{
-    type filter hook input priority filter - 5; policy accept;
-    iifname @uplinks ip daddr @ranges counter name stray drop
-  }}
-  chain redirects {{
-    type filter hook output priority filter; policy accept;
-    icmp type redirect drop
-  }}
-"""
+    return hash_chain(port.past, port.by_client) if port else ""

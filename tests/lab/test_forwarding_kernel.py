@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from lbctl.core import nft, nodeview
+from lbctl.core import nft, nftrules, nodeview
 from lbctl.core.model import Protocol
 from tests.unit.faketable import FakeTable
 from tests.unit.forwarding_cases import EIP, pod, ruleset, service, table
@@ -79,6 +79,7 @@ def cases() -> dict[str, list[str]]:
         "closed": nft.full(ruleset(refusing, "n1", 3)),
         "gone": nft.difference(two, ruleset(empty, "n1", 4)),
         "removal": [nft.removal()],
+        "six": [nftrules.skeleton(nftrules.V6), nftrules.refusals(nftrules.V6)],
     }
 
 

@@ -12,7 +12,7 @@ from ipaddress import ip_address
 
 from lbctl.core import maglev
 from lbctl.core.names import MARK_BASE
-from lbctl.core.nft import BUCKET_BASE
+from lbctl.core.nftrules import BUCKET_BASE
 
 _MASK = 0xFFFFFFFF
 _COMMAND = re.compile(r"(add|delete) element ip lbctl (\w+) \{ (.*) \}$")
