@@ -17,6 +17,7 @@ import typer
 from lbctl.errors import LabError
 
 if TYPE_CHECKING:
+    from lbctl.lab.cluster.handle import ClusterKind
     from lbctl.lab.lab import Lab
     from lbctl.lab.machine import Machine
 
@@ -44,6 +45,14 @@ class ClusterChoice(StrEnum):
     NONE = "none"
 
 
+class KubeProxyChoice(StrEnum):
+    """In which mode kube-proxy runs on the lab's nodes."""
+
+    NFTABLES = "nftables"
+    IPTABLES = "iptables"
+    NONE = "none"
+
+
 LabName = Annotated[
     str, typer.Option("--lab", metavar="NAME", envvar="LBCTL_LAB", help="Which lab.")
 ]
@@ -56,6 +65,9 @@ def up(
     cluster: Annotated[
         ClusterChoice, typer.Option(help="embedded starts at once; kubernetes is the real one.")
     ] = ClusterChoice.EMBEDDED,
+    kube_proxy: Annotated[
+        KubeProxyChoice, typer.Option(help="Its mode; only the cluster kubernetes has it.")
+    ] = KubeProxyChoice.NFTABLES,
     name: LabName = "lab",
     keep: Annotated[bool, typer.Option(help="Keep what is there if the start fails.")] = False,
     output: OutputOption = Output.TEXT,
@@ -70,10 +82,10 @@ def up(
     try:
         if cluster is not ClusterChoice.NONE:
             from lbctl.lab.bringup import bring_up
+            from lbctl.lab.kubeproxy import Mode
 
-            bring_up(
-                lab, "embedded" if cluster is ClusterChoice.EMBEDDED else "kubernetes", progress
-            )
+            kind: ClusterKind = "embedded" if cluster is ClusterChoice.EMBEDDED else "kubernetes"
+            bring_up(lab, kind, progress, Mode(kube_proxy.value))
     except BaseException:
         if not keep:
             progress("the start failed: taking the lab down")

@@ -22,7 +22,7 @@ from ruamel.yaml import YAML
 
 from lbctl.core import names
 from lbctl.errors import Conflict, KubeError, LabError
-from lbctl.lab import processes, workload
+from lbctl.lab import kubeproxy, processes, workload
 from lbctl.lab.cluster import binaries, pki
 from lbctl.lab.cluster.handle import ClusterKind
 from lbctl.lab.daemon import CLUSTER, ROLES, SOCKET, ClusterAccess
@@ -46,12 +46,19 @@ _CLUSTER_SCOPED: Final = frozenset(
 )
 
 
-def bring_up(lab: Lab, kind: ClusterKind, progress: Progress) -> None:
+def bring_up(
+    lab: Lab,
+    kind: ClusterKind,
+    progress: Progress,
+    kube_proxy: kubeproxy.Mode = kubeproxy.Mode.NFTABLES,
+) -> None:
     """Start the cluster in the lab and everything of ours on it.
 
+    kube_proxy: its mode, on the kind `kubernetes`; the embedded cluster has none.
     Raises MissingFeature where the cluster's programs cannot be had, LabError if something does not
     come up; what was started then stays for a look at its logs, until `take_down`.
     """
+    kubeproxy.write_mode(lab.directory, kube_proxy)
     access = start(lab, kind, progress)
     for package in _OURS:  # containers cannot: their root is read-only
         compileall.compile_dir(_ROOT / package, quiet=2)

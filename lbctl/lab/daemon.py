@@ -114,8 +114,7 @@ class Daemon:
             return
         program = await asyncio.to_thread(binaries.find, lambda _: None) / "kube-proxy"
         directory = self._lab.directory
-        log = directory / "logs" / machine.name / "kube-proxy.log"
-        await kubeproxy.keep(machine, program, directory / ADMIN, log)
+        await kubeproxy.keep(machine, program, directory, directory / ADMIN)
 
     def _machines(self) -> list[Machine]:
         """The nodes of the lab as its state says now; the last known ones while it is written."""
