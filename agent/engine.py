@@ -159,8 +159,11 @@ class Engine:
 
     async def _pass(self, inputs: Inputs, down: frozenset[str]) -> None:
         started = time.monotonic()
-        if not self._survey.uplinks or self._state.inputs.interfaces != inputs.interfaces:
-            self._survey = await self._routes.survey(inputs.interfaces)
+        if (
+            not self._survey.uplinks
+            or self._state.inputs.forwarding.interfaces != inputs.forwarding.interfaces
+        ):
+            self._survey = await self._routes.survey(inputs.forwarding.interfaces)
             await links.loosen(self._survey)
         before = self._state
         index = assign(before.index, self._node, inputs.nodes)
@@ -240,7 +243,7 @@ class Engine:
         if self._inputs is None and self._dataplane.kernel is None:
             return
         inputs = self._inputs or self._state.inputs
-        survey = await self._routes.survey(inputs.interfaces)
+        survey = await self._routes.survey(inputs.forwarding.interfaces)
         if survey.uplinks and survey != self._survey:
             self._survey = survey
             self._inputs = inputs

@@ -15,7 +15,15 @@ from typing import Any
 import structlog
 
 from lbctl.core import config
-from lbctl.core.model import Address, Eip, Node, ObjectRef, Service, ServiceEndpoints
+from lbctl.core.model import (
+    Address,
+    Eip,
+    ForwardingOptions,
+    Node,
+    ObjectRef,
+    Service,
+    ServiceEndpoints,
+)
 from lbctl.core.names import ACCEPTED_CONFIG_MAP, CONFIG_KEY, NAMESPACE
 from lbctl.core.pmap import K, PMap, V, persistent
 from lbctl.errors import ConfigError
@@ -32,8 +40,8 @@ _log = structlog.get_logger()
 class Inputs:
     """All that the forwarding of a node is made of.
 
-    ranges: the accepted pools, first and last address. interfaces: () is those of the default
-    routes. config_generation: of the accepted configuration, 0 before there is one.
+    ranges: the accepted pools, first and last address. config_generation: of the accepted
+    configuration, 0 before there is one.
     """
 
     eips: Mapping[Address, Eip] = field(default_factory=PMap)
@@ -41,7 +49,7 @@ class Inputs:
     endpoints: Mapping[ObjectRef, ServiceEndpoints] = field(default_factory=PMap)
     nodes: tuple[Node, ...] = ()
     ranges: tuple[tuple[Address, Address], ...] = ()
-    interfaces: tuple[str, ...] = ()
+    forwarding: ForwardingOptions = field(default_factory=ForwardingOptions)
     config_generation: int = 0
 
 
@@ -98,14 +106,14 @@ class Watcher:
         services = {ref: self._services.get(ref) for ref in self._touched_services}
         slices = {ref: self._index.of(ref) for ref in sorted(self._touched_slices)}
         merged = {ref: behind if behind.ports else None for ref, behind in slices.items()}
-        generation, ranges, interfaces = self._accepted
+        generation, ranges, options = self._accepted
         self._last = Inputs(
             eips=_followed(last.eips, self._touched_eips),
             services=_followed(last.services, services),
             endpoints=_followed(last.endpoints, merged),
             nodes=tuple(self._nodes.items.values()) if self._nodes_changed else last.nodes,
             ranges=ranges,
-            interfaces=interfaces,
+            forwarding=options,
             config_generation=generation,
         )
         self._touched_services, self._touched_slices, self._touched_eips = set(), set(), {}
@@ -148,18 +156,18 @@ def _followed(known: Mapping[K, V], changes: Mapping[K, V | None]) -> PMap[K, V]
     return persistent(known).updated(put, changes.keys() - put.keys())
 
 
-_Accepted = tuple[int, tuple[tuple[Address, Address], ...], tuple[str, ...]]
+_Accepted = tuple[int, tuple[tuple[Address, Address], ...], ForwardingOptions]
 
 
 def config_of(accepted: DataObject | None) -> _Accepted:
-    """Generation, pool ranges and interfaces of an accepted configuration; empty for None.
+    """Generation, pool ranges and options of an accepted configuration; defaults for None.
 
     Raises ConfigError for a schema that this agent cannot read.
     """
     if accepted is None:
-        return 0, (), ()
+        return 0, (), ForwardingOptions()
     parsed = config.parse(accepted.get(CONFIG_KEY) or "", ACCEPTED_CONFIG_MAP)
     generation = accepted.get("generation") or "0"
     ranges = tuple((part.first, part.last) for pool in parsed.pools for part in pool.addresses)
-    interfaces = tuple(parsed.forwarding.interfaces)
-    return int(generation) if generation.isdigit() else 0, ranges, interfaces
+    number = int(generation) if generation.isdigit() else 0
+    return number, ranges, parsed.forwarding_options

@@ -28,6 +28,7 @@ from lbctl.core.model import (
     Address,
     Eip,
     Endpoint,
+    ForwardingOptions,
     Node,
     ObjectRef,
     PortEndpoints,
@@ -39,7 +40,7 @@ from lbctl.core.model import (
 from lbctl.core.nodeview import PortView
 from lbctl.core.pmap import PMap, changed
 
-VERSION: Final = 1
+VERSION: Final = 2
 FILE: Final = "agent.json"
 _EVERY_S: Final = 1.0
 _log = structlog.get_logger()
@@ -106,7 +107,7 @@ class Store:
             if (found["version"], found["format"], found["node"]) != (VERSION, FORMAT, self._node):
                 return None
             return _unpacked(found)
-        except (KeyError, ValueError, TypeError, IndexError) as error:
+        except (msgspec.MsgspecError, KeyError, ValueError, TypeError, IndexError) as error:
             _log.warning("snapshot_unreadable", error=repr(error))
             return None
 
@@ -129,7 +130,7 @@ def _packed(node: str, state: State, parts: _Parts) -> dict[str, Any]:
         "macs": {str(address): mac for address, mac in state.macs.items()},
         "uplinks": state.rules.uplinks,
         "usable": state.usable,
-        "interfaces": inputs.interfaces,
+        "forwarding": inputs.forwarding,
         "ranges": [[str(first), str(last)] for first, last in inputs.ranges],
         "nodes": [_node(entry) for entry in inputs.nodes],
         **parts.of(state),
@@ -188,7 +189,7 @@ def _unpacked(found: Mapping[str, Any]) -> State:
         endpoints=PMap({e.service: e for e in map(_endpoints_of, found["endpoints"])}),
         nodes=tuple(map(_node_of, found["nodes"])),
         ranges=tuple((ip_address(a), ip_address(b)) for a, b in found["ranges"]),
-        interfaces=tuple(found["interfaces"]),
+        forwarding=msgspec.convert(found["forwarding"], ForwardingOptions),
         config_generation=int(found["config_generation"]),
     )
     down = frozenset(found["down"])

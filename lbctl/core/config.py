@@ -1,9 +1,8 @@
 """The configuration: what the user writes in ConfigMap `lbctl`, checked as a whole.
 
 Rules: `parse` either returns a `Config` in which everything is valid, or raises ConfigError with
-every problem at its line and column, in the order of the file. Checks between parts (overlaps,
-duplicates) run on whatever is readable, also when something else is wrong, so that a person
-repairs the file once. Messages are for people; no library's wording comes through.
+every problem at its line and column, in the order of the file; those between parts come from
+`config_checks`. Messages are for people; no library's wording comes through.
 """
 
 from __future__ import annotations
@@ -20,8 +19,18 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from lbctl.core import config_values as values
+from lbctl.core.config_checks import cross_checks
 from lbctl.core.config_values import AddressRange, show
-from lbctl.core.model import Address, Eip, ObjectRef, Phase
+from lbctl.core.model import (
+    Address,
+    Eip,
+    External,
+    ForwardingOptions,
+    LocalDelivery,
+    ObjectRef,
+    Phase,
+    Steering,
+)
 from lbctl.core.positions import Document, Loc, Mark, Problem, load
 from lbctl.errors import ConfigError
 
@@ -108,9 +117,21 @@ class Probe(_Model):
 
 
 class Forwarding(_Model):
-    """Where traffic from outside comes in; () is the interfaces of the default routes."""
+    """How nodes carry traffic; `lbctl.core.model.ForwardingOptions` says what each means."""
 
     interfaces: tuple[Annotated[str, BeforeValidator(values.parse_interface)], ...] = ()
+    steering: Steering = "auto"
+    ping: bool = True
+    local_delivery: LocalDelivery = Field(default="shared", validation_alias="localDelivery")
+    new_flows_per_second: int = Field(
+        default=5000, ge=0, le=1_000_000, validation_alias="newFlowsPerSecond"
+    )
+
+
+class Endpoints(_Model):
+    """Which endpoints take traffic. `external`: what becomes of those that are on no node."""
+
+    external: External = "refuse"
 
 
 class Config(_Model):
@@ -122,6 +143,20 @@ class Config(_Model):
     announce: Annotated[Announce, BeforeValidator(_given)] = Announce()
     probe: Annotated[Probe, BeforeValidator(_given)] = Probe()
     forwarding: Annotated[Forwarding, BeforeValidator(_given)] = Forwarding()
+    endpoints: Annotated[Endpoints, BeforeValidator(_given)] = Endpoints()
+
+    @property
+    def forwarding_options(self) -> ForwardingOptions:
+        """What every agent follows, of the sections `forwarding` and `endpoints`."""
+        given = self.forwarding
+        return ForwardingOptions(
+            given.interfaces,
+            given.steering,
+            given.ping,
+            given.local_delivery,
+            given.new_flows_per_second,
+            self.endpoints.external,
+        )
 
     @cached_property
     def _index(self) -> tuple[list[tuple[int, int]], list[tuple[int, Pool]]]:
@@ -189,7 +224,7 @@ def parse(text: str, source: str = "config.yaml") -> Config:
             # A list whose items are all bad is "too short" as well: not worth saying.
             found = [e for e in error.errors() if e["type"] != "too_short" or not e["input"]]
             problems += [_problem(document, dict(item)) for item in found]
-        problems += _cross_checks(document)
+        problems += cross_checks(document)
     if config is None or problems:
         raise ConfigError(_render(problems, source))
     return config
@@ -227,6 +262,7 @@ _SECTIONS: Final[dict[tuple[str, ...], type[_Model]]] = {
     ("announce",): Announce,
     ("probe",): Probe,
     ("forwarding",): Forwarding,
+    ("endpoints",): Endpoints,
 }
 _EXPECTED: Final = {
     "int_type": "must be a whole number",
@@ -256,7 +292,7 @@ def _problem(document: Document, error: dict[str, Any]) -> Problem:
     if kind in _LIMIT:
         name, words = _LIMIT[kind]
         limit, seconds = context[name], _is_duration(loc)
-        return Problem(at, loc, f"must be {words} {limit:g}{'s' if seconds else ''}")
+        return Problem(at, loc, f"must be {words} {limit:.9g}{'s' if seconds else ''}")
     if kind == "literal_error":
         return Problem(at, loc, f"must be {context['expected']}, not {show(given)}")
     if kind == "too_short":
@@ -290,157 +326,12 @@ def _unknown_key(loc: Loc) -> str:
     return f"unknown key; known here are {', '.join(known)}"
 
 
-def _items(value: object, *path: str) -> list[tuple[Loc, dict[str, object]]]:
-    """The mappings in the list at `path`, with their places; [] for anything unexpected."""
-    for key in path:
-        value = value.get(key) if isinstance(value, dict) else None
-    if not isinstance(value, tuple):
-        return []
-    return [((*path, n), item) for n, item in enumerate(value) if isinstance(item, dict)]
-
-
-def _cross_checks(document: Document) -> list[Problem]:
-    pools = _items(document.value, "pools")
-    peers = _items(document.value, "bgp", "peers")
-    ranges = _ranges(pools)
-    return [
-        *_duplicates(document, pools, "name", "pool"),
-        *_duplicates(document, peers, "name", "peer"),
-        *_peer_addresses(document, peers),
-        *_overlaps(document, ranges),
-        *_inside_pools(document, peers, ranges),
-        *_duplicate_interfaces(document),
-    ]
-
-
-def _duplicates(
-    document: Document, items: list[tuple[Loc, dict[str, object]]], key: str, what: str
-) -> list[Problem]:
-    seen: dict[str, Loc] = {}
-    problems = []
-    for loc, item in items:
-        value = item.get(key)
-        if not isinstance(value, str):
-            continue
-        here = (*loc, key)
-        first = seen.setdefault(value, here)
-        if first != here:
-            text = f"another {what} is called {show(value)} (line {document.mark(first).line})"
-            problems.append(Problem(document.mark(here), here, text))
-    return problems
-
-
-def _peer_addresses(
-    document: Document, peers: list[tuple[Loc, dict[str, object]]]
-) -> list[Problem]:
-    """Two sessions cannot lead to one address, nor a session from one family to the other."""
-    seen: dict[Address, Loc] = {}
-    problems = []
-    for loc, peer in peers:
-        address, local = _readable(peer.get("address")), _readable(peer.get("localAddress"))
-        if address is None:
-            continue
-        here = (*loc, "address")
-        first = seen.setdefault(address, here)
-        if first != here:
-            text = f"another peer has the address {address} (line {document.mark(first).line})"
-            problems.append(Problem(document.mark(here), here, text))
-        if local is not None and local.version != address.version:
-            here = (*loc, "localAddress")
-            text = f"{local} and the peer's {address} are of different families"
-            problems.append(Problem(document.mark(here), here, text))
-    return problems
-
-
-def _readable(value: object) -> Address | None:
-    try:
-        return values.parse_address(value)
-    except ValueError:
-        return None
-
-
-def _duplicate_interfaces(document: Document) -> list[Problem]:
-    section = document.value.get("forwarding") if isinstance(document.value, dict) else None
-    names = section.get("interfaces") if isinstance(section, dict) else None
-    if not isinstance(names, tuple):
-        return []
-    return [
-        Problem(document.mark(loc), loc, f"the interface {show(name)} is there twice")
-        for n, name in enumerate(names)
-        if isinstance(name, str) and name in names[:n]
-        for loc in [("forwarding", "interfaces", n)]
-    ]
-
-
-@dataclass(frozen=True, slots=True)
-class _Placed:
-    """A range of a pool and where it is written."""
-
-    part: AddressRange
-    pool: str
-    loc: Loc
-    text: str
-
-    def __str__(self) -> str:
-        return f"{self.text} of pool {self.pool}"
-
-
-def _ranges(pools: list[tuple[Loc, dict[str, object]]]) -> list[_Placed]:
-    placed = []
-    for loc, pool in pools:
-        addresses = pool.get("addresses")
-        for n, text in enumerate(addresses if isinstance(addresses, tuple) else ()):
-            try:
-                part = values.parse_range(text)
-            except ValueError:
-                continue
-            name = str(pool.get("name"))
-            shown = name if values.is_label(name) else show(name)
-            placed.append(_Placed(part, shown, (*loc, "addresses", n), str(text).strip()))
-    return sorted(placed, key=lambda p: (p.part.version, int(p.part.first), p.loc[1], p.loc[3]))
-
-
-def _overlaps(document: Document, ranges: list[_Placed]) -> list[Problem]:
-    """Each range that meets an earlier one (sorted by first address), said at the later place."""
-    problems = []
-    widest: _Placed | None = None
-    for found in ranges:
-        if widest is not None and widest.part.overlaps(found.part):
-            one, two = sorted((widest, found), key=lambda p: document.mark(p.loc))
-            text = f"{two} overlaps {one} (line {document.mark(one.loc).line})"
-            problems.append(Problem(document.mark(two.loc), two.loc, text))
-        if (
-            widest is None
-            or widest.part.version != found.part.version
-            or int(found.part.last) > int(widest.part.last)
-        ):
-            widest = found
-    return problems
-
-
-def _inside_pools(
-    document: Document, peers: list[tuple[Loc, dict[str, object]]], ranges: list[_Placed]
-) -> list[Problem]:
-    starts = [(found.part.version, int(found.part.first)) for found in ranges]
-    problems: list[Problem] = []
-    for loc, peer in peers:
-        for key in ("address", "localAddress"):
-            address = _readable(peer.get(key))
-            if address is None:
-                continue
-            at = bisect_right(starts, (address.version, int(address))) - 1
-            if at >= 0 and address in ranges[at].part:
-                here: Loc = (*loc, key)
-                text = f"{address} lies in {ranges[at]}, which EIPs come from"
-                problems.append(Problem(document.mark(here), here, text))
-    return problems
-
-
 __all__ = [
     "AddressRange",
     "Announce",
     "Bgp",
     "Config",
+    "Endpoints",
     "Forwarding",
     "Mark",
     "PeerConfig",

@@ -11,10 +11,13 @@ from collections.abc import Set
 from dataclasses import dataclass, field
 from enum import StrEnum
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 Address: TypeAlias = IPv4Address | IPv6Address
 Network: TypeAlias = IPv4Network | IPv6Network
+Steering: TypeAlias = Literal["auto", "direct", "tunnel"]
+LocalDelivery: TypeAlias = Literal["shared", "strict"]
+External: TypeAlias = Literal["refuse", "masquerade"]
 
 
 class Protocol(StrEnum):
@@ -134,6 +137,26 @@ class Node:
     draining: bool = False
     deleting: bool = False
     next_hops: tuple[Address, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardingOptions:
+    """What the configuration says about forwarding, the same for every node.
+
+    interfaces: where traffic from outside comes in, () is those of the default routes. steering:
+    how packets reach another node; "auto" is direct within a subnet, else by tunnel. ping: whether
+    EIPs answer it. local_delivery: under externalTrafficPolicy Local, "shared" steers by the common
+    table, "strict" only ever delivers on the node that the switch chose. new_flows_per_second: for
+    each EIP and node, 0 is no limit. external: endpoints on no node are refused, or masqueraded by
+    the node that got the packet.
+    """
+
+    interfaces: tuple[str, ...] = ()
+    steering: Steering = "auto"
+    ping: bool = True
+    local_delivery: LocalDelivery = "shared"
+    new_flows_per_second: int = 5000
+    external: External = "refuse"
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,13 +6,21 @@ from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 
 from agent.engine import assign, current_macs, hops
-from agent.inputs import Inputs
+from agent.inputs import Inputs, config_of
 from agent.rendering import State, render
 from agent.routes import Hop, Survey, rules
 from agent.snapshot import FILE, Store
 from lbctl.core import nodeview
-from lbctl.core.model import Eip, Node, PortEndpoints, ServiceEndpoints
+from lbctl.core.model import (
+    Eip,
+    ForwardingOptions,
+    Node,
+    ObjectRef,
+    PortEndpoints,
+    ServiceEndpoints,
+)
 from lbctl.core.names import MARK_BASE, ROUTE_TABLE_BASE, RULE_PRIORITY
+from lbctl.kube.objects import DataObject
 
 from .forwarding_cases import EIP, RANGES, WEB, nodes, pod, service, table
 
@@ -58,6 +66,9 @@ def test_unmarked_packets_pass_one_rule() -> None:
     ]
 
 
+OPTIONS = ForwardingOptions(("eth1",), "tunnel", False, "strict", 7, "masquerade")
+
+
 def state() -> State:
     pods = tuple(pod(n, p) for n in (1, 2, 3) for p in (2, 3))
     limited = service(affinity=False)
@@ -72,6 +83,7 @@ def state() -> State:
         },
         nodes=nodes(),
         ranges=RANGES,
+        forwarding=OPTIONS,
         config_generation=4,
     )
     view = nodeview.advance(nodeview.advance({}, first), second)
@@ -90,6 +102,7 @@ def test_a_snapshot_gives_back_the_same_ruleset(tmp_path: Path) -> None:
     found = store.load()
     assert found is not None
     assert found.rules == kept.rules
+    assert found.inputs.forwarding == OPTIONS
     assert any(port.prev for port in found.rules.ports.values())
     assert (found.table.digest, found.index, found.shape) == (
         kept.table.digest,
@@ -100,12 +113,38 @@ def test_a_snapshot_gives_back_the_same_ruleset(tmp_path: Path) -> None:
     assert Store(tmp_path, "n2").load() is None
 
 
+def test_what_the_agent_takes_from_the_accepted_configuration() -> None:
+    assert config_of(None) == (0, (), ForwardingOptions())
+    text = """\
+version: 1
+pools: [{name: public, addresses: [198.51.100.0/31]}]
+bgp: {asn: 64512, peers: []}
+forwarding: {interfaces: [eth1], steering: tunnel, ping: false, localDelivery: strict,
+  newFlowsPerSecond: 7}
+endpoints: {external: masquerade}
+"""
+    accepted = DataObject(
+        ObjectRef("lbctl-system", "lbctl-accepted"),
+        "uid",
+        (("config.yaml", text), ("generation", "3")),
+    )
+    ranges = ((IPv4Address("198.51.100.0"), IPv4Address("198.51.100.1")),)
+    assert config_of(accepted) == (3, ranges, OPTIONS)
+
+
 def test_a_damaged_snapshot_is_none(tmp_path: Path) -> None:
     store = Store(tmp_path, "n1")
     store.save(state())
     store.write()
     whole = (tmp_path / FILE).read_bytes()
-    for damaged in (b"", b"{}", b"[1]", whole[:-9], whole.replace(b"198.51.100.1", b"not.an.addr")):
+    for damaged in (
+        b"",
+        b"{}",
+        b"[1]",
+        whole[:-9],
+        whole.replace(b"198.51.100.1", b"not.an.addr"),
+        whole.replace(b"masquerade", b"hide"),
+    ):
         (tmp_path / FILE).write_bytes(damaged)
         assert store.load() is None
     store.remove()

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lbctl.core.config import Config, config_hash, parse, shrink_conflicts
-from lbctl.core.model import Eip, ObjectRef, Phase
+from lbctl.core.model import Eip, ForwardingOptions, ObjectRef, Phase
 from lbctl.errors import ConfigError
 
 GOOD = """\
@@ -37,6 +37,11 @@ announce: {maxPaths: 8, paths: perManager, drainTime: 5m, reuseAfter: 0}
 probe: {interval: 100ms, misses: 5, agentGrace: 1h}
 forwarding:
   interfaces: [eth0, bond0.100]
+  steering: tunnel
+  ping: false
+  localDelivery: strict
+  newFlowsPerSecond: 0
+endpoints: {external: masquerade}
 """
 
 MINIMAL = """\
@@ -82,10 +87,14 @@ def test_everything_that_can_be_set() -> None:
     assert (announce.drain_time_s, announce.reuse_after_s) == (300, 0)
     assert (config.probe.interval_s, config.probe.misses) == (0.1, 5)
     assert config.probe.agent_grace_s == 3600
-    assert config.forwarding.interfaces == ("eth0", "bond0.100")
+    assert config.forwarding_options == ForwardingOptions(
+        ("eth0", "bond0.100"), "tunnel", False, "strict", 0, "masquerade"
+    )
 
 
-@pytest.mark.parametrize("text", [MINIMAL, MINIMAL + "announce:\nprobe:\nforwarding:\n"])
+@pytest.mark.parametrize(
+    "text", [MINIMAL, MINIMAL + "announce:\nprobe:\nforwarding:\nendpoints:\n"]
+)
 def test_defaults(text: str) -> None:
     config = parse(text)
     assert (config.announce.max_paths, config.announce.paths) == (64, "addPath")
@@ -95,7 +104,9 @@ def test_defaults(text: str) -> None:
         3,
         300,
     )
-    assert config.forwarding.interfaces == ()
+    assert config.forwarding_options == ForwardingOptions(
+        (), "auto", True, "shared", 5000, "refuse"
+    )
 
 
 def test_it_is_frozen_comparable_and_hashable() -> None:
@@ -269,6 +280,7 @@ _NETWORKS = st.builds(
 )
 
 
+@settings(deadline=None)
 @given(st.lists(_NETWORKS, min_size=1, max_size=6))
 def test_overlaps_are_found_whatever_the_order(networks: list[object]) -> None:
     text = with_pools(*(str(network) for network in networks))
@@ -379,6 +391,18 @@ bgp:
         ('forwarding: {interfaces: ["*"]}', '"*" is not an interface name'),
         ("forwarding: {interfaces: [abcdefghijklmnop]}", "is not an interface name"),
         ("forwarding: {interfaces: ['']}", '"" is not an interface name'),
+        (
+            "forwarding: {steering: vxlan}",
+            "forwarding.steering: must be 'auto', 'direct' or 'tunnel', not \"vxlan\"",
+        ),
+        ("forwarding: {ping: 1}", "forwarding.ping: must be true or false, not 1"),
+        ("forwarding: {localDelivery: yes}", "must be 'shared' or 'strict', not"),
+        ("forwarding: {newFlowsPerSecond: -1}", "newFlowsPerSecond: must be at least 0"),
+        ("forwarding: {newFlowsPerSecond: 1000001}", "must be at most 1000000"),
+        ("forwarding: {newFlowsPerSec: 1}", "did you mean newFlowsPerSecond?"),
+        ("endpoints: {external: accept}", "must be 'refuse' or 'masquerade', not \"accept\""),
+        ("endpoints: {externals: refuse}", "unknown key; did you mean external?"),
+        ("endpoint: {external: refuse}", "unknown key; did you mean endpoints?"),
     ],
 )
 def test_bad_settings(line: str, said: str) -> None:
