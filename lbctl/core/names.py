@@ -1,8 +1,9 @@
 """Every fixed name, port, mark and table number, in one place.
 
-Names are DESIGN.md's. Numbers stay clear of what kube-proxy (marks 0x4000, 0x8000), Calico (mark
-bits chosen from 0xffff0000, tables 1-250 by default), Cilium (marks 0x0f00, tables 2004, 2005) and
-flannel (VXLAN ports 8472, 4789) document.
+Names are DESIGN.md's. Numbers stay clear of what kube-proxy (marks 0x4000, 0x8000), Calico (takes
+its mark bits from 0xffff0000, the lowest first: 0x001f0000; tables 1-250; rule 99; VXLAN 4789, VNI
+4096), Cilium (marks 0x0f00, tables 2004, 2005, rules 9-111, VXLAN 8472) and flannel (mark 0x4000,
+VXLAN 8472, VNI 1) document. tests/unit/test_clash.py holds them to it.
 """
 
 from __future__ import annotations
@@ -40,12 +41,16 @@ AGENT_HTTP_PORT: Final = 7481  # /healthz /readyz /metrics
 PROBE_PORT: Final = 7482  # UDP, the agent listens
 MANAGER_PEER_PORT: Final = 7483  # UDP, manager to manager
 SPEAKER_PEER_PORT: Final = 7484  # UDP, manager to the other speakers' relays
+TUNNEL_PORT: Final = 7485  # UDP, VXLAN between nodes in different subnets
 
 NFT_TABLE: Final = "lbctl"
-MARK_BASE: Final = 0x4C420000  # low 16 bits: this node's own index of the next node
-MARK_MASK: Final = 0xFFFF0000
-ROUTE_TABLE_BASE: Final = 0x4C420000  # table of node index n is base + n
-RULE_PRIORITY: Final = 130  # before Calico's and Cilium's, after the local table
+TUNNEL_DEVICE: Final = "lbctl0"
+TUNNEL_VNI: Final = 76
+MARK_BASE: Final = 0x4C000000  # + this node's own number for the node to steer to
+MARK_MASK: Final = 0xFF000000
+NODE_BITS: Final = 0x00E030FF  # that a node's number may have: 8,191 nodes, no bit of the others'
+ROUTE_TABLE_BASE: Final = 0x4C000000  # table of node number n is base + n
+RULE_PRIORITY: Final = 130  # to + 4; after the local table, also where Cilium moves that to 100
 AGENT_SNAPSHOT_DIR: Final = "/run/lbctl"
 SPEAKER_SOCKET_DIR: Final = "/run/lbctl-speaker"
 KEYS_DIR: Final = "/run/lbctl-keys"

@@ -21,7 +21,7 @@ from lbctl.core import maglev
 from lbctl.core.model import Address
 from lbctl.core.names import MARK_BASE, MARK_MASK, NFT_TABLE
 
-BUCKET_BASE: Final = MARK_BASE + 0x10000  # marks that live for a few hooks only
+BUCKET_BASE: Final = MARK_BASE + 0x1000000  # marks that live for a few hooks only
 # A hand-over follows a flow's own history (conntrack's mark), so it cannot circle unless a node has
 # lost its entries; then this bounds it.
 HANDOVER_TTL: Final = 8

@@ -134,7 +134,7 @@ def test_foreign_hand_in_the_nodes_tables_is_repaired(system: System) -> None:
     for line in table:
         node.run("nft", "delete", *line.split())
     rules = node.run("ip", "rule", "show").stdout
-    ours = [line.split(":")[0] for line in rules.splitlines() if "0x4c42" in line]
+    ours = [line.split(":")[0] for line in rules.splitlines() if "0x4c0" in line]
     assert ours, rules
     for priority in ours:
         node.run("ip", "rule", "del", "priority", priority)
