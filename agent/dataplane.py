@@ -18,10 +18,12 @@ import structlog
 
 from agent.nfnetlink import Fingerprint, Nfnetlink
 from lbctl.core import nft
-from lbctl.core.nft import Ruleset
+from lbctl.core.nft import Ruleset, SetKey
+from lbctl.core.nftrules import FAMILIES
 from lbctl.errors import DataplaneError
 
 NFT_LIMIT_S: Final = 60.0
+_Found = dict[int, Fingerprint | None]  # by IP version
 _log = structlog.get_logger()
 
 
@@ -36,12 +38,12 @@ class Figures:
 
 
 class Dataplane:
-    """Our nftables table in this network namespace. One caller at a time."""
+    """Our nftables tables in this network namespace. One caller at a time."""
 
     def __init__(self) -> None:
         self._netlink = Nfnetlink()
         self._kernel: Ruleset | None = None  # None: unknown
-        self._counted: tuple[Ruleset, dict[str, int]] = (Ruleset(), {})
+        self._counted: tuple[Ruleset, dict[SetKey, int]] = (Ruleset(), {})
         self._shape: tuple[object, ...] | None = None
         self._seen = -1
         self.figures = Figures()
@@ -66,12 +68,13 @@ class Dataplane:
         shape: as it was then. Returns False if the table is another one, changed, or gone; `set`
         then writes it anew.
         """
-        if self._netlink.marker() != rules.generation & 0xFFFFFFFF:
+        wanted = rules.generation & 0xFFFFFFFF
+        if any(self._netlink.marker(family.version) != wanted for family in FAMILIES):
             return False
-        found = self._netlink.fingerprint()
-        if found is None or not self._fits(found, rules) or repr(found.shape()) != shape:
+        found = self._fingerprints()
+        if not self._fits(found, rules) or repr(_shape(found)) != shape:
             return False
-        self._kernel, self._shape = rules, found.shape()
+        self._kernel, self._shape = rules, _shape(found)
         return True
 
     async def set(self, rules: Ruleset) -> bool:
@@ -99,12 +102,12 @@ class Dataplane:
 
     def _remember(self, rules: Ruleset, fresh: bool) -> None:
         self._seen = self._netlink.generation()
-        found = self._netlink.fingerprint()
-        if found is None or not self._fits(found, rules):
+        found = self._fingerprints()
+        if not self._fits(found, rules):
             raise DataplaneError("someone changed our nftables table while it was written")
-        if not fresh and self._shape is not None and found.shape() != self._shape:
+        if not fresh and self._shape is not None and _shape(found) != self._shape:
             raise DataplaneError("someone changed our nftables rules")
-        self._kernel, self._shape = rules, found.shape()
+        self._kernel, self._shape = rules, _shape(found)
 
     def damaged(self) -> bool:
         """Whether someone else changed our table since. Cheap while nobody touched nftables.
@@ -116,19 +119,22 @@ class Dataplane:
         now = self._netlink.generation()
         if now == self._seen:
             return False
-        found = self._netlink.fingerprint()
-        if found is not None and found.shape() == self._shape and self._fits(found, self._kernel):
+        found = self._fingerprints()
+        if _shape(found) == self._shape and self._fits(found, self._kernel):
             self._seen = now
             return False
         self._kernel = None
         return True
 
-    def _fits(self, found: Fingerprint, rules: Ruleset) -> bool:
-        counts = found.counts()
+    def _fingerprints(self) -> _Found:
+        return {family.version: self._netlink.fingerprint(family.version) for family in FAMILIES}
+
+    def _fits(self, found: _Found, rules: Ruleset) -> bool:
         self._counted = (rules, nft.recounted(self._counted[1], self._counted[0], rules))
+        counts = {version: one.counts() if one else {} for version, one in found.items()}
         return all(
-            name in counts and counts[name] in (None, number)
-            for name, number in sorted(self._counted[1].items())
+            name in counts[version] and counts[version][name] in (None, number)
+            for (version, name), number in sorted(self._counted[1].items())
         )
 
     def counters(self) -> dict[str, int]:
@@ -139,6 +145,10 @@ class Dataplane:
         """Remove every trace."""
         self._kernel = None
         await run_nft(nft.removal())
+
+
+def _shape(found: _Found) -> tuple[object, ...]:
+    return tuple(one and one.shape() for _, one in sorted(found.items()))
 
 
 def _pieces(known: Ruleset | None, rules: Ruleset) -> list[str]:

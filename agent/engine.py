@@ -43,8 +43,8 @@ _log = structlog.get_logger()
 class Confirmed:
     """What the kernel has taken.
 
-    eips: those that it carries (of IPv4, so far), with whether one of its endpoints that takes new
-    flows is on this node.
+    eips: those that it carries, with whether one of its endpoints that takes new flows is on this
+    node.
     """
 
     generation: int = 0
@@ -319,7 +319,7 @@ def confirmed_eips(me: str, last: Confirmed, table: Table) -> PMap[Address, bool
     gone: list[Address] = []
     for address in changed(last.table.eips, table.eips):
         entry = table.eips.get(address)
-        if entry is None or address.version != 4:
+        if entry is None:
             gone.append(address)
         else:
             fresh[address] = any(

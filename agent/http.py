@@ -73,9 +73,11 @@ class Figures(Collector):
         yield repairs
         kernel = self._dataplane.kernel
         if kernel is not None:
-            sizes = GaugeMetricFamily("lbctl_agent_elements", "Of each set.", labels=["set"])
-            for name, number in sorted(nft.totals(kernel).items()):
-                sizes.add_metric([name], number)
+            sizes = GaugeMetricFamily(
+                "lbctl_agent_elements", "Of each set.", labels=["family", "set"]
+            )
+            for (version, name), number in sorted(nft.totals(kernel).items()):
+                sizes.add_metric([f"IPv{version}", name], number)
             yield sizes
 
     def _packets(self) -> Iterator[Metric]:

@@ -2,8 +2,8 @@
 
 `nft list` reads and parses the whole ruleset (24 s and 930 MiB beside 610,000 elements), and
 pyroute2 knows neither objects nor element counts; these few messages are all that the agent needs.
-Rules: nothing here changes the kernel; a dump is always of our table only. Calls are synchronous:
-each is answered at once by the kernel.
+Rules: nothing here changes the kernel; a dump is always of one of our tables only. Calls are
+synchronous: each is answered at once by the kernel.
 
 Source: include/uapi/linux/netfilter/nf_tables.h; NFTA_SET_COUNT since Linux 6.17, absent before.
 """
@@ -25,14 +25,14 @@ _NETLINK_NETFILTER: Final = 12
 _SUBSYSTEM: Final = 10 << 8
 _REQUEST, _DUMP = 0x1, 0x300
 _ERROR, _DONE = 0x2, 0x3
-_IPV4: Final = 2
+_NF_FAMILY: Final = {4: 2, 6: 10}  # by IP version: NFPROTO_IPV4, NFPROTO_IPV6
 _GET_TABLE, _GET_RULE, _GET_SET, _GET_ELEMENT, _GET_GENERATION, _GET_OBJECT = 1, 7, 10, 13, 16, 19
 _NAME: Final = NFT_TABLE.encode() + b"\0"
 
 
 @dataclass(frozen=True, slots=True)
 class Fingerprint:
-    """What tells one incarnation of our table from another without reading its elements.
+    """What tells one incarnation of one of our tables from another without reading its elements.
 
     sets: name, handle and number of elements (None where the kernel does not say).
     """
@@ -72,15 +72,16 @@ class Nfnetlink:
             return _number(attributes.get(1, b"\0"))
         raise DataplaneError("nftables gave no generation")
 
-    def fingerprint(self) -> Fingerprint | None:
-        """Our table as it is now; None if there is none."""
-        table = next(iter(self._ask(_GET_TABLE, _attribute(1, _NAME), 0)), None)
+    def fingerprint(self, version: int) -> Fingerprint | None:
+        """Our table of an IP version as it is now; None if there is none."""
+        family = _NF_FAMILY[version]
+        table = next(iter(self._ask(_GET_TABLE, _attribute(1, _NAME), 0, family)), None)
         if table is None:
             return None
         named = _attribute(1, _NAME)
-        rules = tuple(_number(a[3]) for a in self._ask(_GET_RULE, named, _DUMP))
+        rules = tuple(_number(a[3]) for a in self._ask(_GET_RULE, named, _DUMP, family))
         sets = []
-        for a in self._ask(_GET_SET, named, _DUMP):
+        for a in self._ask(_GET_SET, named, _DUMP, family):
             name = _string(a[2])
             if not name.startswith("__"):  # anonymous sets belong to their rule
                 sets.append((name, _number(a[16]), _number(a[20]) if 20 in a else None))
@@ -92,10 +93,10 @@ class Nfnetlink:
             tuple(sorted(sets)),
         )
 
-    def marker(self) -> int | None:
+    def marker(self, version: int) -> int | None:
         """The single element of the set `gen`; None if it is not there."""
         question = _attribute(1, _NAME) + _attribute(2, b"gen\0")
-        for attributes in self._ask(_GET_ELEMENT, question, _DUMP):
+        for attributes in self._ask(_GET_ELEMENT, question, _DUMP, _NF_FAMILY[version]):
             for _, element in _nested(attributes.get(3, b"")):
                 key = dict(_nested(element)).get(1, b"")
                 value = dict(_nested(key)).get(1)
@@ -104,17 +105,19 @@ class Nfnetlink:
         return None
 
     def counters(self) -> dict[str, int]:
-        """Packets by named counter; {} if the table is not there."""
-        result = {}
+        """Packets by named counter, both tables together; {} if they are not there."""
+        result: dict[str, int] = {}
         question = _attribute(1, _NAME) + _attribute(3, struct.pack(">I", 1))
-        for attributes in self._ask(_GET_OBJECT, question, _DUMP):
-            data = dict(_nested(attributes.get(4, b"")))
-            if _string(attributes.get(1, b"")) == NFT_TABLE:
-                result[_string(attributes[2])] = _number(data.get(2, b"\0"))
+        for family in _NF_FAMILY.values():
+            for attributes in self._ask(_GET_OBJECT, question, _DUMP, family):
+                data = dict(_nested(attributes.get(4, b"")))
+                if _string(attributes.get(1, b"")) == NFT_TABLE:
+                    name = _string(attributes[2])
+                    result[name] = result.get(name, 0) + _number(data.get(2, b"\0"))
         return result
 
     def _ask(
-        self, command: int, body: bytes, flags: int, family: int = _IPV4
+        self, command: int, body: bytes, flags: int, family: int
     ) -> Iterator[dict[int, bytes]]:
         """Send one request; yield the attributes of each answer. A missing object yields none."""
         self._sequence += 1

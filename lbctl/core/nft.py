@@ -18,28 +18,36 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from ipaddress import IPv4Address
+from ipaddress import IPv4Address, IPv6Address
 from typing import Any, Final, TypeAlias
 
 from lbctl.core import maglev
 from lbctl.core.model import Address, Network
 from lbctl.core.names import MARK_BASE
-from lbctl.core.nftrules import BUCKET_BASE, V4, hash_chain, refusals, skeleton
+from lbctl.core.nftrules import (
+    BUCKET_BASE,
+    FAMILIES,
+    Family,
+    family_of,
+    hash_chain,
+    refusals,
+    skeleton,
+)
 from lbctl.core.nodeview import PortElements
 from lbctl.core.pmap import changed
 from lbctl.errors import DataplaneError
 
 _BUCKETS: Final = tuple(f" . {BUCKET_BASE + bucket:#x}" for bucket in range(maglev.SIZES[-1]))
 PIECE: Final = 20_000  # map elements of one transaction: nft takes about 2 KiB for each
-_TABLE: Final = V4.table
 _INTERFACE: Final = re.compile(r"[A-Za-z0-9_.@:-]{1,15}")
 _MAC: Final = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}")
 PortKey: TypeAlias = tuple[Address, str, int]
+SetKey: TypeAlias = tuple[int, str]  # IP version, which is the table, and name of a set or map
 
 
 @dataclass(frozen=True, slots=True)
 class Ruleset:
-    """Everything that the kernel's table holds.
+    """Everything that the kernel's tables hold, of both families.
 
     ranges: first and last address, both inclusive. sources: EIPs that not everyone may reach.
     """
@@ -55,16 +63,28 @@ class Ruleset:
 def merged(
     spans: Iterable[tuple[Address, Address]], without: Iterable[Address] = ()
 ) -> tuple[tuple[Address, Address], ...]:
-    """Return IPv4 spans sorted, joined where they touch, with holes at the addresses `without`."""
+    """Return spans sorted, joined where they touch, with holes at the addresses `without`."""
+    given, holes = list(spans), list(without)
+    return tuple(
+        (_address(family, first), _address(family, last))
+        for family in FAMILIES
+        for first, last in _joined(
+            [(int(a), int(b)) for a, b in given if a.version == family.version],
+            {int(a) for a in holes if a.version == family.version},
+        )
+    )
+
+
+def _joined(spans: list[tuple[int, int]], holes: set[int]) -> list[list[int]]:
     joined: list[list[int]] = []
-    for first, last in sorted((int(a), int(b)) for a, b in spans if a.version == 4):
+    for first, last in sorted(spans):
         if joined and first <= joined[-1][1] + 1:
             joined[-1][1] = max(joined[-1][1], last)
         else:
             joined.append([first, last])
-    for hole in sorted({int(a) for a in without if a.version == 4}):
+    for hole in sorted(holes):
         joined = [part for first, last in joined for part in _cut(first, last, hole)]
-    return tuple((_v4(first), _v4(last)) for first, last in joined)
+    return joined
 
 
 def _cut(first: int, last: int, hole: int) -> list[list[int]]:
@@ -73,8 +93,8 @@ def _cut(first: int, last: int, hole: int) -> list[list[int]]:
     return [[a, b] for a, b in ((first, hole - 1), (hole + 1, last)) if a <= b]
 
 
-def _v4(value: int) -> Address:
-    return IPv4Address(value)
+def _address(family: Family, value: int) -> Address:
+    return IPv4Address(value) if family.version == 4 else IPv6Address(value)
 
 
 def full(rules: Ruleset) -> list[str]:
@@ -82,11 +102,10 @@ def full(rules: Ruleset) -> list[str]:
 
     Until the last piece is in, what has no entry yet is dropped and not reset: a sender repeats.
     """
-    first = f"add table {_TABLE}\ndelete table {_TABLE}\n{skeleton(V4)}"
-    first += "".join(_small_sets(Ruleset(), rules))
+    first = removal() + "".join(map(skeleton, FAMILIES)) + "".join(_small_sets(Ruleset(), rules))
     pieces = list(_pieces(_added(rules.ports)))
     pieces = [first + (pieces[0] if pieces else ""), *pieces[1:]]
-    pieces[-1] += refusals(V4) + _generation(rules.generation, flush=False)
+    pieces[-1] += "".join(map(refusals, FAMILIES)) + _generation(rules.generation, flush=False)
     return pieces
 
 
@@ -101,27 +120,27 @@ def difference(old: Ruleset, new: Ruleset) -> list[str]:
     return pieces
 
 
-def totals(rules: Ruleset) -> dict[str, int]:
+def totals(rules: Ruleset) -> dict[SetKey, int]:
     """Return how many elements each set and map has, but for the intervals of `ranges`."""
     return recounted({}, Ruleset(), rules)
 
 
-def recounted(counts: Mapping[str, int], old: Ruleset, new: Ruleset) -> dict[str, int]:
+def recounted(counts: Mapping[SetKey, int], old: Ruleset, new: Ruleset) -> dict[SetKey, int]:
     """Return the totals of `new`, given those of `old`: the cost is that of their difference."""
-    made = {name: counts.get(name, 0) for name in _COUNTED}
-    for rules, keys, sign in (
-        (old, changed(old.ports, new.ports), -1),
-        (new, changed(old.ports, new.ports), 1),
-    ):
+    made = {(f.version, name): 0 for f in FAMILIES for name in _COUNTED} | dict(counts)
+    keys = changed(old.ports, new.ports)
+    for rules, sign in ((old, -1), (new, 1)):
         for key in keys:
             port = rules.ports.get(key)
-            if port is not None and key[0].version == 4:
+            if port is not None:
                 for name, number in _counts(port).items():
-                    made[name] += sign * number
+                    made[key[0].version, name] += sign * number
     for address in changed(old.sources, new.sources):
-        if address.version == 4:
-            made["restricted"] += (address in new.sources) - (address in old.sources)
-    return {**made, "gen": 1, "uplinks": len(new.uplinks), "peers": len(new.peers)}
+        made[address.version, "restricted"] += (address in new.sources) - (address in old.sources)
+    for family in FAMILIES:
+        whole = {"gen": 1, "uplinks": len(new.uplinks), "peers": len(new.peers)}
+        made |= {(family.version, name): number for name, number in whole.items()}
+    return made
 
 
 def _counts(port: PortElements) -> dict[str, int]:
@@ -135,23 +154,29 @@ def _counts(port: PortElements) -> dict[str, int]:
 
 def removal() -> str:
     """Return the text that removes every trace, also if there is none."""
-    return f"add table {_TABLE}\ndelete table {_TABLE}\n"
+    return "".join(f"add table {f.table}\ndelete table {f.table}\n" for f in FAMILIES)
 
 
 def _generation(number: int, flush: bool) -> str:
-    text = f"flush set {_TABLE} gen\n" if flush else ""
-    return f"{text}add element {_TABLE} gen {{ {number & 0xFFFFFFFF:#010x} }}\n"
+    text = ""
+    for family in FAMILIES:
+        text += f"flush set {family.table} gen\n" if flush else ""
+        text += f"add element {family.table} gen {{ {number & 0xFFFFFFFF:#010x} }}\n"
+    return text
 
 
 def _small_sets(old: Ruleset, new: Ruleset) -> Iterator[str]:
-    if old.uplinks != new.uplinks:
-        yield _replaced("uplinks", (f'"{_interface(name)}"' for name in new.uplinks))
-    if old.peers != new.peers:
-        yield _replaced("peers", (_mac(text) for text in new.peers))
-    if old.ranges != new.ranges:
-        spans = (f"{a}-{b}" if a != b else str(a) for a, b in new.ranges)
-        yield _replaced("ranges", spans)
-
+    for family in FAMILIES:
+        if old.uplinks != new.uplinks:
+            yield _replaced(family, "uplinks", (f'"{_interface(name)}"' for name in new.uplinks))
+        if old.peers != new.peers:
+            yield _replaced(family, "peers", (_mac(text) for text in new.peers))
+        was, now = (
+            [(a, b) for a, b in rules.ranges if a.version == family.version] for rules in (old, new)
+        )
+        if was != now:
+            spans = (f"{a}-{b}" if a != b else str(a) for a, b in now)
+            yield _replaced(family, "ranges", spans)
     yield from _restrictions(old.sources, new.sources)
 
 
@@ -159,22 +184,22 @@ def _restrictions(
     old: Mapping[Address, tuple[Network, ...]], new: Mapping[Address, tuple[Network, ...]]
 ) -> Iterator[str]:
     """The elements of the EIPs whose source ranges differ; what was goes first."""
-    touched = sorted(
-        a for a in changed(old, new) if isinstance(a, IPv4Address) and old.get(a) != new.get(a)
-    )
-    for verb, held, other in (("delete", old, new), ("add", new, old)):
-        entries = [f"{a} . {network}" for a in touched for network in held.get(a, ())]
-        if entries:
-            yield f"{verb} element {_TABLE} sources {{ {', '.join(entries)} }}\n"
-        listed = [str(a) for a in touched if a in held and a not in other]
-        if listed:
-            yield f"{verb} element {_TABLE} restricted {{ {', '.join(listed)} }}\n"
+    differ = [a for a in changed(old, new) if old.get(a) != new.get(a)]
+    for family in FAMILIES:
+        touched = sorted((a for a in differ if a.version == family.version), key=int)
+        for verb, held, other in (("delete", old, new), ("add", new, old)):
+            entries = [f"{a} . {network}" for a in touched for network in held.get(a, ())]
+            if entries:
+                yield f"{verb} element {family.table} sources {{ {', '.join(entries)} }}\n"
+            listed = [str(a) for a in touched if a in held and a not in other]
+            if listed:
+                yield f"{verb} element {family.table} restricted {{ {', '.join(listed)} }}\n"
 
 
-def _replaced(name: str, entries: Iterable[str]) -> str:
+def _replaced(family: Family, name: str, entries: Iterable[str]) -> str:
     listed = ", ".join(entries)
-    text = f"flush set {_TABLE} {name}\n"
-    return text + (f"add element {_TABLE} {name} {{ {listed} }}\n" if listed else "")
+    text = f"flush set {family.table} {name}\n"
+    return text + (f"add element {family.table} {name} {{ {listed} }}\n" if listed else "")
 
 
 def _interface(name: str) -> str:
@@ -191,31 +216,33 @@ def _mac(text: str) -> str:
 
 # -- elements ------------------------------------------------------------------------------------
 _Change = tuple[Address, str, list[str], list[str]]  # EIP, map, keys to delete, entries to add
+_Entries = dict[str, list[str]]  # by table and map
 
 
 def _pieces(changes: Iterable[_Change]) -> Iterator[str]:
     """Join changes into texts of about PIECE elements, never splitting an EIP."""
-    deleted: dict[str, list[str]] = {}
-    added: dict[str, list[str]] = {}
+    deleted: _Entries = {}
+    added: _Entries = {}
     count, last = 0, None
     for address, name, gone, new in changes:
         if count >= PIECE and address != last:
             yield _text(deleted, added)
             deleted, added, count = {}, {}, 0
-        deleted.setdefault(name, []).extend(gone)
-        added.setdefault(name, []).extend(new)
+        place = f"{family_of(address).table} {name}"
+        deleted.setdefault(place, []).extend(gone)
+        added.setdefault(place, []).extend(new)
         count += len(gone) + len(new)
         last = address
     if count:
         yield _text(deleted, added)
 
 
-def _text(deleted: dict[str, list[str]], added: dict[str, list[str]]) -> str:
+def _text(deleted: _Entries, added: _Entries) -> str:
     parts = []
     for verb, lists in (("delete", deleted), ("add", added)):
-        for name, entries in lists.items():
+        for place, entries in lists.items():
             if entries:
-                parts.append(f"{verb} element {_TABLE} {name} {{ {', '.join(entries)} }}\n")
+                parts.append(f"{verb} element {place} {{ {', '.join(entries)} }}\n")
     return "".join(parts)
 
 
@@ -227,9 +254,8 @@ def _changes(
     old: Mapping[PortKey, PortElements],
     new: Mapping[PortKey, PortElements],
 ) -> Iterator[_Change]:
-    for key in sorted(changed(old, new), key=lambda k: (int(k[0]), k[1], k[2])):
-        if key[0].version == 4:
-            yield from _port_changes(key, old.get(key), new.get(key))
+    for key in sorted(changed(old, new), key=lambda k: (k[0].version, int(k[0]), k[1], k[2])):
+        yield from _port_changes(key, old.get(key), new.get(key))
 
 
 def _port_changes(

@@ -97,7 +97,7 @@ class AgentSide:
         self.index = {f"n{n}": n for n in range(1, NODES)}
         self.macs = {IPv4Address(f"192.0.2.{20 + n}"): f"02:00:00:00:00:{n:02x}" for n in range(8)}
         self.state = State()
-        self.counts: dict[str, int] = {}
+        self.counts: dict[nft.SetKey, int] = {}
         self.confirmed = Confirmed()
         self.log = ChangeLog(1)
         self.text: list[str] = []

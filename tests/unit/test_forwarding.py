@@ -255,4 +255,4 @@ def test_many_eips_come_in_pieces() -> None:
     for piece in pieces:
         fake.apply(piece)
     assert len(fake.maps["svc"]) == 200
-    assert len(fake.maps["steer"]) == nft.totals(rules)["steer"]
+    assert len(fake.maps["steer"]) == nft.totals(rules)[4, "steer"]
