@@ -35,7 +35,7 @@ pytestmark = [
 ]
 APP = "beside"
 POLICIES = ("Cluster", "Local")
-STEERED = "0x4c420000/0xffff0000"  # docs/internals.md, what a FORWARD policy of DROP needs
+STEERED = f"{names.MARK_BASE:#x}/{names.MARK_MASK:#x}"  # docs/internals.md: a FORWARD policy of DROP
 
 
 @dataclass(frozen=True, slots=True)
