@@ -35,7 +35,7 @@ pytestmark = [
 ]
 APP = "beside"
 POLICIES = ("Cluster", "Local")
-STEERED = f"{names.MARK_BASE:#x}/{names.MARK_MASK:#x}"  # docs/internals.md: a FORWARD policy of DROP
+STEERED = f"{names.MARK_BASE:#x}/{names.MARK_MASK:#x}"  # docs/internals.md
 
 
 @dataclass(frozen=True, slots=True)
