@@ -267,8 +267,8 @@ class Lab:
             network.plug(new.link.far(new.spec.name), bridge, self._netns)
         self._execute(new.spec)
         for machine in others:
-            if machine.alive:
-                machine.run(*shlex.split(new.route))
+            for route in new.routes if machine.alive else ():
+                machine.run(*shlex.split(route))
 
     def _part(self, new: Addition) -> None:
         """Undo `_join`, however far it came; routes that others got lead nowhere, as before."""

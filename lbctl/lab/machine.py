@@ -28,7 +28,8 @@ NETNS_DIR: Final = Path("/run/netns")
 
 # Runs as pid 1 of the machine. Our reading of /proc/self/stat comes before the new /proc: the pid
 # is the host's. Other labs' namespace names are let go of here, or this mount namespace would keep
-# their networks alive after they are taken down.
+# their networks alive after they are taken down. No IPv6 duplicate address detection: it would take
+# a second of every start, link-local addresses included, and a lab's addresses are its own.
 _INIT: Final = """
 set -eu
 name=$1 lab=$2 pidfile=$3; shift 3
@@ -62,6 +63,7 @@ mount -n --move /mnt /run
 mount -n -t proc proc /proc
 mount -n -t sysfs sysfs /sys
 echo "$name" >/proc/sys/kernel/hostname
+for conf in all default; do echo 0 >"/proc/sys/net/ipv6/conf/$conf/accept_dad"; done
 echo ready
 exec </dev/null >/dev/null 2>&1
 exec sh -c 'while :; do sleep infinity & wait; done' lab-init

@@ -64,6 +64,11 @@ def bgp_peers(machine: Machine) -> dict[str, str]:
 
 
 def vrrp_states(machine: Machine) -> dict[int, str]:
-    """`Master`, `Backup` or `Initialize` by VRRP group, for IPv4."""
-    data = vtysh_json(machine, "show vrrp json")
-    return {int(item["vrid"]): str(item["v4"]["status"]) for item in data}
+    """`Master`, `Backup` or `Initialize` by VRRP group; `v4 …, v6 …` where the families differ."""
+    found: dict[int, str] = {}
+    for item in vtysh_json(machine, "show vrrp json"):
+        by_family = {f: str(item[f]["status"]) for f in ("v4", "v6") if item[f]["addresses"]}
+        states = sorted(set(by_family.values()))
+        differing = ", ".join(f"{family} {state}" for family, state in by_family.items())
+        found[int(item["vrid"])] = states[0] if len(states) == 1 else differing
+    return found

@@ -17,9 +17,9 @@ import shlex
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from ipaddress import IPv4Interface, IPv4Network, ip_interface, ip_network
+from ipaddress import IPv4Interface, IPv6Interface, ip_interface, ip_network
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 from lbctl.errors import LabError
 
@@ -34,6 +34,7 @@ _TOPOLOGY_KEYS: Final = frozenset({"defaults", "kinds", "nodes", "links"})
 _MANAGEMENT: Final = "eth0"
 _NAME: Final = re.compile(r"[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?")
 _INTERFACE: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,14}")
+Interface: TypeAlias = IPv4Interface | IPv6Interface
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +83,7 @@ class NodeSpec:
 
     @property
     def pod_cidr(self) -> str:
-        """The node's pod network, "" without one."""
+        """The node's pod networks, comma-separated, the main family first; "" without one."""
         return dict(self.labels).get(POD_CIDR_LABEL, "")
 
 
@@ -195,9 +196,8 @@ def _node(name: str, raw: Mapping[str, Any], base: Path, problems: list[str]) ->
             f"{where}.labels.{ROLE_LABEL}: {role!r} is none of {', '.join(sorted(ROLES))}"
         )
     try:
-        cidr = labels.get(POD_CIDR_LABEL)
-        if cidr is not None:
-            ip_network(cidr)
+        for cidr in labels[POD_CIDR_LABEL].split(",") if POD_CIDR_LABEL in labels else ():
+            ip_network(cidr.strip())
     except ValueError as error:
         problems.append(f"{where}.labels.{POD_CIDR_LABEL}: {error}")
     binds = [
@@ -250,18 +250,18 @@ def _twice(links: list[Link]) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class Addition:
-    """What adding a node takes: its spec, its link, and the route that the others need."""
+    """What adding a node takes: its spec, its link, and the routes that the others need."""
 
     spec: NodeSpec
     link: Link
-    address: str
-    route: str  # command line for every node of ROUTED_ROLES
+    addresses: tuple[str, ...]
+    routes: tuple[str, ...]  # command lines for every node of ROUTED_ROLES
 
 
 def next_node(topology: Topology) -> Addition:
-    """Plan a node like the last one of role `node`: name, address, pod network and port one up.
+    """Plan a node like the last one of role `node`: name, addresses, pod networks, port one up.
 
-    Its exec lines are the last node's with that node's own address replaced, plus a route to it.
+    Its exec lines are the last node's with that node's own addresses replaced, plus routes to it.
     Raises LabError if there is no node to go by.
     """
     nodes = [spec for spec in topology.nodes if spec.role == "node"]
@@ -269,20 +269,39 @@ def next_node(topology: Topology) -> Addition:
         raise LabError("the topology has no node of role `node` to copy")
     last = nodes[-1]
     stem, number = _split_number(last.name)
-    own = _own_address(last)
-    address = IPv4Interface(f"{own.ip + 1}/{own.network.prefixlen}")
-    cidr = _next_network(last.pod_cidr)
-    lines = [line.replace(str(own), str(address)) for line in last.exec]
-    lines.append(f"ip route replace {last.pod_cidr} via {own.ip}")
-    labels = {**dict(last.labels), POD_CIDR_LABEL: cidr}
     name = f"{stem}{number + 1}"
+    own = _own_addresses(last)
+    new = {key: ip_interface(f"{old.ip + 1}/{old.network.prefixlen}") for key, old in own.items()}
+    lines = list(last.exec)
+    for key, old in own.items():
+        lines = [line.replace(f" {old} ", f" {new[key]} ") for line in lines]
+    lines += _routes(_cidrs(last), own)
+    cidrs = {key: _next_network(cidr) for key, cidr in _cidrs(last).items()}
+    labels = {**dict(last.labels), POD_CIDR_LABEL: ",".join(cidrs.values())}
     spec = NodeSpec(
         name, "node", last.image, last.binds, tuple(lines), tuple(sorted(labels.items()))
     )
     link = topology.links_of(last.name)[0]
     far, near = link.far(last.name), next(e for e in link.ends() if e.node == last.name)
     new_link = Link(_free_port(topology, far), LinkEnd(name, near.interface))
-    return Addition(spec, new_link, str(address.ip), f"ip route replace {cidr} via {address.ip}")
+    addresses = tuple(str(address.ip) for address in new.values())
+    return Addition(spec, new_link, addresses, tuple(_routes(cidrs, new)))
+
+
+def _routes(cidrs: Mapping[int, str], via: Mapping[int, Interface]) -> list[str]:
+    """By family; one that only one of the two has is left out."""
+    return [
+        f"ip route replace {cidr} via {via[version].ip}"
+        for version, cidr in cidrs.items()
+        if version in via
+    ]
+
+
+def _cidrs(spec: NodeSpec) -> dict[int, str]:
+    if not spec.pod_cidr:
+        raise LabError(f"the last node has no label {POD_CIDR_LABEL}")
+    cidrs = [cidr.strip() for cidr in spec.pod_cidr.split(",")]
+    return {ip_network(cidr).version: cidr for cidr in cidrs}
 
 
 def _split_number(name: str) -> tuple[str, int]:
@@ -292,21 +311,21 @@ def _split_number(name: str) -> tuple[str, int]:
     return match[1], int(match[2])
 
 
-def _own_address(spec: NodeSpec) -> IPv4Interface:
+def _own_addresses(spec: NodeSpec) -> dict[int, Interface]:
+    """The first address of each family, by IP version."""
+    found: dict[int, Interface] = {}
     for line in spec.exec:
-        match = re.match(r"ip addr(?:ess)? add (\S+) dev ", line)
-        if match and isinstance(found := ip_interface(match[1]), IPv4Interface):
-            return found
-    raise LabError(f"node {spec.name} has no `ip address add A/N dev I` among its exec lines")
+        if match := re.match(r"ip addr(?:ess)? add (\S+) dev ", line):
+            address = ip_interface(match[1])
+            found.setdefault(address.version, address)
+    if not found:
+        raise LabError(f"node {spec.name} has no `ip address add A/N dev I` among its exec lines")
+    return found
 
 
 def _next_network(cidr: str) -> str:
-    if not cidr:
-        raise LabError(f"the last node has no label {POD_CIDR_LABEL}")
-    network = IPv4Network(cidr)
-    return str(
-        IPv4Network((int(network.network_address) + network.num_addresses, network.prefixlen))
-    )
+    network = ip_network(cidr)
+    return f"{network.network_address + network.num_addresses}/{network.prefixlen}"
 
 
 def _free_port(topology: Topology, like: LinkEnd) -> LinkEnd:

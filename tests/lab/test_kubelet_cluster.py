@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Any
 
@@ -142,8 +143,10 @@ def test_nodes_register_as_their_machines_are(cluster: Running) -> None:
     for name, node in nodes.items():
         machine = cluster.lab.machine(name)
         addresses = {(a["type"], a["address"]) for a in node["status"]["addresses"]}
-        assert ("InternalIP", machine.address) in addresses
-        assert node["spec"].get("podCIDR", "") == machine.pod_cidr
+        internal = [(kind, address) for kind, address in addresses if kind == "InternalIP"]
+        assert sorted(internal) == sorted(("InternalIP", ip) for ip in machine.addresses)
+        assert [ip_address(address).version for address in machine.addresses] == [4, 6]
+        assert ",".join(node["spec"].get("podCIDRs", [])) == machine.pod_cidr
         tainted = {"key": CONTROL_LABEL, "effect": "NoSchedule"} in node["spec"].get("taints", [])
         assert (
             tainted == (machine.role == "control") == (CONTROL_LABEL in node["metadata"]["labels"])
@@ -173,6 +176,14 @@ def test_a_deployment_is_spread_and_answers_across_nodes(cluster: Running, app: 
     for pod in pods:
         name, address = pod["metadata"]["name"], pod["status"]["podIP"]
         assert fetch(cluster, "kube", address) == f"{name} 192.0.2.5 /x\n"
+        four, six = (entry["ip"] for entry in pod["status"]["podIPs"])
+        assert four == address
+        node = pod["spec"]["nodeName"].removeprefix("node-")
+        assert ip_address(six) in ip_network(f"fd00:10:244:{node}::/64")
+        assert fetch(cluster, "kube", f"[{six}]") == f"{name} 2001:db8:1::5 /x\n"
+        other = "node-2" if node == "1" else "node-1"
+        seen = f"{name} 2001:db8:1::2{other[-1]} /x\n"
+        assert fetch(cluster, other, f"[{six}]") == seen
     cluster.api.scale(app, 1)
     (left,) = cluster.ready(app, 1)
     links = [

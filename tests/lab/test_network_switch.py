@@ -65,6 +65,17 @@ def test_client_reaches_nodes_through_the_vrrp_gateway(rack: Lab) -> None:
     assert neighbours[0]["lladdr"] == "00:00:5e:00:01:0a"
 
 
+def test_the_ipv6_gateway_is_the_vrrp_pair_too(rack: Lab) -> None:
+    client, node = rack.machine("client"), rack.machine("node-2")
+    assert pings(client, "2001:db8:1::22")
+    for machine, gateway, mac in (
+        (client, "2001:db8:3::fe", "00:00:5e:00:02:14"),
+        (node, "2001:db8:1::fe", "00:00:5e:00:02:0a"),
+    ):
+        (neighbour,) = json.loads(machine.run("ip", "-j", "neigh", "show", gateway).stdout)
+        assert neighbour["lladdr"] == mac
+
+
 def test_new_connections_spread_by_layer_4(rack: Lab, eip: str) -> None:
     with Load.start(rack.machine("client"), eip, 80, probes_per_s=150, timeout_s=30) as load:
         first = load.mark("start")
@@ -178,11 +189,13 @@ def test_power_cut_of_the_vrrp_master(rack: Lab) -> None:
     rack.power_cut("tor-a")
     try:
         poll("tor-b to take over", lambda: set(vrrp(rack)["tor-b"].values()) == {"Master"})
-        poll("the client to reach a node through tor-b", lambda: pings(client, "192.0.2.22"))
+        for address in ("192.0.2.22", "2001:db8:1::22"):
+            poll("the client to reach a node through tor-b", partial(pings, client, address))
     finally:
         rack.power_on("tor-a")
         settled(rack)
-    poll("the client to reach a node through tor-a", lambda: pings(client, "192.0.2.22"))
+    for address in ("192.0.2.22", "2001:db8:1::22"):
+        poll("the client to reach a node through tor-a", partial(pings, client, address))
 
 
 def port_of(lab: Lab, node: str) -> str:

@@ -17,7 +17,7 @@ SECRET = {"kind": "Secret", "data": {"key": base64.b64encode(b"hush").decode()}}
 def context(**known: Any) -> podspec.Context:
     return podspec.Context(
         node="node-1",
-        host_ip="192.0.2.21",
+        host_ips=("192.0.2.21",),
         pod_ips=("192.0.2.21",),
         api_host="192.0.2.5",
         api_port=6443,
@@ -144,7 +144,9 @@ def test_status_of_a_pod_through_its_life() -> None:
     before: dict[str, Any] = {"metadata": {}, "spec": {}}
 
     def written() -> dict[str, Any]:
-        return status.pod_status(before, [state], "192.0.2.21", ["10.244.1.2"], 1.0, 2.0)
+        return status.pod_status(
+            before, [state], ["192.0.2.21", "2001:db8:1::21"], ["10.244.1.2"], 1.0, 2.0
+        )
 
     assert written()["phase"] == "Pending"
     state.state, state.ready = status.running(1.0), True
@@ -162,11 +164,11 @@ def test_status_of_a_pod_through_its_life() -> None:
 
 def test_a_condition_keeps_its_time_until_it_changes() -> None:
     state = status.ContainerState("c", "image")
-    made = status.pod_status({}, [state], "h", [], 0.0, 100.0)
-    again = status.pod_status({"status": made}, [state], "h", [], 0.0, 200.0)
+    made = status.pod_status({}, [state], ["h"], [], 0.0, 100.0)
+    again = status.pod_status({"status": made}, [state], ["h"], [], 0.0, 200.0)
     assert again["conditions"] == made["conditions"]
     state.state, state.ready = status.running(1.0), True
-    later = status.pod_status({"status": made}, [state], "h", [], 0.0, 300.0)
+    later = status.pod_status({"status": made}, [state], ["h"], [], 0.0, 300.0)
     times = {c["type"]: c["lastTransitionTime"] for c in later["conditions"]}
     assert times["Ready"] == status.timestamp(300.0)
     assert times["Initialized"] == status.timestamp(100.0)

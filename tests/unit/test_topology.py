@@ -96,9 +96,9 @@ def test_small_is_the_rack_that_the_documentation_draws(small: Topology) -> None
         "client": ["client"],
     }
     assert [small.node(f"node-{n}").pod_cidr for n in (1, 2, 3)] == [
-        "10.244.1.0/24",
-        "10.244.2.0/24",
-        "10.244.3.0/24",
+        "10.244.1.0/24,fd00:10:244:1::/64",
+        "10.244.2.0/24,fd00:10:244:2::/64",
+        "10.244.3.0/24,fd00:10:244:3::/64",
     ]
     assert small.node("tor-a").image == "quay.io/frrouting/frr:8.4.4"
     assert small.node("node-1").image  # from topology.kinds
@@ -190,14 +190,20 @@ def test_files_that_are_no_topology(tmp_path: Path, text: str, says: str) -> Non
 def test_the_next_node(small: Topology) -> None:
     new = topology.next_node(small)
     assert new.spec.name == "node-4"
-    assert new.address == "192.0.2.24"
-    assert new.spec.pod_cidr == "10.244.4.0/24"
+    assert new.addresses == ("192.0.2.24", "2001:db8:1::24")
+    assert new.spec.pod_cidr == "10.244.4.0/24,fd00:10:244:4::/64"
     assert new.link == Link(LinkEnd("rack", "eth9"), LinkEnd("node-4", "eth1"))
-    assert new.route == "ip route replace 10.244.4.0/24 via 192.0.2.24"
+    assert new.routes == (
+        "ip route replace 10.244.4.0/24 via 192.0.2.24",
+        "ip route replace fd00:10:244:4::/64 via 2001:db8:1::24",
+    )
     assert "ip address add 192.0.2.24/24 dev eth1" in new.spec.exec
-    assert not any("192.0.2.23/24" in line for line in new.spec.exec)
+    assert "ip address add 2001:db8:1::24/64 dev eth1 nodad" in new.spec.exec
+    assert not any("2.23/24" in line or "::23/64" in line for line in new.spec.exec)
     for number in (1, 2, 3):
         line = f"ip route replace 10.244.{number}.0/24 via 192.0.2.2{number}"
+        assert new.spec.exec.count(line) == 1
+        line = f"ip route replace fd00:10:244:{number}::/64 via 2001:db8:1::2{number}"
         assert new.spec.exec.count(line) == 1
 
 

@@ -208,7 +208,7 @@ class Pod:
         node = self._node
         return podspec.Context(
             node=node.node,
-            host_ip=node.addresses[0],
+            host_ips=node.addresses,
             pod_ips=self._ips,
             api_host=node.api_host,
             api_port=node.api_port,
@@ -249,7 +249,7 @@ class Pod:
     def _status(self) -> Object:
         states = [container.state for container in self.containers]
         return status.pod_status(
-            self.pod, states, self._node.addresses[0], self._ips, self._started_s, time.time()
+            self.pod, states, self._node.addresses, self._ips, self._started_s, time.time()
         )
 
     async def _write_status(self) -> None:

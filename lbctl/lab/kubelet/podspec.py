@@ -49,7 +49,7 @@ class Context:
     """
 
     node: str
-    host_ip: str
+    host_ips: tuple[str, ...]
     pod_ips: tuple[str, ...]
     api_host: str
     api_port: int
@@ -286,8 +286,8 @@ def field(pod: Object, path: str, context: Context) -> str:
         "metadata.uid": lambda: meta["uid"],
         "spec.nodeName": lambda: context.node,
         "spec.serviceAccountName": lambda: pod["spec"].get("serviceAccountName", "default"),
-        "status.hostIP": lambda: context.host_ip,
-        "status.hostIPs": lambda: context.host_ip,
+        "status.hostIP": lambda: context.host_ips[0],
+        "status.hostIPs": lambda: ",".join(context.host_ips),
         "status.podIP": lambda: context.pod_ips[0],
         "status.podIPs": lambda: ",".join(context.pod_ips),
     }

@@ -65,7 +65,7 @@ def phase(states: Sequence[ContainerState]) -> str:
 def pod_status(
     pod: Object,
     states: Sequence[ContainerState],
-    host_ip: str,
+    host_ips: Sequence[str],
     pod_ips: Sequence[str],
     started_s: float,
     now_s: float,
@@ -91,8 +91,8 @@ def pod_status(
     ]
     status: Object = {
         "phase": now_phase,
-        "hostIP": host_ip,
-        "hostIPs": [{"ip": host_ip}],
+        "hostIP": host_ips[0],
+        "hostIPs": [{"ip": address} for address in host_ips],
         "startTime": timestamp(started_s),
         "conditions": _timed(conditions, pod.get("status", {}).get("conditions") or [], now_s),
         "containerStatuses": [_container(state) for state in states],
