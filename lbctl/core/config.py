@@ -16,10 +16,13 @@ from functools import cached_property
 from ipaddress import IPv4Address
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError
 
 from lbctl.core import config_values as values
+from lbctl.core import names
 from lbctl.core.config_checks import cross_checks
+from lbctl.core.config_model import Asn, Label, Model, Seconds, Unicast, given
+from lbctl.core.config_pools import Pool, Requirement, Reserved, Selector
 from lbctl.core.config_values import AddressRange, show
 from lbctl.core.model import (
     Address,
@@ -37,52 +40,18 @@ from lbctl.errors import ConfigError
 VERSION: Final = 1
 MAX_PROBLEMS: Final = 200
 
-_Label = Annotated[str, BeforeValidator(values.parse_label)]
-_Asn = Annotated[int, BeforeValidator(values.parse_asn)]
-_Unicast = Annotated[Address, BeforeValidator(values.parse_unicast)]
-_Seconds = Annotated[float, BeforeValidator(values.parse_duration)]
 
-
-def _given(value: object) -> object:
-    """A section whose lines are all commented out is an empty section."""
-    return {} if value is None else value
-
-
-class _Model(BaseModel):
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, validate_by_name=True, validate_by_alias=True
-    )
-
-
-class Pool(_Model):
-    """Addresses that Services get. `auto_assign`: also to Services that do not ask for them."""
-
-    name: _Label
-    addresses: tuple[Annotated[AddressRange, BeforeValidator(values.parse_range)], ...] = Field(
-        min_length=1
-    )
-    auto_assign: bool = Field(default=True, validation_alias="autoAssign")
-
-    @property
-    def size(self) -> int:
-        """How many addresses it holds."""
-        return sum(part.size for part in self.addresses)
-
-    def __contains__(self, address: Address) -> bool:
-        return any(address in part for part in self.addresses)
-
-
-class PeerConfig(_Model):
+class PeerConfig(Model):
     """A switch. `password_secret` names a Secret of our namespace, key `password`."""
 
-    name: _Label
-    address: _Unicast
-    asn: _Asn
+    name: Label
+    address: Unicast
+    asn: Asn
     port: int = Field(default=179, ge=1, le=65535)
     hold_time_s: Annotated[int, BeforeValidator(values.parse_hold_time)] = Field(
         default=9, validation_alias="holdTime"
     )
-    local_address: _Unicast | None = Field(default=None, validation_alias="localAddress")
+    local_address: Unicast | None = Field(default=None, validation_alias="localAddress")
     router_id: Annotated[IPv4Address, BeforeValidator(values.parse_router_id)] | None = Field(
         default=None, validation_alias="routerId"
     )
@@ -92,31 +61,31 @@ class PeerConfig(_Model):
     multihop: int | None = Field(default=None, ge=1, le=255)
 
 
-class Bgp(_Model):
+class Bgp(Model):
     """Our AS and the switches."""
 
-    asn: _Asn
+    asn: Asn
     peers: tuple[PeerConfig, ...]
 
 
-class Announce(_Model):
+class Announce(Model):
     """How routes are announced and addresses given back."""
 
     max_paths: int = Field(default=64, ge=1, le=1024, validation_alias="maxPaths")
     paths: Literal["addPath", "perManager"] = "addPath"
-    drain_time_s: _Seconds = Field(default=2.0, le=3600, validation_alias="drainTime")
-    reuse_after_s: _Seconds = Field(default=30.0, le=604800, validation_alias="reuseAfter")
+    drain_time_s: Seconds = Field(default=2.0, le=3600, validation_alias="drainTime")
+    reuse_after_s: Seconds = Field(default=30.0, le=604800, validation_alias="reuseAfter")
 
 
-class Probe(_Model):
+class Probe(Model):
     """How nodes are judged."""
 
-    interval_s: _Seconds = Field(default=0.05, ge=0.01, le=10, validation_alias="interval")
+    interval_s: Seconds = Field(default=0.05, ge=0.01, le=10, validation_alias="interval")
     misses: int = Field(default=3, ge=1, le=100)
-    agent_grace_s: _Seconds = Field(default=300.0, le=86400, validation_alias="agentGrace")
+    agent_grace_s: Seconds = Field(default=300.0, le=86400, validation_alias="agentGrace")
 
 
-class Forwarding(_Model):
+class Forwarding(Model):
     """How nodes carry traffic; `lbctl.core.model.ForwardingOptions` says what each means."""
 
     interfaces: tuple[Annotated[str, BeforeValidator(values.parse_interface)], ...] = ()
@@ -128,22 +97,32 @@ class Forwarding(_Model):
     )
 
 
-class Endpoints(_Model):
+class Endpoints(Model):
     """Which endpoints take traffic. `external`: what becomes of those that are on no node."""
 
     external: External = "refuse"
 
 
-class Config(_Model):
+class Services(Model):
+    """Which Services are ours. `without_class`: those without a loadBalancerClass too."""
+
+    load_balancer_class: Annotated[str, BeforeValidator(values.parse_label_key)] = Field(
+        default=names.LOAD_BALANCER_CLASS, validation_alias="loadBalancerClass"
+    )
+    without_class: bool = Field(default=True, validation_alias="withoutClass")
+
+
+class Config(Model):
     """A whole, valid configuration. Frozen and comparable."""
 
     version: Annotated[int, BeforeValidator(values.parse_version)]
     pools: tuple[Pool, ...]
     bgp: Bgp
-    announce: Annotated[Announce, BeforeValidator(_given)] = Announce()
-    probe: Annotated[Probe, BeforeValidator(_given)] = Probe()
-    forwarding: Annotated[Forwarding, BeforeValidator(_given)] = Forwarding()
-    endpoints: Annotated[Endpoints, BeforeValidator(_given)] = Endpoints()
+    announce: Annotated[Announce, BeforeValidator(given)] = Announce()
+    probe: Annotated[Probe, BeforeValidator(given)] = Probe()
+    forwarding: Annotated[Forwarding, BeforeValidator(given)] = Forwarding()
+    endpoints: Annotated[Endpoints, BeforeValidator(given)] = Endpoints()
+    services: Annotated[Services, BeforeValidator(given)] = Services()
 
     @property
     def forwarding_options(self) -> ForwardingOptions:
@@ -176,6 +155,46 @@ class Config(_Model):
             return None
         return ends[at][1]
 
+    @cached_property
+    def by_name(self) -> dict[str, Pool]:
+        """The pools by name."""
+        return {pool.name: pool for pool in self.pools}
+
+    def lets_go(self, pool: str) -> bool:
+        """Whether a pool takes back addresses that it no longer holds."""
+        return pool in self.by_name and self.by_name[pool].release
+
+    @cached_property
+    def ranked(self) -> tuple[Pool, ...]:
+        """The pools in the order in which they are tried."""
+        return tuple(sorted(self.pools, key=lambda pool: pool.rank))
+
+    @cached_property
+    def _reserved(self) -> tuple[list[tuple[int, int]], list[Reserved]]:
+        every = [entry for pool in self.pools for entry in pool.reserved]
+        every.sort(key=lambda entry: (entry.addresses.version, int(entry.addresses.first)))
+        starts = [(entry.addresses.version, int(entry.addresses.first)) for entry in every]
+        return starts, every
+
+    def reserved_at(self, address: Address) -> Reserved | None:
+        """The reservation that holds `address`. O(log reservations)."""
+        starts, every = self._reserved
+        at = bisect_right(starts, (address.version, int(address))) - 1
+        return every[at] if at >= 0 and address in every[at].addresses else None
+
+    @cached_property
+    def _owned(self) -> dict[tuple[ObjectRef, int], Address]:
+        return {
+            (entry.owner, entry.addresses.version): entry.addresses.first
+            for pool in self.pools
+            for entry in pool.reserved
+            if entry.owner is not None
+        }
+
+    def reserved_for(self, service: ObjectRef, version: int) -> Address | None:
+        """The address of a family that is reserved for a Service."""
+        return self._owned.get((service, version))
+
 
 @dataclass(frozen=True, slots=True, order=True)
 class ShrinkConflict:
@@ -195,12 +214,17 @@ def config_hash(text: str) -> str:
 
 
 def shrink_conflicts(eips: Iterable[Eip], new: Config) -> tuple[ShrinkConflict, ...]:
-    """The Bound EIPs that no pool of `new` holds, sorted. Not empty: refuse the configuration."""
+    """The Bound EIPs that no pool of `new` holds, sorted. Not empty: refuse the configuration.
+
+    Those of a pool that says `release: true` are let go.
+    """
     return tuple(
         sorted(
             ShrinkConflict(eip.owner, eip.address, eip.pool)
             for eip in eips
-            if eip.phase is Phase.BOUND and new.pool_of(eip.address) is None
+            if eip.phase is Phase.BOUND
+            and new.pool_of(eip.address) is None
+            and not new.lets_go(eip.pool)
         )
     )
 
@@ -254,15 +278,21 @@ def _version_problem(document: Document) -> Problem | None:
 
 
 # What may stand where, for "did you mean". Indexes are left out of the path.
-_SECTIONS: Final[dict[tuple[str, ...], type[_Model]]] = {
+_SECTIONS: Final[dict[tuple[str, ...], type[Model]]] = {
     (): Config,
     ("pools",): Pool,
+    ("pools", "reserved"): Reserved,
+    ("pools", "namespaceSelectors"): Selector,
+    ("pools", "namespaceSelectors", "matchExpressions"): Requirement,
+    ("pools", "serviceSelectors"): Selector,
+    ("pools", "serviceSelectors", "matchExpressions"): Requirement,
     ("bgp",): Bgp,
     ("bgp", "peers"): PeerConfig,
     ("announce",): Announce,
     ("probe",): Probe,
     ("forwarding",): Forwarding,
     ("endpoints",): Endpoints,
+    ("services",): Services,
 }
 _EXPECTED: Final = {
     "int_type": "must be a whole number",
@@ -337,6 +367,10 @@ __all__ = [
     "PeerConfig",
     "Pool",
     "Probe",
+    "Requirement",
+    "Reserved",
+    "Selector",
+    "Services",
     "ShrinkConflict",
     "config_hash",
     "parse",

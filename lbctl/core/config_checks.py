@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from dataclasses import dataclass
+from typing import Any
 
 from lbctl.core import config_values as values
 from lbctl.core.config_values import AddressRange, show
@@ -24,7 +25,9 @@ def cross_checks(document: Document) -> list[Problem]:
         *_duplicates(document, pools, "name", "pool"),
         *_duplicates(document, peers, "name", "peer"),
         *_peer_addresses(document, peers),
+        *_empty(document, pools),
         *_overlaps(document, ranges),
+        *_reservations(document, pools),
         *_inside_pools(document, peers, ranges),
         *_duplicate_interfaces(document),
     ]
@@ -116,9 +119,8 @@ def _ranges(pools: list[tuple[Loc, dict[str, object]]]) -> list[_Placed]:
     for loc, pool in pools:
         addresses = pool.get("addresses")
         for n, text in enumerate(addresses if isinstance(addresses, tuple) else ()):
-            try:
-                part = values.parse_range(text)
-            except ValueError:
+            part = _readable_range(text)
+            if part is None:
                 continue
             name = str(pool.get("name"))
             shown = name if values.is_label(name) else show(name)
@@ -142,6 +144,53 @@ def _overlaps(document: Document, ranges: list[_Placed]) -> list[Problem]:
         ):
             widest = found
     return problems
+
+
+def _empty(document: Document, pools: list[tuple[Loc, dict[str, object]]]) -> list[Problem]:
+    text = "must not be empty"
+    return [
+        Problem(document.mark((*loc, "addresses")), (*loc, "addresses"), text)
+        for loc, pool in pools
+        if pool.get("addresses") == () and pool.get("release") is not True
+    ]
+
+
+def _reservations(document: Document, pools: list[tuple[Loc, dict[str, object]]]) -> list[Problem]:
+    """Reserved addresses lie in their pool, once; an owner has at most one of each family."""
+    found: list[Problem] = []
+    placed: list[_Placed] = []
+    owners: dict[tuple[object, int], Loc] = {}
+    for loc, pool in pools:
+        own = [_readable_range(text) for text in _list(pool.get("addresses"))]
+        for n, entry in enumerate(_list(pool.get("reserved"))):
+            here: Loc = (*loc, "reserved", n)
+            given: Any = entry if isinstance(entry, dict) else {"address": entry}
+            part = _readable_range(given.get("address"))
+            if part is None:
+                continue
+            if not any(r is not None and part.first in r and part.last in r for r in own):
+                text = f"{part} is not in the addresses of the pool"
+                found.append(Problem(document.mark(here), here, text))
+            placed.append(_Placed(part, str(pool.get("name")), here, str(part)))
+            owner = given.get("owner")
+            first = owners.setdefault((owner, part.version), here) if owner is not None else here
+            if first != here:
+                line = document.mark(first).line
+                text = f"{owner} has a reserved IPv{part.version} address already (line {line})"
+                found.append(Problem(document.mark(here), here, text))
+    placed.sort(key=lambda p: (p.part.version, int(p.part.first), p.loc[1], p.loc[3]))
+    return found + _overlaps(document, placed)
+
+
+def _list(value: object) -> tuple[object, ...]:
+    return value if isinstance(value, tuple) else ()
+
+
+def _readable_range(text: object) -> AddressRange | None:
+    try:
+        return values.parse_range(text)
+    except ValueError:
+        return None
 
 
 def _inside_pools(

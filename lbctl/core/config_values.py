@@ -11,12 +11,13 @@ import json
 import re
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
-from typing import Final
+from typing import Any, Final
 
-from lbctl.core.model import Address
+from lbctl.core.model import Address, ObjectRef
 
 _LABEL: Final = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?\Z")
 _SUBDOMAIN: Final = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*\Z")
+_NAME: Final = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?\Z")
 _INTERFACE: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@+-]{0,14}\Z")
 _DURATION: Final = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,6})?)(ms|s|m|h)\Z")
 _UNIT_S: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
@@ -229,6 +230,49 @@ def parse_label(value: object) -> str:
             "with a letter or digit first and last"
         )
     return value
+
+
+def parse_label_key(value: object) -> str:
+    """A label's key or a loadBalancerClass: a name, perhaps behind a DNS prefix and a slash."""
+    if isinstance(value, str) and len(value) <= 317:
+        prefix, slash, name = value.rpartition("/")
+        if _NAME.match(name) and (not slash or _SUBDOMAIN.match(prefix)):
+            return value
+    raise ValueError(f"{show(value)} is not a label key such as example.com/name")
+
+
+def parse_match_labels(value: object) -> tuple[tuple[str, str], ...]:
+    """`matchLabels` as sorted pairs."""
+    if not isinstance(value, dict):
+        raise ValueError(f"must be a mapping of labels, not {show(value)}")
+    for key, wanted in value.items():
+        parse_label_key(key)
+        if not isinstance(wanted, str):
+            raise ValueError(f"the value of {key} must be text (in quotes), not {show(wanted)}")
+    return tuple(sorted(value.items()))
+
+
+def parse_owner(value: object) -> ObjectRef:
+    """A Service as `NAMESPACE/NAME`."""
+    if isinstance(value, str):
+        namespace, _, name = value.partition("/")
+        if is_label(namespace) and is_label(name):
+            return ObjectRef(namespace, name)
+    raise ValueError(f"{show(value)} is not a Service, NAMESPACE/NAME")
+
+
+def parse_quota(value: object) -> tuple[tuple[str, int], ...]:
+    """Addresses per namespace: one number for each, or a mapping of namespaces ("*": all others).
+
+    Returns sorted pairs of namespace and number.
+    """
+    given: dict[str, Any] = value if isinstance(value, dict) else {"*": value}
+    for namespace, number in given.items():
+        if namespace != "*" and not is_label(namespace):
+            raise ValueError(f"{show(namespace)} is not a namespace")
+        if not isinstance(number, int) or isinstance(number, bool) or number < 0:
+            raise ValueError(f"must be a number of addresses, 0 or more, not {show(number)}")
+    return tuple(sorted(given.items()))
 
 
 def parse_secret_name(value: object) -> str:
