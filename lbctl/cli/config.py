@@ -1,7 +1,7 @@
-"""`lbctl config validate FILE`: every error of a configuration, before it is applied.
+"""`lbctl config validate` and `import`: what can be said about files without a cluster.
 
-Takes the bare `config.yaml` as well as the manifest of the ConfigMap that holds it; positions are
-those in the file either way.
+`validate` takes the bare `config.yaml` as well as the manifest of the ConfigMap that holds it;
+positions are those in the file either way. `import` reads other controllers' manifests.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import typer
 from lbctl.cli.output import WRONG, Output, cannot, print_json
 from lbctl.core import names
 from lbctl.core.config import Config, config_hash, parse
+from lbctl.core.imports.convert import convert
 from lbctl.core.positions import MAX_BYTES, load
 from lbctl.errors import ConfigError
 
@@ -35,7 +36,7 @@ def validate(
     output: Annotated[Output, typer.Option("--output", "-o", help="text or json")] = Output.TEXT,
 ) -> None:
     """Check a configuration. Exit code 0: valid, 1: errors, 2: the file cannot be read."""
-    text = _read(file)
+    text = read_text(file)
     source = "stdin" if file == "-" else file
     problems: tuple[str, ...] = ()
     config: Config | None = None
@@ -60,11 +61,34 @@ def validate(
         raise typer.Exit(WRONG)
 
 
+@app.command("import")
+def import_files(
+    files: Annotated[
+        list[str],
+        typer.Argument(
+            help="Manifests of MetalLB, OpenELB, kube-vip or Cilium; - is stdin.",
+            metavar="FILE...",
+        ),
+    ],
+) -> None:
+    """Convert another controller's configuration to ours, on stdout. Exit code 1: errors.
+
+    Comments say what has no counterpart, and what happens instead.
+    """
+    texts = [("stdin" if file == "-" else file, read_text(file)) for file in files]
+    try:
+        typer.echo(convert(texts), nl=False)
+    except ConfigError as error:
+        typer.echo("\n".join(error.problems), err=True)
+        raise typer.Exit(WRONG) from None
+
+
 def _count(number: int, word: str, plural: str = "s") -> str:
     return f"{number} {word}{'' if number == 1 else plural}"
 
 
-def _read(file: str) -> str:
+def read_text(file: str) -> str:
+    """A file's text, `-` being stdin; ends the command with code 2 if it cannot be had."""
     try:
         if file == "-":
             raw = sys.stdin.buffer.read(2 * MAX_BYTES)
