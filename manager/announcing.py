@@ -107,6 +107,7 @@ class Announcing:
         self._ids = PathIds()
         self._paths: PMap[Network, frozenset[Path]] = PMap()
         self._hops: Counter[str] = Counter()  # paths by node
+        self._counts: tuple[Counter[int], Counter[int]] = Counter(), Counter()  # by family
         self._all = True
         self._touched: set[Address] = set()
         self._wake = asyncio.Event()
@@ -262,11 +263,17 @@ class Announcing:
                 prefix = host_route(address)
                 fresh.update({prefix: after} if after else {})
                 gone.update(() if after else (prefix,))
-                self._hops.subtract(path.node for path in before - after)
-                self._hops.update(path.node for path in after - before)
+                self._count(address.version, before, after)
             if new is not None and (old is None or old.reason is not new.reason):
                 self._on_selected(self._eips[address].owner)
         self._paths = self._paths.updated(fresh, gone)
+
+    def _count(self, version: int, before: frozenset[Path], after: frozenset[Path]) -> None:
+        prefixes, paths = self._counts
+        prefixes[version] += bool(after) - bool(before)
+        paths[version] += len(after) - len(before)
+        self._hops.subtract(path.node for path in before - after)
+        self._hops.update(path.node for path in after - before)
 
     def _announce(self, accepted: Accepted) -> None:
         try:
@@ -335,7 +342,12 @@ class Announcing:
         """How many paths a session has had, None while that is not certain."""
         if self.number is None or not session.up or not self._speaker.is_settled(self.number):
             return None
-        return self._hops.total() if session.add_path else len(self._paths)
+        prefixes, paths = self._counts
+        return sum((paths if several else prefixes)[version] for version, several in session.agreed)
+
+    def families(self) -> tuple[int, ...]:
+        """The families that something is announced of, sorted."""
+        return tuple(sorted(+self._counts[0]))
 
     def measure(self) -> None:
         """Fill in the metrics."""

@@ -139,9 +139,12 @@ def _sessions(parts: Parts, sessions: tuple[Session, ...]) -> tuple[state.Sessio
     found = []
     for peer in sorted(current.config.bgp.peers if current else (), key=lambda p: p.name):
         lacks = parts.neighbours.missing.get(peer.name, "not spoken to yet")
-        session = known.get(peer.name) or Session(peer.name, False, None, lacks)
+        session = known.get(peer.name) or Session(peer.name, False, (), lacks)
         reason = Reason.SESSION_UP if session.up else Reason.SESSION_DOWN
-        if session.up and session.add_path is False:
+        carried = tuple(version for version, _ in session.agreed)
+        if session.up and not set(parts.announcing.families()).issubset(carried):
+            reason = Reason.FAMILY_MISSING
+        elif session.up and session.add_path is False:
             reason = Reason.ADD_PATH_MISSING
         found.append(
             state.SessionState(
@@ -152,6 +155,7 @@ def _sessions(parts: Parts, sessions: tuple[Session, ...]) -> tuple[state.Sessio
                 session.add_path,
                 session.detail,
                 parts.announcing.sent(session),
+                carried,
             )
         )
     return tuple(found)

@@ -13,7 +13,7 @@ from lbctl.cli.output import OK, WRONG, Output, cannot, clean, console, print_js
 from lbctl.cli.status import Kubeconfig, OutputOption, merge_or_stop
 from lbctl.core.model import ObjectRef, Phase
 from lbctl.core.reasons import SENTENCE, Reason
-from lbctl.core.state import EipState, HopState, ManagerState, ServiceState, to_plain
+from lbctl.core.state import EipState, HopState, ManagerState, ServiceState, SessionState, to_plain
 from lbctl.errors import LbctlError
 
 _NOT_OURS = (Reason.NOT_LOAD_BALANCER, Reason.OTHER_CLASS)
@@ -53,6 +53,11 @@ def _ref(service: str, namespace: str | None) -> ObjectRef:
     return ObjectRef(given, name)
 
 
+def _carries(session: SessionState, eip: EipState) -> bool:
+    """Whether the switch can learn the EIP through it; an older manager tells no families."""
+    return session.up and (not session.families or eip.address.version in session.families)
+
+
 class Story:
     """What all managers say about one Service."""
 
@@ -73,7 +78,7 @@ class Story:
         if not bound or any(answer.state is None for answer in self.merged.answers):
             return False
         return all(
-            eip is not None and eip.next_hops and all(s.up for s in state.sessions)
+            eip is not None and eip.next_hops and all(_carries(s, eip) for s in state.sessions)
             for state in self.merged.managers
             for eip in (self._seen(state, one) for one in bound)
         )

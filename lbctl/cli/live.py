@@ -257,7 +257,7 @@ def _sessions(states: tuple[ManagerState, ...]) -> list[str]:
         + (session.detail or SENTENCE[session.reason])
         for state in states
         for session in state.sessions
-        if not session.up or session.reason is Reason.ADD_PATH_MISSING
+        if session.reason is not Reason.SESSION_UP
     ]
 
 

@@ -9,8 +9,9 @@ asks `take()` what to send. Rules:
   or in the same slot, the announce is acknowledged before the old path is withdrawn. A *slot* is
   what BGP tells apart: (prefix, path-id), or the prefix alone towards a peer without ADD-PATH; what
   an announce replaced in its own slot needs no withdraw, and must not get one.
-- A peer gets nothing before its first `negotiated`: only then is it known how many paths it takes.
-  If that changes, everything of the old kind is withdrawn and on the wire before the new is sent.
+- A peer gets nothing before its first `negotiated`: only then is it known which families it takes,
+  and of each how many paths. If that changes, everything of the old kind is withdrawn and on the
+  wire before the new is sent.
 - What a lost command did is unknown: such routes are `unsure`, and are sent again or withdrawn.
 - The desired state is taken whole, as a persistent map by prefix (`by_prefix`): the difference to
   the last is worked out here, at the cost of the prefixes that changed.
@@ -28,7 +29,7 @@ from typing import Final, TypeAlias
 from lbctl.core import exabgp
 from lbctl.core.announce_table import Route, Table
 from lbctl.core.exabgp import Command, Verb
-from lbctl.core.model import Network, Path
+from lbctl.core.model import Agreed, Network, Path
 from lbctl.core.pmap import PMap, changed
 from lbctl.errors import MessageError, SpeakerError
 
@@ -108,7 +109,7 @@ class Announcer:
         self._number = 0
         self._paths: PMap[Network, frozenset[Path]] = PMap()
         self._tables: dict[str, Table] = {}
-        self._modes: dict[str, bool] = {}
+        self._modes: dict[str, dict[int, bool]] = {}
         self._up: set[str] = set()
         self._unclaimed: dict[str, list[Held]] = {}  # of peers that are not wanted (yet)
         self._texts: dict[tuple[object, ...], str] = {}
@@ -167,10 +168,8 @@ class Announcer:
                 self._tables[peer] = table = Table(peer, self._modes.get(peer), peer in self._up)
                 self._learn(table, self._unclaimed.pop(peer, ()))
                 self._fill(table)
-            elif known.mode:
-                self._change(known, new, gone)
-            elif known.mode is False and (new or gone):
-                self._choose(known, before, touched)
+            elif known.modes is not None and (new or gone):
+                self._follow(known, new, gone, before, touched)
         return self._number
 
     def _text(self, path: Path, identified: bool) -> str:
@@ -180,20 +179,23 @@ class Announcer:
             text = self._texts[key] = exabgp.attributes(path, identified)
         return text
 
-    def _routes(self, paths: Iterable[Path], mode: bool) -> list[Route]:
-        """The routes for a peer of that mode, in order: all paths, or the first of each prefix."""
+    def _routes(self, paths: Iterable[Path], several: bool) -> list[Route]:
+        """The routes for a peer, in order: all paths, or the first of each prefix."""
         routes: dict[object, Route] = {}
         for path in sorted(paths, key=_order):
             text = exabgp.prefix(path.prefix, path.next_hop)
-            route = Route(self._text(path, mode), text)
-            routes.setdefault(len(routes) if mode else text, route)
+            route = Route(self._text(path, several), text)
+            routes.setdefault(len(routes) if several else text, route)
         return list(routes.values())
 
     def _fill(self, table: Table) -> None:
         """Make `wanted` anew."""
         old = table.empty()
-        every = _flat(self._paths, self._paths)
-        fresh = [] if table.mode is None else self._routes(every, table.mode)
+        fresh = [
+            route
+            for version, several in sorted((table.modes or {}).items())
+            for route in self._routes(_flat(self._paths, self._paths, version), several)
+        ]
         for route in fresh:
             table.want(route)
         for route in (*sorted(old - table.wanted), *fresh):
@@ -206,12 +208,24 @@ class Announcer:
         for route in (*gone, *new):
             self._consider(table, route)
 
-    def _choose(
-        self, table: Table, before: Mapping[Network, frozenset[Path]], prefixes: set[Network]
+    def _follow(
+        self,
+        table: Table,
+        new: list[Route],
+        gone: list[Route],
+        before: Mapping[Network, frozenset[Path]],
+        touched: set[Network],
     ) -> None:
-        """Look again which path of these prefixes a peer without ADD-PATH gets."""
-        gone = self._routes(_flat(before, prefixes), False)
-        self._change(table, self._routes(_flat(self._paths, prefixes), False), gone)
+        """Take in what changed, family by family; new, gone: the routes of a peer with ADD-PATH."""
+        for version, several in sorted((table.modes or {}).items()):
+            if several:
+                fresh = [route for route in new if route.version == version]
+                old = [route for route in gone if route.version == version]
+            else:
+                # Look again which path of these prefixes it gets.
+                fresh = self._routes(_flat(self._paths, touched, version), False)
+                old = self._routes(_flat(before, touched, version), False)
+            self._change(table, fresh, old)
 
     def _consider(self, table: Table, route: Route) -> None:
         table.consider(route, self._number)
@@ -271,18 +285,18 @@ class Announcer:
             for prefix in entry.prefixes:
                 table.learn(Route(entry.attributes, prefix), entry.sure)
         table.unsure -= table.held
-        table.blocked = table.mode is not None and table.stray()
-        if table.mode is not None:
+        table.blocked = table.modes is not None and table.stray()
+        if table.modes is not None:
             for route in sorted(table.wanted | table.held | table.unsure):
                 self._consider(table, route)
 
-    def negotiated(self, peer: str, add_path: bool) -> None:
-        """A session agreed, or did not, that we may send several paths per prefix."""
-        self._modes[peer] = add_path
+    def negotiated(self, peer: str, agreed: Agreed) -> None:
+        """A session agreed on these families, and whether we may send several paths per prefix."""
+        self._modes[peer] = modes = dict(agreed)
         table = self._tables.get(peer)
-        if table is None or table.mode == add_path:
+        if table is None or table.modes == modes:
             return
-        table.mode = add_path
+        table.modes = modes
         table.blocked = table.stray()
         self._fill(table)
         for route in sorted((table.held | table.unsure) - table.wanted):
@@ -411,8 +425,11 @@ def _order(path: Path) -> tuple[int, int, int, int, int]:
     return network.version, int(network.network_address), network.prefixlen, int(hop), path.path_id
 
 
-def _flat(paths: Mapping[Network, frozenset[Path]], prefixes: Iterable[Network]) -> Iterator[Path]:
-    return (path for prefix in prefixes for path in paths.get(prefix, ()))
+def _flat(
+    paths: Mapping[Network, frozenset[Path]], prefixes: Iterable[Network], version: int
+) -> Iterator[Path]:
+    of_family = (prefix for prefix in prefixes if prefix.version == version)
+    return (path for prefix in of_family for path in paths.get(prefix, ()))
 
 
 def _check(prefix: Network, paths: frozenset[Path]) -> None:

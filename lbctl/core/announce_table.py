@@ -5,6 +5,7 @@ Pure; the rules are in `lbctl.core.announce`, which owns the tables.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import NamedTuple
@@ -21,15 +22,20 @@ class Route(NamedTuple):
     attributes: str
     prefix: str
 
+    @property
+    def version(self) -> int:
+        """Of the prefix: 4 or 6."""
+        return 6 if ":" in self.prefix else 4
+
 
 @dataclass(slots=True)
 class Table:
     """One peer: what it shall have, what it has, and what is under way. Sets of `Route`."""
 
     peer: str
-    mode: bool | None = None  # ADD-PATH agreed; None: never negotiated
+    modes: Mapping[int, bool] | None = None  # by family: ADD-PATH agreed; None: never negotiated
     up: bool = False
-    blocked: bool = False  # the mode changed: no announce until the old kind is gone
+    blocked: bool = False  # the modes changed: no announce until the old kind is gone
     wanted: set[Route] = field(default_factory=set)
     held: set[Route] = field(default_factory=set)
     unsure: set[Route] = field(default_factory=set)
@@ -45,8 +51,9 @@ class Table:
     slots: dict[str, set[str]] = field(default_factory=dict)  # id -> attributes of held, unsure
 
     def foreign(self, route: Route) -> bool:
-        """Whether the route is of the kind that the peer's mode does not have."""
-        return (exabgp.path_id(route.attributes) is not None) != bool(self.mode)
+        """Whether the route is of the kind that the peer's modes do not have."""
+        several = (self.modes or {}).get(route.version)
+        return (exabgp.path_id(route.attributes) is not None) is not several
 
     def want(self, route: Route) -> None:
         """Add to `wanted`."""
@@ -147,7 +154,7 @@ class Table:
         self.deferred.clear()
 
     def stray(self) -> bool:
-        """Whether something of the kind that the mode does not have may still be there."""
+        """Whether something of the kind that the modes do not have may still be there."""
         return any(
             self.foreign(route)
             for known in (self.held, self.unsure, self.busy.keys())

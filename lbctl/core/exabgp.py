@@ -18,7 +18,7 @@ from functools import lru_cache
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from typing import Any, Final
 
-from lbctl.core.model import Address, Path, Peer
+from lbctl.core.model import Address, Agreed, Path, Peer
 from lbctl.errors import MessageError, SpeakerError
 
 PROCESS: Final = "lbctl"
@@ -26,6 +26,7 @@ BARRIER: Final = "lbctl-barrier"  # the API command that manager.speaker.runner 
 MAX_PREFIXES: Final = 200
 MAX_U32: Final = 2**32 - 1
 MAX_PASSWORD: Final = 80  # RFC 2385 as Linux and FRR take it
+_FAMILIES: Final = {"ipv4 unicast": 4, "ipv6 unicast": 6}
 
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _ARGUMENT: Final = re.compile(r"[A-Za-z0-9_./:=@+-]+")
@@ -66,11 +67,11 @@ class Acknowledged:
 
 @dataclass(frozen=True, slots=True)
 class SessionEvent:
-    """A session changed. `add_path` is set by a `negotiated` event, `up` by the others."""
+    """A session changed. `agreed` is set by a `negotiated` event, `up` by the others."""
 
     peer: str
     up: bool | None = None
-    add_path: bool | None = None
+    agreed: Agreed | None = None
     detail: str = ""
 
 
@@ -337,12 +338,19 @@ def parse_line(line: str) -> Answer | None:
 def _barrier(data: dict[str, Any]) -> BarrierAnswer:
     flushed, sessions = {}, []
     for peer, state in sorted(data["peers"].items()):
-        up, add_path = bool(state["up"]), state["add_path"]
+        agreed = state["agreed"]
         flushed[peer] = bool(state["flushed"])
-        sessions.append(SessionEvent(peer, up, None if add_path is None else bool(add_path)))
+        given = None if agreed is None else _agreed(agreed)
+        sessions.append(SessionEvent(peer, bool(state["up"]), given))
     return BarrierAnswer(
         str(data[BARRIER]), flushed, tuple(sessions), int(data["reloads"]), int(data["failures"])
     )
+
+
+def _agreed(families: Mapping[str, bool]) -> Agreed:
+    """The unicast families by ExaBGP's names, with whether several paths may be sent."""
+    known = {_FAMILIES[name]: bool(n) for name, n in families.items() if name in _FAMILIES}
+    return tuple(sorted(known.items()))
 
 
 def _event(data: dict[str, Any]) -> SessionEvent | None:
@@ -353,8 +361,8 @@ def _event(data: dict[str, Any]) -> SessionEvent | None:
     peer = str(neighbor["address"]["peer"])
     if kind == "negotiated":
         agreed = neighbor["negotiated"]
-        families, send = set(agreed["families"]), set(agreed["add_path"]["send"])
-        return SessionEvent(peer, add_path=bool(families) and families <= send)
+        send = agreed["add_path"]["send"]
+        return SessionEvent(peer, agreed=_agreed({f: f in send for f in agreed["families"]}))
     state = str(neighbor["state"])
     if state == "connected":
         return None

@@ -18,6 +18,9 @@ Network: TypeAlias = IPv4Network | IPv6Network
 Steering: TypeAlias = Literal["auto", "direct", "tunnel"]
 LocalDelivery: TypeAlias = Literal["shared", "strict"]
 External: TypeAlias = Literal["refuse", "masquerade"]
+# The families that a BGP session carries, sorted, each with whether it takes several paths for a
+# prefix (ADD-PATH): ((4, True), (6, False)).
+Agreed: TypeAlias = tuple[tuple[int, bool], ...]
 
 
 class Protocol(StrEnum):
@@ -225,12 +228,17 @@ class Path:
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """One BGP session as the speaker sees it. `add_path` is what was negotiated (None: not up)."""
+    """One BGP session as the speaker sees it. `agreed` is what was negotiated, () while down."""
 
     peer: str
     up: bool
-    add_path: bool | None = None
+    agreed: Agreed = ()
     detail: str = ""
+
+    @property
+    def add_path(self) -> bool | None:
+        """Whether every family that it carries takes several paths; None while it is down."""
+        return all(several for _, several in self.agreed) if self.agreed else None
 
 
 class NodeState(StrEnum):

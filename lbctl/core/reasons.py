@@ -53,6 +53,7 @@ class Reason(StrEnum):
     SESSION_UP = "SessionUp"
     SESSION_DOWN = "SessionDown"
     ADD_PATH_MISSING = "AddPathMissing"
+    FAMILY_MISSING = "AddressFamilyMissing"
 
 
 SENTENCE: Final[dict[Reason, str]] = {
@@ -92,4 +93,5 @@ SENTENCE: Final[dict[Reason, str]] = {
     Reason.SESSION_UP: "the BGP session is established",
     Reason.SESSION_DOWN: "the BGP session is not established",
     Reason.ADD_PATH_MISSING: "the switch did not agree to receive several paths (ADD-PATH)",
+    Reason.FAMILY_MISSING: "the switch does not take routes of every family that EIPs have",
 }

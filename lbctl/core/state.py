@@ -90,7 +90,10 @@ class ServiceState:
 
 @dataclass(frozen=True, slots=True)
 class SessionState:
-    """A BGP session. `add_path` is None while it is down. `paths`: sent, None if not known."""
+    """A BGP session.
+
+    add_path: None while it is down. paths: sent, None if not known. families: what it carries.
+    """
 
     peer: str
     address: Address
@@ -99,6 +102,7 @@ class SessionState:
     add_path: bool | None = None
     detail: str = ""
     paths: int | None = None
+    families: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -258,7 +258,7 @@ class Keeper:
         new = SessionState(
             event.peer,
             old.up if event.up is None else event.up,
-            old.add_path if event.add_path is None else event.add_path,
+            old.agreed if event.agreed is None else event.agreed,
             event.detail or ("" if event.up else old.detail),
         )
         if new == old and event.peer in self._sessions:
@@ -282,7 +282,7 @@ class Keeper:
         for peer, session in sorted(self._sessions.items()):
             if session.up:
                 self._session(SessionEvent(peer, up=False, detail=why))
-            self._sessions[peer] = SessionState(peer, False, session.add_path, why)
+            self._sessions[peer] = SessionState(peer, False, session.agreed, why)
         if not self.wanted:
             self.send_held()
 

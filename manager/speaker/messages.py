@@ -18,7 +18,7 @@ from lbctl.core.exabgp import Command, Verb
 from lbctl.core.model import Peer
 from lbctl.errors import MessageError, SpeakerError
 
-VERSION: Final = 1
+VERSION: Final = 2
 MAX_LINE: Final = 1 << 20
 MANAGER_SOCKET: Final = "manager.sock"
 RELAY_SOCKET: Final = "relay.sock"
@@ -121,11 +121,11 @@ class Flushed(Message, frozen=True, tag="flushed"):
 
 
 class SessionState(Message, frozen=True, tag="session"):
-    """Speaker: a session as it is now."""
+    """Speaker: a session as it is now. `agreed`: None while nothing was ever negotiated."""
 
     peer: str
     up: bool
-    add_path: bool | None
+    agreed: tuple[tuple[int, bool], ...] | None
     detail: str
 
 

@@ -29,8 +29,8 @@ synced), for what is not in it is withdrawn. `paths` is a frozenset of all paths
 `PMap` from prefix to its frozenset of paths, made by `updated` from the one before: then a set
 costs what changed. `set` raises `SpeakerError`, with nothing changed, if
 a value is not valid, two peers share a name or an address, or two paths share prefix and path-id.
-A peer that did not agree to ADD-PATH (`Session.add_path` is False) gets the first path of each
-prefix, by next hop.
+A peer gets the families that it agreed to (`Session.agreed`); of one without ADD-PATH the first
+path of each prefix, by next hop.
 Leaving the context closes the socket and nothing else: ExaBGP keeps announcing.
 
 `settled(n)` also returns when a later set has replaced n and that one is settled. It waits for ever
@@ -123,10 +123,11 @@ class ExabgpSpeaker:
             state = self._sessions.get(address)
             if self._writer is None or state is None:
                 away = "the speaker is away" if self._writer is None else "not established yet"
-                found.append(Session(peer.name, False, None, self._problems.get(peer.name, away)))
+                found.append(Session(peer.name, False, (), self._problems.get(peer.name, away)))
                 continue
             detail = self._problems.get(peer.name, state.detail)
-            found.append(Session(peer.name, state.up, state.add_path if state.up else None, detail))
+            agreed = (state.agreed or ()) if state.up else ()
+            found.append(Session(peer.name, state.up, agreed, detail))
         return tuple(sorted(found, key=lambda session: session.peer))
 
     def problems(self) -> dict[str, str]:
@@ -238,8 +239,8 @@ class ExabgpSpeaker:
 
     def _session(self, state: messages.SessionState) -> None:
         self._sessions[state.peer] = state
-        if state.add_path is not None:
-            self._announcer.negotiated(state.peer, state.add_path)
+        if state.agreed is not None:
+            self._announcer.negotiated(state.peer, state.agreed)
         self._announcer.established(state.peer, state.up)
         self._on_change()
 

@@ -33,17 +33,19 @@ MAX_RECONNECT_S: Final = 5
 PR_SET_PDEATHSIG: Final = 1
 
 
-def _session(peer: Any, told: set[str]) -> dict[str, bool | None]:
+def _session(peer: Any, told: set[str]) -> dict[str, Any]:
     """What the barrier says of a peer. told: the neighbours whose `up` event was written."""
     from exabgp.bgp.fsm import FSM
 
     out = peer.neighbor.rib.outgoing
     if peer.fsm != FSM.ESTABLISHED or str(peer.neighbor["peer-address"]) not in told:
-        return {"up": False, "add_path": None, "flushed": True}
+        return {"up": False, "agreed": None, "flushed": True}
     agreed = peer.proto.negotiated
-    send = [agreed.addpath.send(*family) for family in agreed.families]
+    families = {
+        f"{afi} {safi}": bool(agreed.addpath.send(afi, safi)) for afi, safi in agreed.families
+    }
     flushed = not (out.pending() or out.lbctl_sending)
-    return {"up": True, "add_path": bool(send) and all(send), "flushed": flushed}
+    return {"up": True, "agreed": families, "flushed": flushed}
 
 
 def add_barrier() -> None:

@@ -45,7 +45,7 @@ class ManagerSide:
         self.announcer.connected()
         self.announcer.held(())
         for peer in _PEERS:
-            self.announcer.negotiated(peer, True)
+            self.announcer.negotiated(peer, ((4, True), (6, True)))
             self.announcer.established(peer, True)
 
     def select(self, numbers: range) -> None:

@@ -6,6 +6,7 @@ Everything carries a prefix of the bed's own, is stopped by pid, and is gone aft
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import ipaddress
 import json
 import os
@@ -19,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path as FilePath
 from typing import Any
 
-from lbctl.core.model import Path, Peer
+from lbctl.core.model import Agreed, Path, Peer
 
 CHECKOUT = FilePath(__file__).parents[2]
 FRR = FilePath("/usr/lib/frr")
@@ -31,8 +32,17 @@ ASN, SWITCH_ASN = 64512, 64500
 Seen = tuple[str, int, str, int, tuple[str, ...]]
 
 
-def frr_config(add_path: bool = True, ipv6_peer: bool = False, password6: str | None = None) -> str:
-    """bgpd's configuration: accepts host routes, announces nothing."""
+def frr_config(
+    add_path: bool = True,
+    ipv6_peer: bool = False,
+    password6: str | None = None,
+    agreed: Agreed | None = None,
+) -> str:
+    """bgpd's configuration: accepts host routes, announces nothing.
+
+    agreed: the families that it carries, with ADD-PATH or not; by default both as `add_path` says.
+    """
+    modes = dict(((4, add_path), (6, add_path)) if agreed is None else agreed)
     off = "  neighbor {} disable-addpath-rx\n"
     text = f"""frr defaults datacenter
 bgp route-map delay-timer 0
@@ -48,12 +58,12 @@ router bgp {SWITCH_ASN}
         text += f" neighbor {address} timers connect 1\n"
         if password6 and address == SPEAKER6:
             text += f" neighbor {address} password {password6}\n"
-        for family in ("ipv4", "ipv6"):
-            text += f" address-family {family} unicast\n  neighbor {address} activate\n"
+        for version, several in modes.items():
+            text += f" address-family ipv{version} unicast\n  neighbor {address} activate\n"
             text += (
                 f"  neighbor {address} route-map IN in\n  neighbor {address} route-map OUT out\n"
             )
-            if not add_path:
+            if not several:
                 text += off.format(address)
             text += "  maximum-paths 64\n exit-address-family\n"
     return text
@@ -182,6 +192,22 @@ class Bed:
                     found.append(pid)
         return found
 
+    def kernel_hops(self, eip: str) -> set[str]:
+        """The next hops that the switch's kernel has for an IPv6 EIP."""
+        done = subprocess.run(
+            ["ip", "-n", self.switch, "-6", "-j", "route", "show", eip],
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+        routes = json.loads(done.stdout or "[]")
+        return {
+            hop["gateway"]
+            for route in routes
+            for hop in route.get("nexthops", [route])
+            if "gateway" in hop
+        }
+
     def routes(self, version: int = 4) -> set[Seen]:
         """What bgpd has; empty when it does not answer."""
         done = self.vtysh("-d", "bgpd", "-c", f"show bgp ipv{version} unicast json detail")
@@ -200,10 +226,11 @@ class Bed:
         return seen
 
 
-def expected(paths: frozenset[Path], add_path: bool = True) -> set[Seen]:
+def expected(paths: frozenset[Path], add_path: bool = True, version: int = 4) -> set[Seen]:
     """What a switch shall have of these paths; without ADD-PATH the first of each prefix."""
     first: dict[str, Seen] = {}
-    for p in sorted(paths, key=lambda p: (str(p.prefix), int(p.next_hop), p.path_id)):
+    family = (p for p in paths if p.prefix.version == version)
+    for p in sorted(family, key=lambda p: (str(p.prefix), int(p.next_hop), p.path_id)):
         number = p.path_id if add_path else 0
         seen = (str(p.prefix), number, str(p.next_hop), p.med or 0, tuple(sorted(p.communities)))
         first.setdefault(f"{p.prefix} {number if add_path else ''}", seen)
@@ -230,6 +257,13 @@ def path(eip: int, node: int, med: int | None = None, communities: tuple[str, ..
         communities,
         med,
     )
+
+
+def path6(eip: int, node: int, med: int | None = None) -> Path:
+    """As `path`, an IPv6 EIP over the node's IPv6 address."""
+    prefix = ipaddress.ip_network((int(ipaddress.ip_address("2001:db8:100::")) + eip, 128))
+    hop = ipaddress.ip_address(f"fd99::{20 + node}")
+    return dataclasses.replace(path(eip, node, med), prefix=prefix, next_hop=hop)
 
 
 def wait_for(condition: Callable[[], bool], what: str, limit_s: float = 60.0) -> None:

@@ -13,21 +13,19 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
-from ipaddress import IPv6Address, IPv6Network
 from pathlib import Path as FilePath
 
 import pytest
 
 from lbctl.core import names, probe
 from lbctl.core.keys import Keys
-from lbctl.core.model import Path, Session
+from lbctl.core.model import Agreed, Path, Session
 from manager.speaker.port import ExabgpSpeaker
 
 from . import speaker_bed
-from .speaker_bed import SPEAKER, SWITCH6, Bed, expected, frr_config, path, peer
+from .speaker_bed import SPEAKER, SWITCH6, Bed, expected, frr_config, path, path6, peer
 
 LIMIT_S = 90.0
-SIX = Path(IPv6Network("2001:db8::1/128"), IPv6Address("fd99::20"), 7, "node-0")
 
 
 @pytest.fixture
@@ -87,9 +85,16 @@ async def test_settled_means_that_the_switch_has_it(bed: Bed) -> None:
     bed.start_speaker()
     async with speaking(bed) as port:
         paths = frozenset(path(eip, node) for eip in range(500) for node in range(4))
-        await settle(port, port.set([peer()], paths | {SIX}))
+        six = frozenset(path6(eip, node) for eip in range(500) for node in range(4))
+        await settle(port, port.set([peer()], paths | six))
         await until(lambda: bed.routes() == expected(paths), "the load")
-        assert bed.routes(6) == expected(frozenset({SIX}))
+        await until(lambda: bed.routes(6) == expected(six, version=6), "the load of IPv6")
+        hops = {f"fd99::{20 + node}" for node in range(4)}
+        await until(lambda: bed.kernel_hops("2001:db8:100::1") == hops, "the switch's kernel")
+        six = frozenset(p for p in six if p.node != "node-1")
+        await settle(port, port.set([peer()], paths | six))
+        await until(lambda: bed.routes(6) == expected(six, version=6), "the withdraw of IPv6")
+        assert bed.routes() == expected(paths)
         paths = frozenset(p for p in paths if p.node != "node-1")
         await settle(port, port.set([peer()], paths))
         await until(lambda: bed.routes() == expected(paths), "the withdraw")
@@ -97,7 +102,7 @@ async def test_settled_means_that_the_switch_has_it(bed: Bed) -> None:
         paths = frozenset(path(e, n, 10, ("64512:1",)) for e in range(500) for n in (0, 2, 3))
         await settle(port, port.set([peer()], paths))
         await until(lambda: bed.routes() == expected(paths), "the change")
-        assert port.sessions() == (Session("tor", True, True, ""),)
+        assert port.sessions() == (Session("tor", True, ((4, True), (6, True)), ""),)
 
 
 async def test_a_manager_restarts_without_a_route_moving(bed: Bed) -> None:
@@ -176,6 +181,40 @@ async def test_a_switch_without_add_path_gets_one_path(bed: Bed) -> None:
         bed.start_frr("bgpd")
         await until(lambda: bed.routes() == expected(fewer), "all paths")
         assert port.sessions()[0].add_path is True
+
+
+@pytest.mark.parametrize("agreed", [((4, True), (6, False)), ((4, False), (6, True)), ((4, True),)])
+async def test_each_family_as_the_switch_takes_it(bed: Bed, agreed: Agreed) -> None:
+    """ADD-PATH in one family only, or one family not at all; then the switch takes everything."""
+    bed.config = frr_config(agreed=agreed)
+    bed.stop("bgpd", signal.SIGKILL)
+    bed.start_frr("bgpd")
+    bed.start_speaker()
+    modes = dict(agreed)
+
+    def right(paths: frozenset[Path]) -> bool:
+        return all(
+            bed.routes(version)
+            == (expected(paths, several, version) if several is not None else set())
+            for version in (4, 6)
+            for several in [modes.get(version)]
+        )
+
+    paths = frozenset(one(eip, n) for one in (path, path6) for eip in range(50) for n in range(3))
+    async with speaking(bed) as port:
+        await settle(port, port.set([peer()], paths))
+        assert port.sessions()[0].agreed == agreed
+        await until(lambda: right(paths), "the load")
+        fewer = frozenset(p for p in paths if p.node != "node-0")
+        await settle(port, port.set([peer()], fewer))
+        await until(lambda: right(fewer), "the withdraw")
+        bed.config = frr_config()
+        bed.stop("bgpd", signal.SIGKILL)
+        bed.start_frr("bgpd")
+        modes = {4: True, 6: True}
+        await until(lambda: right(fewer), "all of both families")
+        await settle(port, port.set([peer()], fewer))
+        assert port.sessions()[0].agreed == ((4, True), (6, True))
 
 
 class Other:

@@ -14,14 +14,21 @@ from hypothesis import strategies as st
 from lbctl.core import exabgp
 from lbctl.core.announce import TRANSITIONS, WINDOW, Announcer, Held, LinkEvent, LinkState, Send
 from lbctl.core.exabgp import Command, Verb
-from lbctl.core.model import Path
+from lbctl.core.model import Agreed, Path
 from lbctl.errors import MessageError, SpeakerError
 
 A, B = "192.0.2.1", "192.0.2.2"
+BOTH, NONE = ((4, True), (6, True)), ((4, False), (6, False))
+Slots = dict[tuple[str, int | None], str]
 
 
 def path(eip: int = 1, node: int = 1, tag: int = 0) -> Path:
-    """A path; `tag` changes its attributes and with them its path-id."""
+    """A path; `tag` changes its attributes and with them its path-id. From eip 10,000 on: IPv6."""
+    if eip >= 10_000:
+        prefix = IPv6Network((int(IPv6Address("2001:db8:100::")) + eip, 128))
+        four = path(0, node, tag)
+        hop = IPv6Address(f"2001:db8:1::{20 + node}")
+        return dataclasses.replace(four, prefix=prefix, next_hop=hop)
     return Path(
         IPv4Network(f"198.51.{eip // 256}.{eip % 256}/32"),
         IPv4Address(f"192.0.2.{20 + node}"),
@@ -31,13 +38,18 @@ def path(eip: int = 1, node: int = 1, tag: int = 0) -> Path:
     )
 
 
+def version(prefix: str) -> int:
+    """Of its family."""
+    return 6 if ":" in prefix else 4
+
+
 class Exabgp:
     """A model: per peer and slot the attributes; commands done in order, answers when asked."""
 
     def __init__(self) -> None:
         self.rib: dict[str, dict[tuple[str, int | None], str]] = {A: {}, B: {}}
         self.wire: dict[str, dict[tuple[str, int | None], str]] = {A: {}, B: {}}
-        self.add_path = {A: True, B: True}
+        self.agreed: dict[str, Agreed] = {A: BOTH, B: BOTH}
         self.queue: deque[Send] = deque()
         self.lines: list[Command] = []
 
@@ -61,10 +73,12 @@ class Exabgp:
         for peer in command.peers:
             for prefix in command.prefixes:
                 number = exabgp.path_id(command.attributes)
-                there = number if self.add_path[peer] else None
+                modes = dict(self.agreed[peer])
+                there = number if modes.get(version(prefix)) else None
                 if command.verb is Verb.ANNOUNCE:
                     self.rib[peer][prefix, number] = command.attributes
-                    self.wire[peer][prefix, there] = command.attributes
+                    if version(prefix) in modes:
+                        self.wire[peer][prefix, there] = command.attributes
                 else:
                     self.rib[peer].pop((prefix, number), None)
                     self.wire[peer].pop((prefix, there), None)
@@ -96,18 +110,21 @@ def ready(*peers: str) -> tuple[Announcer, Exabgp]:
     announcer = Announcer()
     announcer.connected()
     for peer in peers or (A, B):
-        announcer.negotiated(peer, True)
+        announcer.negotiated(peer, BOTH)
         announcer.established(peer, True)
     announcer.held(())
     return announcer, Exabgp()
 
 
-def shown(paths: frozenset[Path], add_path: bool = True) -> dict[tuple[str, int | None], str]:
+def shown(paths: frozenset[Path], agreed: Agreed = BOTH) -> Slots:
     """What a switch shall have."""
-    slots: dict[tuple[str, int | None], str] = {}
+    slots: Slots = {}
+    modes = dict(agreed)
     for one in sorted(paths, key=lambda p: (str(p.prefix), int(p.next_hop), p.path_id)):
-        number = one.path_id if add_path else None
-        slots.setdefault((str(one.prefix), number), exabgp.attributes(one, add_path))
+        several = modes.get(one.prefix.version)
+        if several is not None:
+            number = one.path_id if several else None
+            slots.setdefault((str(one.prefix), number), exabgp.attributes(one, several))
     return slots
 
 
@@ -174,16 +191,16 @@ def test_a_reused_path_id_is_replaced_and_never_withdrawn() -> None:
 def test_without_add_path_a_prefix_has_one_path_and_changes_in_place() -> None:
     """The first by next hop; when that goes, the next replaces it without a withdraw."""
     announcer, model = ready(A)
-    model.add_path[A] = False
-    announcer.negotiated(A, False)
+    model.agreed[A] = NONE
+    announcer.negotiated(A, NONE)
     both = frozenset({path(node=1), path(node=2)})
     announcer.want((A,), both)
     model.drain(announcer)
-    assert model.wire[A] == shown(both, False) and len(model.wire[A]) == 1
+    assert model.wire[A] == shown(both, NONE) and len(model.wire[A]) == 1
     announcer.want((A,), frozenset({path(node=2)}))
     model.drain(announcer)
     assert [line.verb for line in model.lines] == [Verb.ANNOUNCE, Verb.ANNOUNCE]
-    assert model.wire[A] == shown(frozenset({path(node=2)}), False)
+    assert model.wire[A] == shown(frozenset({path(node=2)}), NONE)
     announcer.want((A,), frozenset())
     model.drain(announcer)
     assert model.wire[A] == {}
@@ -196,7 +213,7 @@ def test_nothing_is_sent_before_it_is_known_how_many_paths_a_peer_takes() -> Non
     model.drain(announcer)
     assert {line.peers for line in model.lines} == {(A,)}
     assert announcer.settled == number
-    announcer.negotiated(B, True)
+    announcer.negotiated(B, BOTH)
     assert announcer.settled < number
     announcer.established(B, True)
     model.drain(announcer)
@@ -210,8 +227,8 @@ def test_a_peer_that_loses_add_path_is_emptied_before_it_is_filled() -> None:
     both = frozenset({path(node=1), path(node=2)})
     announcer.want((A,), both)
     model.drain(announcer)
-    model.add_path[A], model.wire[A] = False, {}
-    announcer.negotiated(A, False)
+    model.agreed[A], model.wire[A] = NONE, {}
+    announcer.negotiated(A, NONE)
     model.send(announcer.take())
     while model.queue:
         barrier_next = model.queue[0].command is None
@@ -220,14 +237,14 @@ def test_a_peer_that_loses_add_path_is_emptied_before_it_is_filled() -> None:
         if not barrier_next:
             assert all(s.command is None or s.command.verb is Verb.WITHDRAW for s in sends)
         model.send(sends)
-    assert model.wire[A] == shown(both, False)
+    assert model.wire[A] == shown(both, NONE)
 
 
 def test_a_new_manager_keeps_what_is_right_and_removes_what_is_not() -> None:
     """The ledger decides; sure and right means no command at all."""
     announcer, model = Announcer(), Exabgp()
     announcer.connected()
-    announcer.negotiated(A, True)
+    announcer.negotiated(A, BOTH)
     announcer.established(A, True)
     kept, gone, unsure = path(1), path(2), path(3)
     announcer.held(
@@ -318,6 +335,33 @@ def test_both_families() -> None:
     assert model.wire[A] == shown(frozenset({path(), six}))
 
 
+@pytest.mark.parametrize(
+    "agreed",
+    [((4, True), (6, False)), ((4, False), (6, True)), ((4, True),), ((6, False),), ()],
+    ids=str,
+)
+def test_each_family_as_the_switch_takes_it(agreed: Agreed) -> None:
+    """ADD-PATH in one family only, one family not at all; and then another session with both."""
+    announcer, model = ready(A)
+    model.agreed[A] = agreed
+    announcer.negotiated(A, agreed)
+    paths = frozenset(path(eip, node) for eip in (1, 2, 10_001, 10_002) for node in (1, 2))
+    number = announcer.want((A,), paths)
+    model.drain(announcer)
+    assert model.wire[A] == shown(paths, agreed)
+    assert announcer.settled == number
+    fewer = frozenset(p for p in paths if p.node != "node-1")
+    announcer.want((A,), fewer)
+    model.drain(announcer)
+    assert model.wire[A] == shown(fewer, agreed)
+    model.agreed[A], model.wire[A] = BOTH, {}
+    for (prefix, identifier), attributes in model.rib[A].items():
+        model.wire[A][prefix, identifier] = attributes
+    announcer.negotiated(A, BOTH)
+    model.drain(announcer)
+    assert model.wire[A] == shown(fewer)
+
+
 def test_a_peer_that_goes_and_comes_back_gets_all_of_it() -> None:
     """What it had is in doubt: wanted routes are sent again, others withdrawn."""
     announcer, model = ready()
@@ -356,18 +400,22 @@ def test_every_pair_of_state_and_event_is_in_the_table_or_an_error() -> None:
                     doing[event](announcer)
 
 
+eips = st.sampled_from((1, 2, 3, 10_001, 10_002, 10_003))
+agreements = st.builds(
+    lambda four, six: ((4, four), (6, six)) if six is not None else ((4, four),),
+    st.booleans(),
+    st.sampled_from((True, False, None)),
+)
 steps = st.lists(
     st.one_of(
         st.tuples(
             st.just("want"),
             st.sets(st.sampled_from((A, B)), min_size=1),
-            st.sets(
-                st.tuples(st.integers(1, 4), st.integers(1, 3), st.integers(0, 2)), max_size=10
-            ),
+            st.sets(st.tuples(eips, st.integers(1, 3), st.integers(0, 2)), max_size=10),
         ),
         st.tuples(st.just("step"), st.booleans(), st.sampled_from((True, True, True, False))),
         st.tuples(st.just("resync"), st.booleans(), st.booleans()),
-        st.tuples(st.just("mode"), st.sampled_from((A, B)), st.booleans()),
+        st.tuples(st.just("mode"), st.sampled_from((A, B)), agreements),
         st.tuples(st.just("flap"), st.sampled_from((A, B)), st.booleans()),
         st.tuples(st.just("retry"), st.booleans(), st.booleans()),
     ),
@@ -402,18 +450,20 @@ class Storm:
             self.announcer.closed()
             self.announcer.connected()
             for peer in (A, B):
-                self.announcer.negotiated(peer, self.model.add_path[peer])
+                self.announcer.negotiated(peer, self.model.agreed[peer])
                 self.announcer.established(peer, True)
         self.announcer.held(ledger)
 
-    def mode(self, peer: str, add_path: bool) -> None:
+    def mode(self, peer: str, agreed: Agreed) -> None:
         """A new session, which sends all again, with other capabilities."""
-        self.model.add_path[peer] = add_path
+        self.model.agreed[peer] = agreed
+        modes = dict(agreed)
         self.model.wire[peer] = {
-            (prefix, number if add_path else None): attributes
+            (prefix, number if modes[version(prefix)] else None): attributes
             for (prefix, number), attributes in self.model.rib[peer].items()
+            if version(prefix) in modes
         }
-        self.announcer.negotiated(peer, add_path)
+        self.announcer.negotiated(peer, agreed)
 
     def flap(self, peer: str, up: bool) -> None:
         self.announcer.established(peer, up)
@@ -436,7 +486,7 @@ class Storm:
 )
 @example(  # without ADD-PATH, there and back again while both are in flight
     [
-        ("mode", A, False),
+        ("mode", A, NONE),
         ("want", {A}, {(1, 1, 0)}),
         ("want", {A}, {(1, 1, 1)}),
         ("want", {A}, {(1, 1, 0)}),
@@ -457,5 +507,5 @@ def test_whatever_happens_it_ends_with_what_is_desired(
         announcer.retry()
         model.drain(announcer)
     for peer in (A, B):
-        assert model.wire[peer] == shown(storm.wanted, model.add_path[peer]), peer
+        assert model.wire[peer] == shown(storm.wanted, model.agreed[peer]), peer
     assert announcer.settled == number

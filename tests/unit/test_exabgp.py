@@ -259,9 +259,10 @@ def test_answers() -> None:
     for bad in ("{", '{"type": "state"}', '{"type": "state", "neighbor": 7}'):
         with pytest.raises(MessageError):
             exabgp.parse_line(bad)
-    state = {"up": True, "add_path": True, "flushed": False}
+    agreed = {"ipv6 unicast": False, "ipv4 unicast": True, "l2vpn evpn": True}
+    state = {"up": True, "agreed": agreed, "flushed": False}
     barrier = {exabgp.BARRIER: "ab", "peers": {"192.0.2.1": state}, "reloads": 2, "failures": 0}
-    session = SessionEvent("192.0.2.1", up=True, add_path=True)
+    session = SessionEvent("192.0.2.1", up=True, agreed=((4, True), (6, False)))
     answer = exabgp.parse_line(json.dumps(barrier))
     assert answer == BarrierAnswer("ab", {"192.0.2.1": False}, (session,), 2, 0)
     with pytest.raises(MessageError):
@@ -277,16 +278,22 @@ def event(kind: str, **content: object) -> str:
 
 
 def test_session_events() -> None:
-    """Up, down with its reason, and whether ADD-PATH was agreed for every family."""
+    """Up, down with its reason, the families agreed, and for which of them ADD-PATH was."""
     assert exabgp.parse_line(event("state", state="up")) == SessionEvent("192.0.2.1", up=True)
     down = exabgp.parse_line(event("state", state="down", reason="hold timer expired"))
     assert down == SessionEvent("192.0.2.1", up=False, detail="hold timer expired")
     assert exabgp.parse_line(event("state", state="connected")) is None
     both = ["ipv4 unicast", "ipv6 unicast"]
-    for send, agreed in ((both, True), (both[:1], False), ([], False)):
-        negotiated = {"families": both, "add_path": {"send": send, "receive": []}}
+    for families, send, agreed in (
+        (both, both, ((4, True), (6, True))),
+        (both, both[:1], ((4, True), (6, False))),
+        (both, [], ((4, False), (6, False))),
+        (both[:1], both, ((4, True),)),
+        ([], both, ()),
+    ):
+        negotiated = {"families": families, "add_path": {"send": send, "receive": []}}
         found = exabgp.parse_line(event("negotiated", negotiated=negotiated))
-        assert found == SessionEvent("192.0.2.1", add_path=agreed)
+        assert found == SessionEvent("192.0.2.1", agreed=agreed)
 
 
 def test_router_id_of_an_ipv6_address() -> None:

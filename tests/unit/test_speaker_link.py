@@ -72,7 +72,7 @@ class Far:
         """Answer the barrier that comes next."""
         name, nonce = (await self.line()).split()
         assert name == exabgp.BARRIER
-        state = {"up": True, "add_path": True, "flushed": True}
+        state = {"up": True, "agreed": {"ipv4 unicast": True}, "flushed": True}
         self.say(json.dumps({name: nonce, "peers": {A: state}, "reloads": 1, "failures": 0}))
 
     def say(self, *lines: str) -> None:
