@@ -110,8 +110,7 @@ class Announcing:
         self._counts: tuple[Counter[int], Counter[int]] = Counter(), Counter()  # by family
         self._all = True
         self._touched: set[Address] = set()
-        self._wake = asyncio.Event()
-        self._leaving = asyncio.Event()
+        self._wake, self._leaving = asyncio.Event(), asyncio.Event()
         self.selections: dict[Address, EipSelection] = {}
         self.number: int | None = None  # of the last set; None before the first
         inputs.eips.listen(self._eip_changed)
