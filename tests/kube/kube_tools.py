@@ -311,8 +311,8 @@ class Kubelet:
         }
         self._raw("POST", f"{self._pods}/{pod}/binding", body).ok()
 
-    def ready(self, pod: str, *, ready: bool = True, address: str = "") -> None:
-        """Report the Pod as running, with an address of its own."""
+    def ready(self, pod: str, *, ready: bool = True, address: str = "", second: str = "") -> None:
+        """Report the Pod as running, with an address of its own; `second` of the other family."""
         if not address:
             self._count += 1
             address = f"10.244.{self._count // 200}.{self._count % 200 + 1}"
@@ -326,7 +326,7 @@ class Kubelet:
             "phase": "Running",
             "conditions": conditions,
             "podIP": address,
-            "podIPs": [{"ip": address}],
+            "podIPs": [{"ip": ip} for ip in (address, second) if ip],
             "startTime": stamp,
         }
         patch = {"status": state}

@@ -24,6 +24,7 @@ from lbctl.lab.apiserver.auth import Tokens
 from lbctl.lab.apiserver.journal import Journal
 from lbctl.lab.apiserver.server import Server
 from lbctl.lab.apiserver.store import Store
+from lbctl.lab.cluster.handle import SERVICE_CIDRS
 from lbctl.lab.cluster.pki import Pki
 from lbctl.lab.controllers.run import run as run_controllers
 
@@ -51,7 +52,7 @@ def _arguments() -> argparse.Namespace:
     add("--pki", type=Path, required=True, help="directory made by lbctl.lab.cluster.pki.create")
     add("--address", default="127.0.0.1", help="where to listen (default %(default)s)")
     add("--port", type=int, default=6443, help="0 takes any free one (default %(default)s)")
-    add("--service-cidr", default="10.96.0.0/16", help="addresses of Services (%(default)s)")
+    add("--service-cidrs", default=SERVICE_CIDRS, help="addresses of Services (%(default)s)")
     add("--history", type=int, default=10_000, help="events kept per resource (%(default)s)")
     add("--state", type=Path, help="file that keeps all objects over a restart")
     add("--ready-file", type=Path, help="written with the URL once the server answers")
@@ -63,7 +64,7 @@ def _arguments() -> argparse.Namespace:
 async def _serve(args: argparse.Namespace) -> None:
     pki = Pki(args.pki)
     store = Store(int(time.time() * _VERSIONS_PER_S), args.history)
-    api = Api(store, args.service_cidr)
+    api = Api(store, args.service_cidrs)
     journal = Journal(args.state) if args.state else None
     if journal is not None:
         journal.load(store)

@@ -60,11 +60,11 @@ def now() -> str:
 class Api:
     """All objects of a cluster and what may be done to them."""
 
-    def __init__(self, store: Store, service_cidr: str) -> None:
+    def __init__(self, store: Store, service_cidrs: str) -> None:
         self.store = store
         self.registry = Registry()
         self.schemas = Schemas()
-        self.services = ServiceAddresses(service_cidr, self.registry.key("services"))
+        self.services = ServiceAddresses(service_cidrs, self.registry.key("services"))
 
     def resume(self) -> None:
         """After objects of an earlier run were put into the store."""
@@ -98,7 +98,7 @@ class Api:
             defaults.admit_node(obj)
         if resource.key in _GENERATED or resource.custom:
             meta["generation"] = 1
-        causes = validate.new(resource, obj)
+        causes = self._causes(resource, obj)
         if causes:
             raise status.invalid(resource, meta.get("name", ""), causes)
         if resource.key == "services":
@@ -210,6 +210,11 @@ class Api:
             self.services.prepare(old, obj)
         defaults.apply(resource, obj)
 
+    def _causes(self, resource: Resource, obj: Obj) -> list[status.Cause]:
+        """What is wrong with an object, whatever it was before."""
+        causes = validate.new(resource, obj)
+        return causes + self.services.causes(obj) if resource.key == "services" else causes
+
     def _store(self, resource: Resource, obj: Obj, options: Options) -> Item:
         if resource.key == crds.KEY and not options.dry_run:
             crds.establish(obj, now())
@@ -258,7 +263,7 @@ class Api:
         obj = self._carry_over(resource, old, obj, sub)
         if not sub or resource.key == "services":
             self._prepare(resource, old, obj)
-        causes = validate.new(resource, obj)
+        causes = self._causes(resource, obj)
         if not sub:
             causes += validate.change(resource, old, obj)
         if causes:

@@ -1,4 +1,4 @@
-"""Addresses and ports of Services: clusterIP, nodePort, healthCheckNodePort, and what a type needs.
+"""Addresses and ports of Services: clusterIPs, nodePort, healthCheckNodePort, what a type needs.
 
 The allocator holds what is in use, found again from the stored Services at start. `prepare` runs
 before validation, `take` after it; only `take` raises.
@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
 from typing import Final
 
-from lbctl.lab.apiserver import status
+from lbctl.lab.apiserver import families, status
 from lbctl.lab.apiserver.resources import Obj, Resource
 from lbctl.lab.apiserver.status import Cause, invalid_value
 
@@ -20,14 +20,26 @@ _EXPOSED: Final = frozenset({"NodePort", "LoadBalancer"})
 
 
 class ServiceAddresses:
-    """What the stored Services hold. `cidr` is one IPv4 or IPv6 network."""
+    """What the stored Services hold. `cidrs`: one network or two, by comma, the default first."""
 
-    def __init__(self, cidr: str, resource: Resource) -> None:
-        self.network: IPv4Network | IPv6Network = ip_network(cidr)
+    def __init__(self, cidrs: str, resource: Resource) -> None:
+        networks = [ip_network(cidr.strip()) for cidr in cidrs.split(",")]
+        self._networks = {f"IPv{network.version}": network for network in networks}
         self._resource = resource
-        self._addresses: set[str] = {str(self.network[1])}
+        self._addresses: set[str] = {str(network[1]) for network in networks}
         self._ports: set[tuple[int, str]] = set()
-        self._next = 10  # the first ones are for those who ask for them (kubernetes, DNS)
+        # the first ones are for those who ask for them (kubernetes, DNS)
+        self._next = dict.fromkeys(self._networks, 10)
+
+    @property
+    def families(self) -> tuple[str, ...]:
+        """The cluster's, its default first."""
+        return tuple(self._networks)
+
+    @property
+    def network(self) -> IPv4Network | IPv6Network:
+        """The default family's."""
+        return self._networks[self.families[0]]
 
     def restore(self, services: Iterable[Obj]) -> None:
         """Hold what these Services have."""
@@ -43,18 +55,19 @@ class ServiceAddresses:
         spec = obj["spec"]
         before = old["spec"] if old else {}
         kind = spec.get("type", "ClusterIP")
+        families.normalize(before, spec)
         if old is not None:
             _carry_over(before, spec, kind)
             _drop_former(before, spec, kind)
             if kind != "LoadBalancer":
                 obj["status"] = {**obj.get("status", {}), "loadBalancer": {}}
-        if kind == "ExternalName":
-            return
-        family = f"IPv{self.network.version}"
-        if "clusterIP" in spec and not spec.get("clusterIPs") and spec["clusterIP"]:
-            spec["clusterIPs"] = [spec["clusterIP"]]
-        spec.setdefault("ipFamilies", [family])
-        spec.setdefault("ipFamilyPolicy", "SingleStack")
+        if kind != "ExternalName":
+            families.fill(before, spec, self.families)
+
+    def causes(self, obj: Obj) -> list[Cause]:
+        """What is wrong with the addresses and families that `obj` asks for, after `prepare`."""
+        spec = obj["spec"]
+        return [] if spec["type"] == "ExternalName" else families.causes(spec, self.families)
 
     def take(self, old: Obj | None, obj: Obj, *, dry_run: bool) -> None:
         """Give out what `obj` lacks. Raises ApiRefusal 422 for what is taken or out of range."""
@@ -77,37 +90,38 @@ class ServiceAddresses:
         return status.invalid(self._resource, obj["metadata"]["name"], [cause])
 
     def _take_address(self, obj: Obj, spec: Obj, mine: Obj) -> None:
-        wanted = spec.get("clusterIP")
-        if wanted == "None":
+        if spec.get("clusterIP") == "None":
             spec["clusterIPs"] = ["None"]
             return
-        if not wanted:
-            spec["clusterIP"] = self._free_address(obj)
-            spec["clusterIPs"] = [spec["clusterIP"]]
-            return
-        if wanted in (mine.get("clusterIPs") or ()):
-            return
-        try:
-            inside = ip_address(wanted) in self.network
-        except ValueError:
-            cause = invalid_value("spec.clusterIPs[0]", wanted, "must be a valid IP address")
-            raise self._refuse(obj, cause) from None
-        if not inside:
+        held = mine.get("clusterIPs") or ()
+        given: list[str] = list(spec.get("clusterIPs") or ())
+        for address in given:
+            if address not in held:
+                self._claim(obj, address)
+        for family in spec["ipFamilies"][len(given) :]:
+            given.append(self._free_address(family))
+        spec["clusterIP"], spec["clusterIPs"] = given[0], given
+
+    def _claim(self, obj: Obj, wanted: str) -> None:
+        network = self._networks[families.family_of(wanted)]
+        if ip_address(wanted) not in network:
             detail = (
                 f"failed to allocate IP {wanted}: the provided network does not match the "
                 "current range"
             )
             raise self._refuse(obj, invalid_value("spec.clusterIPs", [wanted], detail))
-        reserved = wanted == str(self.network[1]) and obj["metadata"]["name"] == "kubernetes"
+        reserved = wanted == str(network[1]) and obj["metadata"]["name"] == "kubernetes"
         if wanted in self._addresses and not reserved:
             detail = f"failed to allocate IP {wanted}: provided IP is already allocated"
             raise self._refuse(obj, invalid_value("spec.clusterIPs", [wanted], detail))
 
-    def _free_address(self, obj: Obj) -> str:
-        size = self.network.num_addresses
+    def _free_address(self, family: str) -> str:
+        network = self._networks[family]
+        size = network.num_addresses
         for _ in range(size):
-            self._next = self._next + 1 if self._next + 2 < size else 10
-            found = str(self.network[self._next])
+            number = self._next[family] + 1
+            number = self._next[family] = number if number + 1 < size else 10
+            found = str(network[number])
             if found not in self._addresses:
                 return found
         raise status.fail(
@@ -173,10 +187,7 @@ def _carry_over(before: Obj, spec: Obj, kind: str) -> None:
     """An update that leaves out what the server gave keeps it."""
     if kind == "ExternalName":
         return
-    if not spec.get("clusterIP") and before.get("type") != "ExternalName":
-        for field in ("clusterIP", "clusterIPs", "ipFamilies", "ipFamilyPolicy"):
-            if field in before and not spec.get(field):
-                spec[field] = before[field]
+    families.carry_over(before, spec)
     if kind in _EXPOSED and before.get("type") in _EXPOSED:
         given = {
             (port.get("port"), port.get("protocol", "TCP")): port["nodePort"]

@@ -10,6 +10,7 @@ import re
 from collections.abc import Set
 from typing import Any, Final
 
+from lbctl.lab.apiserver import families
 from lbctl.lab.apiserver.resources import Obj, Resource
 from lbctl.lab.apiserver.selectors import label_selector
 from lbctl.lab.apiserver.status import (
@@ -308,17 +309,7 @@ def _fixed_part(spec: Obj) -> Obj:
 
 
 def _service_change(before: Obj, after: Obj) -> list[Cause]:
-    causes = []
-    kept = after["type"] != "ExternalName" and before["type"] != "ExternalName"
-    if kept and before.get("clusterIP") and before["clusterIP"] != after.get("clusterIP"):
-        shown = ",".join(f'"{ip}"' for ip in after.get("clusterIPs") or [after.get("clusterIP")])
-        causes.append(
-            Cause(
-                "spec.clusterIPs[0]",
-                "FieldValueInvalid",
-                f"Invalid value: [{shown}]: may not change once set",
-            )
-        )
+    causes = families.change(before, after)
     both = before["type"] == after["type"] == "LoadBalancer"
     if both and before.get("loadBalancerClass") != after.get("loadBalancerClass"):
         value = after.get("loadBalancerClass")

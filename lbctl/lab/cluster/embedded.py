@@ -76,7 +76,7 @@ def start(
         *("env", f"PYTHONPATH={_CHECKOUT}"),
         *(sys.executable, "-m", "lbctl.lab.apiserver"),
         *("--pki", str(keys.directory), "--address", spec.address, "--port", str(spec.port)),
-        *("--service-cidr", spec.service_cidr, "--history", str(history)),
+        *("--service-cidrs", spec.service_cidrs, "--history", str(history)),
         *("--state", str(spec.directory / "state.jsonl"), "--ready-file", str(ready)),
         *("--node-grace-s", str(node_grace_s)),
     ]

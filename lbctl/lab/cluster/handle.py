@@ -13,6 +13,10 @@ from typing import Literal, Protocol
 
 ClusterKind = Literal["embedded", "kubernetes"]
 
+# IPv4 is the default family, as on most dual-stack clusters
+SERVICE_CIDRS = "10.96.0.0/16,fd00:10:96::/112"
+POD_CIDRS = "10.244.0.0/16,fd00:10:244::/48"
+
 
 @dataclass(frozen=True, slots=True)
 class ClusterSpec:
@@ -27,7 +31,7 @@ class ClusterSpec:
     prefix: tuple[str, ...] = ()
     address: str = "127.0.0.1"
     port: int = 0
-    service_cidr: str = "10.96.0.0/16"
+    service_cidrs: str = SERVICE_CIDRS
     extra_names: tuple[str, ...] = ("localhost", "127.0.0.1")
 
 

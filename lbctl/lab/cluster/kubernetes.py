@@ -17,10 +17,9 @@ from pathlib import Path
 
 from lbctl.errors import LabError
 from lbctl.lab.cluster import binaries, pki, processes
-from lbctl.lab.cluster.handle import ClusterKind, ClusterSpec
+from lbctl.lab.cluster.handle import POD_CIDRS, ClusterKind, ClusterSpec
 
 READY_S = 180.0
-CLUSTER_CIDR = "10.244.0.0/16"
 ISSUER = "https://kubernetes.default.svc"
 
 
@@ -129,7 +128,7 @@ def _apiserver(
         f"--service-account-signing-key-file={keys.sa_key}",
         f"--service-account-issuer={ISSUER}",
         "--authorization-mode=RBAC",
-        f"--service-cluster-ip-range={spec.service_cidr}",
+        f"--service-cluster-ip-range={spec.service_cidrs}",
         "--service-node-port-range=10000-40000",
         "--endpoint-reconciler-type=none",
         "--enable-priority-and-fairness=false",
@@ -151,7 +150,7 @@ def _controllers(folder: Path, keys: pki.Pki, kubeconfig: Path, port: int) -> li
         f"--service-account-private-key-file={keys.sa_key}",
         "--use-service-account-credentials=false",
         "--leader-elect=false",
-        f"--cluster-cidr={CLUSTER_CIDR}",
+        f"--cluster-cidr={POD_CIDRS}",
         "--allocate-node-cidrs=false",
         "--profiling=false",
         "--concurrent-endpoint-syncs=2",
