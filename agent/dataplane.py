@@ -91,7 +91,7 @@ class Dataplane:
         try:
             for piece in pieces:
                 await run_nft(piece)
-            self._remember(rules, fresh=known is None)
+            self._remember(rules, fresh=known is None or nft.reshapes(known, rules))
         except DataplaneError:
             self.figures.failed += 1
             raise

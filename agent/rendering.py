@@ -15,6 +15,7 @@ from lbctl.core import forwarding, nft, nodeview
 from lbctl.core.forwarding import Table
 from lbctl.core.model import Address, Network
 from lbctl.core.nft import PortKey, Ruleset
+from lbctl.core.nftsets import Policy
 from lbctl.core.nodeview import PortElements, PortView
 from lbctl.core.pmap import PMap, changed, persistent
 
@@ -72,6 +73,7 @@ def render(
         ranges,
         _ports(before, state, me),
         _sources(before, state, touched),
+        _policy(before, state, touched),
     )
     return replace(state, rules=rules, strays=strays)
 
@@ -103,6 +105,19 @@ def _sources(
     found = {a: entry.sources for a in touched if (entry := state.table.eips.get(a)) is not None}
     fresh = {address: sources for address, sources in found.items() if sources}
     return persistent(before.rules.sources).updated(fresh, set(touched) - fresh.keys())
+
+
+def _policy(before: State, state: State, touched: Iterable[Address]) -> Policy:
+    options = state.inputs.forwarding
+    pingable = persistent(before.rules.policy.pingable)
+    if not options.ping:
+        pingable = PMap()
+    else:
+        if not before.inputs.forwarding.ping:
+            touched = state.table.eips
+        here = {a: None for a in touched if a in state.table.eips}
+        pingable = pingable.updated(here, set(touched) - here.keys())
+    return Policy(pingable, options.new_flows_per_second)
 
 
 def _strays(before: State, state: State, touched: Iterable[Address]) -> PMap[Address, None]:

@@ -6,7 +6,8 @@ Rules:
 - Second chance: a packet of an established flow that conntrack does not know here goes to the
   bucket's last owner, and the flow's conntrack entry remembers that: later changes of the table
   lead it through the same nodes. `late` is for new flows that a node with an older table sent here.
-- ICMP errors go to conntrack: on the node that has the flow they reach the pod, elsewhere they end.
+- ICMP errors go where the connection goes that they speak of, and there conntrack takes them to the
+  pod.
 - A change is a list of pieces, each one transaction; an EIP's elements never span two pieces. The
   last piece writes the generation into the set `gen`: a kernel that shows it has all of it.
 
@@ -21,7 +22,7 @@ from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv6Address
 from typing import Any, Final, TypeAlias
 
-from lbctl.core import maglev
+from lbctl.core import maglev, nftsets
 from lbctl.core.model import Address, Network
 from lbctl.core.names import MARK_BASE
 from lbctl.core.nftrules import (
@@ -33,13 +34,13 @@ from lbctl.core.nftrules import (
     refusals,
     skeleton,
 )
+from lbctl.core.nftsets import Policy, interface, replaced
 from lbctl.core.nodeview import PortElements
 from lbctl.core.pmap import changed
 from lbctl.errors import DataplaneError
 
 _BUCKETS: Final = tuple(f" . {BUCKET_BASE + bucket:#x}" for bucket in range(maglev.SIZES[-1]))
 PIECE: Final = 20_000  # map elements of one transaction: nft takes about 2 KiB for each
-_INTERFACE: Final = re.compile(r"[A-Za-z0-9_.@:-]{1,15}")
 _MAC: Final = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}")
 PortKey: TypeAlias = tuple[Address, str, int]
 SetKey: TypeAlias = tuple[int, str]  # IP version, which is the table, and name of a set or map
@@ -50,6 +51,7 @@ class Ruleset:
     """Everything that the kernel's tables hold, of both families.
 
     ranges: first and last address, both inclusive. sources: EIPs that not everyone may reach.
+    policy: what else the rules follow.
     """
 
     generation: int = 0
@@ -58,6 +60,7 @@ class Ruleset:
     ranges: tuple[tuple[Address, Address], ...] = ()
     ports: Mapping[PortKey, PortElements] = field(default_factory=dict)
     sources: Mapping[Address, tuple[Network, ...]] = field(default_factory=dict)
+    policy: Policy = field(default_factory=Policy)
 
 
 def merged(
@@ -120,6 +123,11 @@ def difference(old: Ruleset, new: Ruleset) -> list[str]:
     return pieces
 
 
+def reshapes(old: Ruleset, new: Ruleset) -> bool:
+    """Whether the change writes rules, so that the kernel numbers them anew."""
+    return old.policy.new_flows != new.policy.new_flows
+
+
 def totals(rules: Ruleset) -> dict[SetKey, int]:
     """Return how many elements each set and map has, but for the intervals of `ranges`."""
     return recounted({}, Ruleset(), rules)
@@ -137,6 +145,9 @@ def recounted(counts: Mapping[SetKey, int], old: Ruleset, new: Ruleset) -> dict[
                     made[key[0].version, name] += sign * number
     for address in changed(old.sources, new.sources):
         made[address.version, "restricted"] += (address in new.sources) - (address in old.sources)
+    was, now = old.policy.pingable, new.policy.pingable
+    for address in changed(was, now):
+        made[address.version, "pingable"] += (address in now) - (address in was)
     for family in FAMILIES:
         whole = {"gen": 1, "uplinks": len(new.uplinks), "peers": len(new.peers)}
         made |= {(family.version, name): number for name, number in whole.items()}
@@ -168,16 +179,17 @@ def _generation(number: int, flush: bool) -> str:
 def _small_sets(old: Ruleset, new: Ruleset) -> Iterator[str]:
     for family in FAMILIES:
         if old.uplinks != new.uplinks:
-            yield _replaced(family, "uplinks", (f'"{_interface(name)}"' for name in new.uplinks))
+            yield replaced(family, "uplinks", (f'"{interface(name)}"' for name in new.uplinks))
         if old.peers != new.peers:
-            yield _replaced(family, "peers", (_mac(text) for text in new.peers))
+            yield replaced(family, "peers", (_mac(text) for text in new.peers))
         was, now = (
             [(a, b) for a, b in rules.ranges if a.version == family.version] for rules in (old, new)
         )
         if was != now:
             spans = (f"{a}-{b}" if a != b else str(a) for a, b in now)
-            yield _replaced(family, "ranges", spans)
+            yield replaced(family, "ranges", spans)
     yield from _restrictions(old.sources, new.sources)
+    yield from nftsets.changes(old.policy, new.policy)
 
 
 def _restrictions(
@@ -194,18 +206,6 @@ def _restrictions(
             listed = [str(a) for a in touched if a in held and a not in other]
             if listed:
                 yield f"{verb} element {family.table} restricted {{ {', '.join(listed)} }}\n"
-
-
-def _replaced(family: Family, name: str, entries: Iterable[str]) -> str:
-    listed = ", ".join(entries)
-    text = f"flush set {family.table} {name}\n"
-    return text + (f"add element {family.table} {name} {{ {listed} }}\n" if listed else "")
-
-
-def _interface(name: str) -> str:
-    if not _INTERFACE.fullmatch(name):
-        raise DataplaneError(f"not an interface name: {name!r}")
-    return name
 
 
 def _mac(text: str) -> str:
@@ -306,7 +306,7 @@ _MAPS: Final[tuple[tuple[str, Callable[[Any], str]], ...]] = (
     ("steer", _node_mark),
 )
 
-_COUNTED: Final = ("closed", "past", "restricted", "svc", *(name for name, _ in _MAPS))
+_COUNTED: Final = ("closed", "past", "pingable", "restricted", "svc", *(name for name, _ in _MAPS))
 
 
 def _chain_of(port: PortElements | None) -> str:

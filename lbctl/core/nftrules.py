@@ -19,13 +19,31 @@ from typing import Final
 
 from lbctl.core import maglev
 from lbctl.core.model import Address
-from lbctl.core.names import MARK_BASE, MARK_MASK, NFT_TABLE
+from lbctl.core.names import MARK_BASE, MARK_MASK, NFT_TABLE, TUNNEL_DEVICE, TUNNEL_PORT
 
 BUCKET_BASE: Final = MARK_BASE + 0x1000000  # marks that live for a few hooks only
 # A hand-over follows a flow's own history (conntrack's mark), so it cannot circle unless a node has
 # lost its entries; then this bounds it.
 HANDOVER_TTL: Final = 8
-COUNTERS: Final = ("steered", "delivered", "second_chance", "refused", "stray")
+COUNTERS: Final = (
+    "steered",  # packets sent on to the node of their connection
+    "errors",  # ICMP errors sent on to the node of the connection that they speak of
+    "delivered",  # new flows given to a pod of this node
+    "second_chance",  # packets of established flows handed to the flow's last owner
+    "pings",  # echo requests answered
+    # The rest is dropped or refused.
+    "refused",  # to what no Service offers
+    "sources",  # from outside a Service's source ranges
+    "odd",  # with IP options or extension headers
+    "flood",  # new flows, or echo requests, over the limit of their EIP
+    "forged",  # tunnel packets from no current node
+    "stray",  # steered here, but nothing here takes them
+)
+TUNNEL_HEADERS: Final = {4: 40, 6: 60}  # bytes of IP and TCP header, not part of an MSS
+PINGS_PER_SECOND: Final = 50  # answered by one node for one EIP
+_RATES: Final = (
+    65_535  # EIPs whose rate is kept at a time, each for a minute since it was last used
+)
 
 _NODE: Final = f"meta mark & {MARK_MASK:#x} == {MARK_BASE:#x}"
 _NOT_NODE: Final = f"meta mark & {MARK_MASK:#x} != {MARK_BASE:#x}"
@@ -36,17 +54,29 @@ _BUCKET: Final = f"meta mark & {MARK_MASK:#x} == {BUCKET_BASE:#x}"
 class Family:
     """What differs between the tables of IPv4 and IPv6, in nft's words.
 
-    ip: the header's keyword. address: the type of an address. icmp: the protocol's keyword. hops:
-    the header field that each router lowers. errors, redirect: ICMP types.
+    ip: the header's keyword. address: the type of an address. icmp, icmp_number: the protocol's
+    keyword and the one that `meta l4proto` knows. hops: the header field that each router lowers.
+    errors, redirect: ICMP types. odd: matches a packet with options or extension headers between
+    its IP and its transport header. own: protocol and destination port, at their places in a packet
+    without. The rest is about the packet that an ICMP error speaks of: odd_inner finds one whose
+    ports are elsewhere; sent has its protocol and source port, client and client_port whom it was
+    sent to.
     """
 
     version: int
     ip: str
     address: str
     icmp: str
+    icmp_number: str
     hops: str
     errors: str
     redirect: str
+    odd: str
+    own: str
+    odd_inner: str
+    sent: str
+    client: str
+    client_port: str
 
     @property
     def table(self) -> str:
@@ -58,24 +88,48 @@ class Family:
         """What of a packet says which EIP:protocol:port it is for."""
         return f"{self.ip} daddr . meta l4proto . th dport"
 
+    @property
+    def raw_key(self) -> str:
+        """The same of a packet that is not odd; `raw_error_key` can share a map with it."""
+        return f"{self.ip} daddr . {self.own}"
+
+    @property
+    def raw_error_key(self) -> str:
+        """Which EIP:protocol:port sent the packet that an ICMP error speaks of."""
+        return f"{self.ip} daddr . {self.sent}"
+
 
 V4: Final = Family(
     version=4,
     ip="ip",
     address="ipv4_addr",
     icmp="icmp",
+    icmp_number="icmp",
     hops="ttl",
     errors="destination-unreachable, time-exceeded, parameter-problem",
     redirect="redirect",
+    odd="ip hdrlength != 5",
+    own="@nh,72,8 . @nh,176,16",
+    odd_inner="@th,64,8 != 0x45",
+    sent="@th,136,8 . @th,224,16",
+    client="@th,192,32",
+    client_port="@th,240,16",
 )
 V6: Final = Family(
     version=6,
     ip="ip6",
     address="ipv6_addr",
     icmp="icmpv6",
+    icmp_number="ipv6-icmp",
     hops="hoplimit",
     errors="destination-unreachable, packet-too-big, time-exceeded, parameter-problem",
     redirect="nd-redirect",
+    odd="ip6 nexthdr != { tcp, udp, sctp, ipv6-icmp }",
+    own="@nh,48,8 . @nh,336,16",
+    odd_inner="@th,64,4 != 6",
+    sent="@th,112,8 . @th,384,16",
+    client="@th,256,32 . @th,288,32 . @th,320,32 . @th,352,32",
+    client_port="@th,400,16",
 )
 FAMILIES: Final = (V4, V6)
 
@@ -89,12 +143,15 @@ def skeleton(family: Family) -> str:
     """Return the table without elements: sets, maps, chains and rules."""
     parts = (
         "".join(f"  counter {name} {{ }}\n" for name in COUNTERS),
+        _timeouts(family),
         _sets(family),
         _hash_chains(family),
         _steering(family),
+        _elsewhere(family),
         _chance(family),
         _delivery(family),
         _guards(family),
+        _outgoing(family),
     )
     return f"table {family.table} {{\n" + "".join(parts) + "}\n"
 
@@ -117,30 +174,58 @@ def hash_chain(size: int, by_client: bool) -> str:
 
 
 def _hash_chains(family: Family) -> str:
+    """Chains that set a packet's bucket as its mark; an ICMP error has its connection's bucket."""
     lines = []
     for size in maglev.SIZES:
         for by_client in (False, True):
-            what = f"{family.ip} saddr" + ("" if by_client else " . th sport")
+            own, inner = f"{family.ip} saddr", family.client
+            if not by_client:
+                own, inner = f"{own} . th sport", f"{inner} . {family.client_port}"
+            bucket = f"mod {size} seed {maglev.SEED:#x} offset {BUCKET_BASE:#x}"
             lines.append(
-                f"  chain {hash_chain(size, by_client)} {{\n    meta mark set jhash {what}"
-                f" mod {size} seed {maglev.SEED:#x} offset {BUCKET_BASE:#x}\n  }}\n"
+                f"  chain {hash_chain(size, by_client)} {{\n"
+                f"    meta mark set jhash {own} {bucket}\n"
+                f"    meta l4proto {family.icmp_number} meta mark set jhash {inner} {bucket}\n"
+                "  }\n"
             )
     return "".join(lines)
 
 
+def _timeouts(family: Family) -> str:
+    """What is not yet answered leaves conntrack soon: a flood's entries are rate times these."""
+    return f"""  ct timeout brief_tcp {{
+    protocol tcp; l3proto {family.ip};
+    policy = {{ syn_sent : 5, syn_recv : 10 }};
+  }}
+  ct timeout brief_udp {{
+    protocol udp; l3proto {family.ip};
+    policy = {{ unreplied : 10 }};
+  }}
+"""
+
+
 def _sets(family: Family) -> str:
+    """`steer` and `svc` are asked by a packet's own header and by the one inside an ICMP error: nft
+    lets only raw payload expressions share a map.
+    """
     address = family.address
     key = f"{address} . inet_proto . inet_service"
     return f"""  set gen {{ type mark; }}
   set uplinks {{ type ifname; }}
   set peers {{ type ether_addr; }}
+  set tunnel_peers {{ type {address}; }}
   set ranges {{ type {address}; flags interval; }}
   set restricted {{ type {address}; }}
   set sources {{ type {address} . {address}; flags interval; }}
+  set pingable {{ type {address}; }}
+  set external {{ type {address}; }}
   set closed {{ type {key}; }}
-  map svc {{ type {key} : verdict; }}
+  set rate {{ type {address}; flags dynamic,timeout; size {_RATES}; timeout 60s; }}
+  set ping_rate {{ type {address}; flags dynamic,timeout; size {_RATES}; timeout 60s; }}
+  map clamp {{ typeof oifname : tcp option maxseg size; }}
+  map svc {{ typeof {family.raw_key} : verdict; }}
   map past {{ type {key} : verdict; }}
-  map steer {{ type {key} . mark : mark; }}
+  map steer {{ typeof {family.raw_key} . meta mark : meta mark; }}
   map prev {{ type {key} . mark : mark; }}
   map deliver {{ type {key} . mark : {address} . inet_service; }}
   map late {{ type {key} . mark : {address} . inet_service; }}
@@ -149,27 +234,70 @@ def _sets(family: Family) -> str:
 
 def _steering(family: Family) -> str:
     """From outside: refuse, or find the bucket, and mark and untrack what is another node's."""
-    ip, key = family.ip, family.key
+    ip, icmp, key = family.ip, family.icmp, family.key
+    over = f"limit rate over {PINGS_PER_SECOND}/second burst {PINGS_PER_SECOND} packets"
     return f"""  chain refuse {{
     drop
   }}
+  chain errors {{
+    {family.odd_inner} counter name odd drop
+    {family.raw_error_key} vmap @svc
+    meta mark 0 counter name stray drop
+    meta mark set {family.raw_error_key} . meta mark map @steer counter name errors notrack accept
+    meta mark set 0 accept
+  }}
+  chain ping {{
+    update @ping_rate {{ {ip} daddr {over} }} counter name flood drop
+    counter name pings accept
+  }}
   chain outside {{
-    {ip} daddr @restricted {ip} daddr . {ip} saddr != @sources counter name refused drop
-    {family.icmp} type {{ {family.errors} }} accept
+    {icmp} type {{ {family.errors} }} goto errors
+    {icmp} type echo-request {ip} daddr @pingable goto ping
     tcp flags & (fin|syn|rst|ack) == syn {key} @closed goto refuse
-    meta l4proto udp {key} @closed goto refuse
-    {key} vmap @svc
+    meta l4proto != tcp {key} @closed goto refuse
+    {family.raw_key} vmap @svc
     meta mark 0 goto refuse
-    meta mark set {key} . meta mark map @steer counter name steered notrack accept
+    meta mark set {family.raw_key} . meta mark map @steer counter name steered notrack accept
     meta mark set 0
+  }}
+  chain permitted {{
+    {icmp} type {{ {family.errors} }} return
+    {ip} daddr . {ip} saddr != @sources counter name sources drop
   }}
   chain ingress {{
     type filter hook prerouting priority raw; policy accept;
-    iifname != @uplinks accept
-    {ip} daddr != @ranges accept
+    iifname != @uplinks goto elsewhere
+    {ip} daddr != @ranges goto elsewhere
     meta mark set 0
+    {family.odd} counter name odd drop
+    {ip} daddr @restricted jump permitted
+    iifname "{TUNNEL_DEVICE}" accept
     ether saddr @peers accept
     goto outside
+  }}
+"""
+
+
+def _elsewhere(family: Family) -> str:
+    """What is for no EIP: nobody brings our marks along, and tunnels lead from node to node only.
+
+    Tunnel packets of this node come from the kernel, which owns no socket that sends.
+    """
+    ip = family.ip
+    return f"""  chain tunnel {{
+    iifname @uplinks {ip} saddr @tunnel_peers notrack accept
+    fib daddr type != local {ip} daddr != @tunnel_peers accept
+    counter name forged drop
+  }}
+  chain elsewhere {{
+    meta mark & {MARK_MASK:#x} == {{ {MARK_BASE:#x}, {BUCKET_BASE:#x} }} meta mark set 0
+    iifname "{TUNNEL_DEVICE}" counter name forged drop
+    udp dport {TUNNEL_PORT} goto tunnel
+  }}
+  chain own {{
+    type filter hook output priority raw; policy accept;
+    udp dport {TUNNEL_PORT} {ip} daddr @tunnel_peers meta skuid >= 0 counter name forged drop
+    udp dport {TUNNEL_PORT} {ip} daddr @tunnel_peers notrack
   }}
 """
 
@@ -189,9 +317,16 @@ def _chance(family: Family) -> str:
     meta mark set {key} . meta mark map @prev goto handover
     meta mark set 0
   }}
+  chain arrived {{
+    ct state related ct mark & {MARK_MASK:#x} == {MARK_BASE:#x} meta mark set ct mark
+    ct state != new accept
+    meta l4proto udp ct timeout set "brief_udp"
+    meta l4proto tcp ct timeout set "brief_tcp"
+    meta l4proto tcp goto lookup
+  }}
   chain chance {{
     type filter hook prerouting priority mangle - 5; policy accept;
-    iifname @uplinks {ip} daddr @ranges meta l4proto tcp ct state new goto lookup
+    iifname @uplinks {ip} daddr @ranges goto arrived
   }}
 """
 
@@ -202,13 +337,17 @@ def _delivery(family: Family) -> str:
     to_pod, to_late = (
         f"dnat {ip} to {key} . meta mark map @{name}" for name in ("deliver", "late")
     )
-    return f"""  chain deliver_new {{
+    return f"""  chain enough {{
+  }}
+  chain deliver_new {{
+    {family.icmp} type echo-request {ip} daddr @pingable redirect
+    jump enough
     {_NODE} dnat to {ip} daddr
-    {key} vmap @svc
-    meta l4proto {{ tcp, udp }} counter name delivered {to_pod}
+    {family.raw_key} vmap @svc
+    meta l4proto {{ tcp, udp, sctp }} counter name delivered {to_pod}
     {key} vmap @past
     tcp flags & (fin|syn|rst|ack) == syn {to_late}
-    meta l4proto udp {to_late}
+    meta l4proto {{ udp, sctp }} {to_late}
     counter name stray drop
   }}
   chain delivery {{
@@ -220,6 +359,16 @@ def _delivery(family: Family) -> str:
     {_BUCKET} meta mark set 0
   }}
 """
+
+
+def limiter(family: Family, per_second: int) -> str:
+    """Return the commands that limit new flows of each EIP to this rate; 0: no limit."""
+    text = f"flush chain {family.table} enough\nflush set {family.table} rate\n"
+    if not per_second:
+        return text
+    over = f"limit rate over {per_second}/second burst {per_second} packets"
+    rule = f"update @rate {{ {family.ip} daddr {over} }} counter name flood drop"
+    return f"{text}add rule {family.table} enough {rule}\n"
 
 
 def _guards(family: Family) -> str:
@@ -236,5 +385,24 @@ def _guards(family: Family) -> str:
   chain redirects {{
     type filter hook output priority filter; policy accept;
     {family.icmp} type {family.redirect} drop
+  }}
+"""
+
+
+def _outgoing(family: Family) -> str:
+    """What leaves: external endpoints see this node, clients learn the tunnel's MSS.
+
+    A tunnel routes its outer packets by the mark too: with ours on it they would go in again.
+    """
+    ip = family.ip
+    return f"""  chain outbound {{
+    type nat hook postrouting priority srcnat - 5; policy accept;
+    {ip} daddr @external ct original {ip} daddr @ranges masquerade
+  }}
+  chain leaving {{
+    type filter hook postrouting priority srcnat + 5; policy accept;
+    oifname "{TUNNEL_DEVICE}" meta mark set 0
+    tcp flags & (syn|rst|ack) == (syn|ack) {ip} saddr @ranges \
+      tcp option maxseg size set oifname map @clamp
   }}
 """

@@ -8,36 +8,44 @@ from __future__ import annotations
 
 import json
 import os
-import socket
-import struct
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from ipaddress import ip_address
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from lbctl.core import nft, nftrules, nodeview
+from lbctl.core import nft, nodeview
 from lbctl.core.model import Protocol
+from lbctl.core.names import MARK_BASE
+from lbctl.core.nftrules import FAMILIES
+from lbctl.core.nftsets import Policy
 from tests.unit.faketable import FakeTable
-from tests.unit.forwarding_cases import EIP, pod, ruleset, service, table
+from tests.unit.forwarding_cases import EIP, EIP6, pod, ruleset, service, table
 
+from . import frames
 from .agentnet import sh
 
 GOLDEN = Path(__file__).parent.parent / "unit" / "golden"
 PODS = [pod(n, p) for n in (1, 2, 3) for p in (2, 3)]
-CLIENT = "203.0.113.10"
-PEER = "02:00:00:00:00:02"
+PEER, ROUTER = "02:00:00:00:00:02", "02:00:00:00:00:99"
+HOSTS = ("192.0.2.21", "2001:db8:1::21")
+# What leaves prerouting: the port or identifier that tells the packets apart, mark and address.
 TRACE = """
-table ip trace {
-  set seen { type inet_proto . inet_service . mark . ipv4_addr; flags dynamic; size 65535; }
-  chain out {
+table {ip} trace {{
+  set flows {{ typeof {ip} daddr . meta mark . @th,0,16; flags dynamic; size 65535; }}
+  set pings {{ typeof {ip} daddr . meta mark . @th,32,16; flags dynamic; size 65535; }}
+  set errors {{ typeof {ip} daddr . meta mark . {port}; flags dynamic; size 65535; }}
+  chain out {{
     type filter hook prerouting priority -90;
-    iifname "eth0" meta l4proto { tcp, udp } \
-      update @seen { meta l4proto . th sport . meta mark . ip daddr }
-  }
-}
+    iifname != "eth0" accept
+    meta l4proto {{ tcp, udp }} update @flows {{ {ip} daddr . meta mark . @th,0,16 }}
+    {icmp} type echo-request update @pings {{ {ip} daddr . meta mark . @th,32,16 }}
+    {icmp} type time-exceeded update @errors {{ {ip} daddr . meta mark . {port} }}
+  }}
+}}
 """
 
 
@@ -51,9 +59,20 @@ def space() -> Iterator[str]:
             "link set eth0 address 02:00:00:00:00:01\nlink set eth0 up\nlink set far up\n"
             "addr add 192.0.2.21/24 dev eth0\nroute add default via 192.0.2.1\n"
             "neigh add 192.0.2.1 lladdr 02:00:00:00:00:99 dev eth0\n"
+            "addr add 2001:db8:1::21/64 dev eth0 nodad\nroute add default via 2001:db8:1::1\n"
+            "neigh add 2001:db8:1::1 lladdr 02:00:00:00:00:99 dev eth0\n"
         )
         sh("ip", "-n", name, "-batch", "-", text=batch)
-        sh("ip", "netns", "exec", name, "sysctl", "-qw", "net.ipv4.ip_forward=1")
+        sh(
+            "ip",
+            "netns",
+            "exec",
+            name,
+            "sysctl",
+            "-qw",
+            "net.ipv4.ip_forward=1",
+            "net.ipv6.conf.all.forwarding=1",
+        )
         yield name
     finally:
         sh("ip", "netns", "del", name)
@@ -79,7 +98,6 @@ def cases() -> dict[str, list[str]]:
         "closed": nft.full(ruleset(refusing, "n1", 3)),
         "gone": nft.difference(two, ruleset(empty, "n1", 4)),
         "removal": [nft.removal()],
-        "six": [nftrules.skeleton(nftrules.V6), nftrules.refusals(nftrules.V6)],
     }
 
 
@@ -108,80 +126,113 @@ for frame in json.load(sys.stdin):
 """
 
 
-def frame(protocol: int, source: int, port: int, flags: int, peer: bool) -> str:
-    """An Ethernet frame from the client to the EIP, with right checksums."""
-    mac = bytes.fromhex((PEER if peer else "02:00:00:00:00:99").replace(":", ""))
-    src, dst = ip_address(CLIENT).packed, EIP.packed
-    if protocol == socket.IPPROTO_TCP:
-        body = struct.pack("!HHIIBBHHH", source, port, 1000, 2000, 0x50, flags, 64000, 0, 0)
-        place = 16
-    else:
-        body = struct.pack("!HHHH", source, port, 8, 0)
-        place = 6
-    pseudo = src + dst + struct.pack("!BBH", 0, protocol, len(body))
-    body = body[:place] + struct.pack("!H", checksum(pseudo + body)) + body[place + 2 :]
-    head = struct.pack("!BBHHHBBH4s4s", 0x45, 0, 20 + len(body), 1, 0, 64, protocol, 0, src, dst)
-    head = head[:10] + struct.pack("!H", checksum(head)) + head[12:]
-    return (bytes.fromhex("020000000001") + mac + bytes((8, 0)) + head + body).hex()
+@dataclass(frozen=True)
+class Case:
+    """A packet from the outside, and the words of the fake's `where` for it."""
+
+    client: str
+    port: int = 80
+    peer: bool = False
+    protocol: str = "tcp"
+    syn: bool = True
+    odd: bool = False
+    about: bool = False
+
+    def packet(self, eip: str, source: int) -> bytes:
+        four = frames.version(eip) == 4
+        if self.about:
+            inner = frames.tcp(eip, self.port, self.client, source, frames.ACK)
+            inner = frames.odd(inner) if self.odd else inner
+            router = "192.0.2.1" if four else "2001:db8:1::1"
+            return frames.icmp(router, eip, frames.EXCEEDED, 0, inner[:68])
+        if self.protocol == "icmp":
+            packet = frames.icmp(self.client, eip, frames.ECHO, source << 16, b"ping")
+        elif self.protocol == "udp":
+            packet = frames.udp(self.client, source, eip, self.port)
+        else:
+            flags = frames.SYN if self.syn else frames.ACK
+            packet = frames.tcp(self.client, source, eip, self.port, flags)
+        return frames.odd(packet) if self.odd else packet
 
 
-def checksum(data: bytes) -> int:
-    data += b"\0" * (len(data) % 2)
-    total: int = sum(struct.unpack(f"!{len(data) // 2}H", data))
-    while total >> 16:
-        total = (total & 0xFFFF) + (total >> 16)
-    return ~total & 0xFFFF
-
-
-SYN, ACK = 0x02, 0x10
-
-
-def test_the_fake_says_what_the_kernel_does(space: str) -> None:
-    first = nodeview.advance({}, table(*PODS[:3]))
-    second = nodeview.advance(first, table(*PODS))
-    texts = [
-        *nft.full(ruleset(first, "n1", 1)),
-        *nft.difference(ruleset(first, "n1", 1), ruleset(second, "n1", 2)),
+def kinds(version: int) -> list[Case]:
+    allowed, denied = CLIENTS[version]
+    return [
+        *(
+            Case(allowed, port, peer, syn=syn)
+            for peer in (False, True)
+            for syn in (True, False)
+            for port in (80, 81)
+        ),
+        *(Case(denied, peer=peer) for peer in (False, True)),
+        *(Case(allowed, peer=peer, odd=True) for peer in (False, True)),
+        *(Case(allowed, port, about=True) for port in (80, 81)),
+        Case(allowed, about=True, odd=True),
+        *(Case(allowed, peer=peer, protocol="icmp") for peer in (False, True)),
+        Case(allowed, protocol="udp"),
     ]
+
+
+CLIENTS = {4: ("203.0.113.10", "203.0.114.10"), 6: ("2001:db8:3::10", "2001:db8:4::10")}
+ALLOWED = ("203.0.113.0/24", "2001:db8:3::/64")
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_the_fake_says_what_the_kernel_does(space: str, version: int) -> None:
+    eip = str(EIP if version == 4 else EIP6)
+    pods = [pod(n, p, version=version) for n in (1, 2, 3) for p in (2, 3)]
+    of = service(sources=ALLOWED)
+    tables = [table(*some, of=of, eips=(EIP, EIP6)) for some in (pods[:3], pods)]
+    first = nodeview.advance({}, tables[0])
+    views = [first, nodeview.advance(first, tables[1])]
+    policy = Policy(pingable={EIP: None, EIP6: None}, new_flows=5000)
+    old, new = (ruleset(views[n], "n1", n, tables[n], policy) for n in (0, 1))
     fake = FakeTable()
-    for text in texts:
+    for text in [*nft.full(old), *nft.difference(old, new)]:
         fake.apply(text)
         load(space, text)
-    load(space, TRACE)
-    ports = iter(range(20000, 60000))
-    asked: dict[int, tuple[bool, bool, int]] = {}
-    frames = []
-    for peer in (False, True):
-        for flags in (SYN, ACK):
-            for port in (80, 81):
-                for _ in range(60):
-                    source = next(ports)
-                    asked[source] = (peer, flags == SYN, port)
-                    frames.append(frame(6, source, port, flags, peer))
+    family = FAMILIES[0 if version == 4 else 1]
+    load(space, TRACE.format(ip=family.ip, icmp=family.icmp, port=family.client_port))
+    asked = {20000 + i: case for i, case in enumerate(kinds(version) * 40)}
+    sent = [
+        frames.frame(
+            case.packet(eip, source), "02:00:00:00:00:01", PEER if case.peer else ROUTER
+        ).hex()
+        for source, case in asked.items()
+    ]
     command = ["ip", "netns", "exec", space, sys.executable, "-c", SEND]
-    subprocess.run(command, input=json.dumps(frames), text=True, check=True, timeout=60)
-    found = seen(space)
+    subprocess.run(command, input=json.dumps(sent), text=True, check=True, timeout=60)
+    found = seen(space, family.ip, eip)
     ways = set()
-    for source, (peer, syn, port) in asked.items():
-        said = fake.where(str(EIP), port, CLIENT, source, syn=syn, peer=peer)
+    for source, case in asked.items():
+        words = {name: getattr(case, name) for name in ("protocol", "syn", "peer", "odd", "about")}
+        said = fake.where(eip, case.port, case.client, source, **words)
         ways.add(said.split()[0])
-        assert found.get(source, "nowhere") == expected(said), (source, peer, syn, port, said)
-    assert ways == {"node", "chance", "pod", "refuse", "stray"}
+        assert found.get(source, "nowhere") == expected(said), (source, case, said)
+    assert ways == {"node", "chance", "pod", "ping", "refused", "sources", "odd", "stray"}
 
 
 def expected(said: str) -> str:
     kind, _, what = said.partition(" ")
     if kind in ("node", "chance"):
         return f"mark {int(what)}"
-    return f"pod {what.partition(':')[0]}" if kind == "pod" else "nowhere"
+    if kind == "pod":
+        return f"pod {what.rpartition(':')[0]}"
+    return "host" if kind == "ping" else "nowhere"
 
 
-def seen(space: str) -> dict[int, str]:
-    """Source port → where the kernel sent it; one that was dropped is not in it."""
-    text = sh("ip", "netns", "exec", space, "nft", "-j", "list", "set", "ip", "trace", "seen")
+def seen(space: str, ip: str, eip: str) -> dict[int, str]:
+    """Port or identifier → where the kernel sent the packet; one that was dropped is not in it."""
     result = {}
-    for entry in json.loads(text)["nftables"]:
-        for element in entry.get("set", {}).get("elem", ()):
-            _, source, mark, address = element["concat"]
-            result[source] = f"mark {mark & 0xFFFF}" if mark else f"pod {address}"
+    for name in ("flows", "pings", "errors"):
+        text = sh("ip", "netns", "exec", space, "nft", "list", "set", ip, "trace", name)
+        for address, mark, source in re.findall(r"(\S+) \. (0x\w+) \. (\w+)", text):
+            number, way = int(mark, 16), f"pod {address}"
+            if number:
+                way = f"mark {number - MARK_BASE}"
+            elif name == "pings":
+                way = "host" if address in HOSTS else f"EIP {address}"
+            elif address == eip:
+                continue  # an error that no node takes: dropped when it would be routed
+            result[int(source, 0)] = way
     return result

@@ -1,30 +1,41 @@
-"""A fake of our nftables table: it answers where a packet goes, from the rendered text alone.
+"""A fake of our nftables tables: it answers where a packet goes, from the rendered text alone.
 
 It knows the elements (parsed from the text that the agent gives to nft) and what the rules do with
-them; `tests/lab/test_agent_faketable.py` holds it against the kernel with the same packets.
+them; `tests/lab/test_forwarding_kernel.py` holds it against the kernel with the same packets.
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from ipaddress import ip_address
+from ipaddress import ip_address, ip_network
 
 from lbctl.core import maglev
 from lbctl.core.names import MARK_BASE
 from lbctl.core.nftrules import BUCKET_BASE
 
 _MASK = 0xFFFFFFFF
-_COMMAND = re.compile(r"(add|delete) element ip lbctl (\w+) \{ (.*) \}$")
+_COMMAND = re.compile(r"(add|delete) element (ip6?) lbctl (\w+) \{ (.*) \}$")
 
 
 def _rol(value: int, bits: int) -> int:
     return ((value << bits) | (value >> (32 - bits))) & _MASK
 
 
-def jhash(words: list[int], length: int, seed: int) -> int:
-    """Bob Jenkins' lookup3 over at most three words, as include/linux/jhash.h has it."""
-    a = b = c = (0xDEADBEEF + length + seed) & _MASK
+def _mix(a: int, b: int, c: int) -> tuple[int, int, int]:
+    for bits in (4, 6, 8, 16, 19, 4):
+        a = ((a - c) ^ _rol(c, bits)) & _MASK
+        c = (c + b) & _MASK
+        a, b, c = b, c, a
+    return a, b, c
+
+
+def jhash(words: list[int], seed: int) -> int:
+    """Bob Jenkins' lookup3, as include/linux/jhash.h has it; of whole words only."""
+    a = b = c = (0xDEADBEEF + 4 * len(words) + seed) & _MASK
+    while len(words) > 3:
+        a, b, c = _mix((a + words[0]) & _MASK, (b + words[1]) & _MASK, (c + words[2]) & _MASK)
+        words = words[3:]
     padded = [*words, 0, 0, 0]
     a, b, c = (a + padded[0]) & _MASK, (b + padded[1]) & _MASK, (c + padded[2]) & _MASK
     c = ((c ^ b) - _rol(b, 14)) & _MASK
@@ -38,10 +49,11 @@ def jhash(words: list[int], length: int, seed: int) -> int:
 
 def bucket(client: str, port: int | None, size: int) -> int:
     """The bucket of a packet; port None: by the client's address alone."""
-    words = [int.from_bytes(ip_address(client).packed, "little")]
+    packed = ip_address(client).packed
+    words = [int.from_bytes(packed[i : i + 4], "little") for i in range(0, len(packed), 4)]
     if port is not None:
         words.append(int.from_bytes(port.to_bytes(2, "big"), "little"))
-    return (jhash(words, 4 * len(words), maglev.SEED) * size) >> 32
+    return (jhash(words, maglev.SEED) * size) >> 32
 
 
 def _key(prefix: str, chain: str | None, client: str, source: int) -> str:
@@ -55,26 +67,31 @@ def _key(prefix: str, chain: str | None, client: str, source: int) -> str:
 
 @dataclass
 class FakeTable:
-    """The elements of the table. Feed it what the agent gives to nft."""
+    """The elements of both tables, by `ip NAME` or `ip6 NAME`. Feed it what the agent gives nft."""
 
     maps: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def apply(self, text: str) -> None:
         """Take one transaction in. KeyError: it deletes what is not there."""
         for line in text.splitlines():
-            if line == "delete table ip lbctl":
-                self.maps.clear()
-            elif line.startswith("flush set ip lbctl "):
-                self.maps[line.split()[-1]] = {}
+            if line.startswith("delete table "):
+                family = line.split()[2]
+                for name in [n for n in self.maps if n.split()[0] == family]:
+                    del self.maps[name]
+            elif line.startswith("flush set "):
+                _, _, family, _, name = line.split()
+                self.maps[f"{family} {name}"] = {}
             elif found := _COMMAND.match(line):
-                verb, name, entries = found.groups()
-                known = self.maps.setdefault(name, {})
-                for entry in entries.split(", "):
-                    key, _, value = entry.partition(" : ")
-                    if verb == "delete":
-                        del known[key]
-                    elif known.setdefault(key, value) != value:
-                        raise KeyError(f"{key} is there with another value")
+                self._change(*found.groups())
+
+    def _change(self, verb: str, family: str, name: str, entries: str) -> None:
+        known = self.maps.setdefault(f"{family} {name}", {})
+        for entry in entries.split(", "):
+            key, _, value = entry.partition(" : ")
+            if verb == "delete":
+                del known[key]
+            elif known.setdefault(key, value) != value:
+                raise KeyError(f"{key} is there with another value")
 
     def where(
         self,
@@ -87,30 +104,57 @@ class FakeTable:
         syn: bool = True,
         peer: bool = False,
         known: bool = False,
+        odd: bool = False,
+        about: bool = False,
     ) -> str:
         """Say what becomes of a packet that comes in by an uplink.
 
-        peer: another node sent it. known: conntrack has its flow here. Out: `node INDEX`,
-        `pod ADDRESS:PORT`, `chance INDEX`, `established`, `refuse` or `stray`.
+        protocol: "icmp" is an echo request. peer: another node sent it. known: conntrack has its
+        flow here. odd: with IP options or extension headers. about: not this flow's packet, but an
+        ICMP error about one of its answers. Out: `node INDEX`, `pod ADDRESS:PORT`, `chance INDEX`,
+        `ping`, `established`, or what counts the drop: `refused`, `sources`, `odd` or `stray`.
         """
         prefix = f"{address} . {protocol} . {port}"
-        chain = self.maps.get("svc", {}).get(prefix)
-        if not peer:
-            if prefix in self.maps.get("closed", {}) and (syn or protocol == "udp"):
-                return "refuse"
-            if chain is None:
-                return "refuse"
+        if odd:
+            return "odd"
+        if not about and not self._allowed(address, client):
+            return "sources"
+        if protocol == "icmp":
+            pingable = address in self._of(address, "pingable")
+            return "ping" if pingable else "stray" if peer else "refused"
+        chain = self._of(address, "svc").get(prefix)
+        if not peer and not about:
+            closed = prefix in self._of(address, "closed")
+            if chain is None or (closed and (syn or protocol != "tcp")):
+                return "refused"
         key = _key(prefix, chain, client, source)
-        past = _key(prefix, self.maps.get("past", {}).get(prefix), client, source)
-        if not peer and (mark := self.maps.get("steer", {}).get(key)):
+        if not peer and (mark := self._of(address, "steer").get(key)):
             return f"node {int(mark, 16) - MARK_BASE}"
-        if known:
-            return "established"
-        if protocol == "tcp" and not syn and (mark := self.maps.get("prev", {}).get(past)):
+        if known or about:
+            return "established" if known else "stray"
+        past = _key(prefix, self._of(address, "past").get(prefix), client, source)
+        return self._second(address, key, past, syn and protocol == "tcp", protocol)
+
+    def _second(self, address: str, key: str, past: str, syn: bool, protocol: str) -> str:
+        """What the delivering stage does with a packet that conntrack does not know."""
+        tcp = protocol == "tcp"
+        if tcp and not syn and (mark := self._of(address, "prev").get(past)):
             return f"chance {int(mark, 16) - MARK_BASE}"
-        if pod := self.maps.get("deliver", {}).get(key):
+        if pod := self._of(address, "deliver").get(key):
             return "pod " + pod.replace(" . ", ":")
-        late = self.maps.get("late", {}).get(past)
-        if late and (syn or protocol == "udp"):
+        late = self._of(address, "late").get(past)
+        if late and (syn or not tcp):
             return "pod " + late.replace(" . ", ":")
         return "stray"
+
+    def _of(self, address: str, name: str) -> dict[str, str]:
+        family = "ip6" if ":" in address else "ip"
+        return self.maps.get(f"{family} {name}", {})
+
+    def _allowed(self, address: str, client: str) -> bool:
+        if address not in self._of(address, "restricted"):
+            return True
+        entries = (entry.split(" . ") for entry in self._of(address, "sources"))
+        return any(
+            eip == address and ip_address(client) in ip_network(network) for eip, network in entries
+        )

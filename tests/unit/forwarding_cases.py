@@ -20,28 +20,35 @@ from lbctl.core.model import (
     ServicePort,
 )
 from lbctl.core.nft import Ruleset
+from lbctl.core.nftsets import Policy
 from lbctl.core.nodeview import PortView
 
 EIP = ip_address("198.51.100.1")
 WEB = ObjectRef("default", "web")
 INDEX = {"n1": 1, "n2": 2, "n3": 3}
-RANGES = ((ip_address("198.51.100.0"), ip_address("198.51.100.127")),)
+EIP6 = ip_address("2001:db8:100::1")
+RANGES = (
+    (ip_address("198.51.100.0"), ip_address("198.51.100.127")),
+    (ip_address("2001:db8:100::"), ip_address("2001:db8:100::ffff")),
+)
 
 
 def nodes(count: int = 3, cidrs: bool = True) -> tuple[Node, ...]:
     return tuple(
         Node(
             f"n{n}",
-            addresses=(ip_address(f"192.0.2.{20 + n}"),),
-            pod_cidrs=(ip_network(f"10.244.{n}.0/24"),) if cidrs else (),
+            addresses=(ip_address(f"192.0.2.{20 + n}"), ip_address(f"2001:db8:1::2{n}")),
+            pod_cidrs=(ip_network(f"10.244.{n}.0/24"), ip_network(f"fd00:10:244:{n}::/64"))
+            if cidrs
+            else (),
         )
         for n in range(1, count + 1)
     )
 
 
-def pod(n: int, p: int, flags: str = "rs") -> Endpoint:
+def pod(n: int, p: int, flags: str = "rs", version: int = 4) -> Endpoint:
     return Endpoint(
-        ip_address(f"10.244.{n}.{p}"),
+        ip_address(f"10.244.{n}.{p}" if version == 4 else f"fd00:10:244:{n}::{p}"),
         8080,
         f"n{n}",
         "pod",
@@ -51,9 +58,22 @@ def pod(n: int, p: int, flags: str = "rs") -> Endpoint:
     )
 
 
-def service(*, affinity: bool = False, protocol: Protocol = Protocol.TCP) -> Service:
+def service(
+    *,
+    affinity: bool = False,
+    protocol: Protocol = Protocol.TCP,
+    sources: tuple[str, ...] = (),
+) -> Service:
     ports = (ServicePort("", protocol, 80),)
-    return Service(WEB, "uid", 0.0, ports, True, affinity_s=10800 if affinity else None)
+    return Service(
+        WEB,
+        "uid",
+        0.0,
+        ports,
+        True,
+        affinity_s=10800 if affinity else None,
+        source_ranges=tuple(ip_network(text) for text in sources),
+    )
 
 
 def table(
@@ -62,11 +82,12 @@ def table(
     previous: Table = EMPTY,
     locator: Locator | None = None,
     of: Service | None = None,
+    eips: tuple[Address, ...] = (EIP,),
 ) -> Table:
     of = of or service()
     found = tuple(PortEndpoints(p.name, p.protocol, pods) for p in of.ports)
     return forwarding.build(
-        [Eip(EIP, "public", WEB, "uid")],
+        [Eip(eip, "public", WEB, "uid") for eip in eips],
         {WEB: of},
         {WEB: ServiceEndpoints(WEB, found)},
         locator or Locator(nodes()),
@@ -75,8 +96,16 @@ def table(
     )
 
 
-def ruleset(view: Mapping[Address, tuple[PortView, ...]], me: str, generation: int) -> Ruleset:
+def ruleset(
+    view: Mapping[Address, tuple[PortView, ...]],
+    me: str,
+    generation: int,
+    of: Table | None = None,
+    policy: Policy | None = None,
+) -> Ruleset:
+    """of: the view's table, for the source ranges."""
     index = {name: number for name, number in INDEX.items() if name != me}
+    sources = {a: entry.sources for a, entry in of.eips.items() if entry.sources} if of else {}
     return Ruleset(
         generation,
         ("eth0",),
@@ -89,4 +118,6 @@ def ruleset(view: Mapping[Address, tuple[PortView, ...]], me: str, generation: i
             for address, ports in view.items()
             for port in ports
         },
+        sources,
+        policy or Policy(),
     )

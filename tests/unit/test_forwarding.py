@@ -132,10 +132,10 @@ def test_closed_ports_keep_established_flows() -> None:
     homes = {client: cluster.lands("n1", client).split("@")[1] for client in CLIENTS}
     cluster.apply(table(*(pod(n, p, "") for n in (1, 2, 3) for p in (2, 3))))
     for client, home in homes.items():
-        assert cluster.lands("n2", client) == "refuse @n2"
+        assert cluster.lands("n2", client) == "refused @n2"
         assert cluster.lands("n2", client, syn=False).endswith(home)
     cluster.apply(table())
-    assert cluster.lands("n2", CLIENTS[0], syn=False) == "refuse @n2"
+    assert cluster.lands("n2", CLIENTS[0], syn=False) == "refused @n2"
 
 
 def test_terminating_ones_serve_when_nothing_else_does() -> None:
@@ -254,5 +254,5 @@ def test_many_eips_come_in_pieces() -> None:
     fake = FakeTable()
     for piece in pieces:
         fake.apply(piece)
-    assert len(fake.maps["svc"]) == 200
-    assert len(fake.maps["steer"]) == nft.totals(rules)[4, "steer"]
+    assert len(fake.maps["ip svc"]) == 200
+    assert len(fake.maps["ip steer"]) == nft.totals(rules)[4, "steer"]
