@@ -14,20 +14,21 @@ import asyncio
 import time
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field, replace
-from ipaddress import IPv4Address
 from typing import Any, Final
 
 import structlog
 
-from agent import routes as links
+from agent import settings
 from agent.dataplane import Dataplane
 from agent.inputs import Inputs
+from agent.reach import Reach
 from agent.rendering import State, render
-from agent.routes import Hop, Routes, Survey
+from agent.routes import Routes
 from lbctl.core import forwarding, nodeview
 from lbctl.core.forwarding import Locator, Sources, Table
 from lbctl.core.model import Address, Node
 from lbctl.core.pmap import PMap, changed, persistent
+from lbctl.core.ways import assign, current_macs
 from lbctl.errors import DataplaneError
 
 CHECK_S: Final = 1.0
@@ -35,7 +36,6 @@ RESOLVE_S: Final = 0.1  # between looks at the neighbour table while a node's MA
 RESOLVE_TRIES: Final = 20
 FALL_BACK_S: Final = 5.0
 RETRY_S: Final = (0.1, 0.5, 2.0, 5.0)
-_MAX_INDEX: Final = 0xFFFE
 _log = structlog.get_logger()
 
 
@@ -66,22 +66,20 @@ class Engine:
     ) -> None:
         self._node = node
         self._dataplane = dataplane
-        self._routes = routes
+        self._reach = Reach(node, routes)
         self._on_confirmed = on_confirmed
         self._on_state = on_state
         self._inputs: Inputs | None = None
         self._down: frozenset[str] = frozenset()
         self._state = State()
-        self._survey = Survey()
-        self._macs: Mapping[IPv4Address, str] = {}
-        self._hops: Mapping[int, Hop] = {}
+        self._macs: Mapping[Address, str] = {}
         self._locator: tuple[tuple[Node, ...], Locator] = ((), Locator(()))
         self._wake = asyncio.Event()
         self._resolve = asyncio.Event()
+        self._turn = asyncio.Lock()  # a pass or a repair
         self._known_problems: tuple[str, ...] = ()
         self.confirmed = Confirmed()
         self.repairs = {"nftables": 0, "routes": 0, "interfaces": 0}
-        self.unreachable: tuple[str, ...] = ()  # nodes on none of our links
         self.failures = 0
         self.turned_s = time.monotonic()
 
@@ -121,8 +119,13 @@ class Engine:
 
     @property
     def problems(self) -> tuple[str, ...]:
-        """What is wrong with this node's kernel settings, in words."""
+        """What is wrong with this node's kernel settings and tunnel, in words."""
         return self._known_problems
+
+    @property
+    def unreachable(self) -> tuple[str, ...]:
+        """The nodes to which there is no way."""
+        return self._reach.unreachable
 
     # -- loops ---------------------------------------------------------------------------------
     async def run(self) -> None:
@@ -148,7 +151,8 @@ class Engine:
             if self._inputs is None:
                 continue
             try:
-                await _finished(self._pass(self._inputs, self._down))
+                async with self._turn:
+                    await _finished(self._pass(self._inputs, self._down))
                 failed = 0
             except DataplaneError as error:
                 self.failures += 1
@@ -159,21 +163,18 @@ class Engine:
 
     async def _pass(self, inputs: Inputs, down: frozenset[str]) -> None:
         started = time.monotonic()
-        if (
-            not self._survey.uplinks
-            or self._state.inputs.forwarding.interfaces != inputs.forwarding.interfaces
-        ):
-            self._survey = await self._routes.survey(inputs.forwarding.interfaces)
-            await links.loosen(self._survey)
-        before = self._state
+        before, reach = self._state, self._reach
+        wanted = inputs.forwarding.interfaces
+        if not reach.survey.uplinks or before.inputs.forwarding.interfaces != wanted:
+            await reach.look(wanted)
         index = assign(before.index, self._node, inputs.nodes)
-        self._hops = hops(self._survey, index, inputs.nodes)
-        self._note_unreachable(index)
+        reach.plan(inputs, index)
+        await reach.ensure()
+        await reach.loosen()
         planned = await asyncio.to_thread(self._plan, before, inputs, down, index)
-        await self._routes.ensure(self._hops)
         repairing = self._dataplane.kernel is None
         written = await self._dataplane.set(planned.rules)
-        await self._routes.prune(self._hops)
+        await reach.prune()
         if not written:
             # Nothing of the kernel's differs, so neither does its generation.
             planned = replace(
@@ -202,17 +203,19 @@ class Engine:
         )
         table = forwarding.revise(before.table, sources)
         view = nodeview.advance(before.view, table, before.table)
-        usable = tuple(name for name, number in index.items() if number in self._hops)
-        macs = current_macs(self._macs, self._node, inputs.nodes)
-        state = State(inputs, down, table, view, index, macs, usable=usable)
-        uplinks = tuple(name for name, _ in self._survey.uplinks)
-        return render(state, self._node, before.rules.generation + 1, uplinks, before)
-
-    def _note_unreachable(self, index: Mapping[str, int]) -> None:
-        away = tuple(name for name, number in index.items() if number not in self._hops)
-        if away != self.unreachable:
-            self.unreachable = away
-            _log.warning("nodes_on_no_uplink", nodes=away, effect="their endpoints get nothing")
+        state = State(
+            inputs,
+            down,
+            table,
+            view,
+            index,
+            current_macs(self._macs, self._node, inputs.nodes),
+            usable=self._reach.usable(4),
+            usable6=self._reach.usable(6),
+            tunnel_peers=self._reach.tunnel_peers,
+            tunnel_mtu=self._reach.tunnel_mtu,
+        )
+        return render(state, self._node, before.rules.generation + 1, self._reach.uplinks, before)
 
     def _located(self, nodes: tuple[Node, ...]) -> Locator:
         if self._locator[0] != nodes:
@@ -243,26 +246,32 @@ class Engine:
         if self._inputs is None and self._dataplane.kernel is None:
             return
         inputs = self._inputs or self._state.inputs
-        survey = await self._routes.survey(inputs.forwarding.interfaces)
-        if survey.uplinks and survey != self._survey:
-            self._survey = survey
+        trouble = self._reach.trouble
+        fresh = await self._reach.look(inputs.forwarding.interfaces)
+        if self._reach.hops and not self._turn.locked() and not self._wake.is_set():
+            async with self._turn:
+                await self._mend()
+        if fresh or self._reach.trouble != trouble:
             self._inputs = inputs
             self._wake.set()
-        self.repairs["interfaces"] += await links.loosen(self._survey)
-        if self._hops and not self._wake.is_set():
-            repaired = await self._routes.ensure(self._hops)
-            if repaired:
-                self.repairs["routes"] += repaired
-                _log.warning("repaired", what="routes", count=repaired)
+        self.repairs["interfaces"] += await self._reach.loosen()
         if self._dataplane.kernel is not None and self._dataplane.damaged():
             self.repairs["nftables"] += 1
             _log.warning("repaired", what="nftables")
             self._inputs = inputs
             self._wake.set()
-        found = links.problems()
+        found = settings.problems(self._reach.ipv6)
         if found != self._known_problems:
             self._known_problems = found
             _log.warning("kernel_settings", problems=found)
+
+    async def _mend(self) -> None:
+        repaired = await self._reach.ensure()
+        if self._dataplane.kernel is not None:
+            repaired += await self._reach.prune()
+        if repaired:
+            self.repairs["routes"] += repaired
+            _log.warning("repaired", what="routes", count=repaired)
 
     async def _neighbours(self) -> None:
         """Keep the other nodes' MACs known; ask for those that are not."""
@@ -282,25 +291,15 @@ class Engine:
         inputs = self._inputs
         if inputs is None:
             return True
-        wanted = [
-            hop
-            for node in inputs.nodes
-            if node.name != self._node
-            for address in node_addresses(node)
-            if (hop := self._survey.hop(address)) is not None
-        ]
         try:
-            found = await self._routes.neighbours(self._survey)
-            missing = [hop for hop in wanted if hop.gateway not in found]
-            await self._routes.resolve(missing)
+            known, all_known = await self._reach.neighbours(inputs)
         except DataplaneError as error:
             _log.warning("neighbours_unknown", error=str(error))
             return True
-        fresh = {hop.gateway: found[hop.gateway] for hop in wanted if hop.gateway in found}
-        if any(self._macs.get(address) != mac for address, mac in fresh.items()):
-            self._macs = {**self._macs, **fresh}
+        if any(self._macs.get(address) != mac for address, mac in known.items()):
+            self._macs = {**self._macs, **known}
             self._wake.set()
-        return all(hop.gateway in self._macs for hop in wanted)
+        return all_known
 
 
 async def _finished(work: Coroutine[Any, Any, None]) -> None:
@@ -327,49 +326,3 @@ def confirmed_eips(me: str, last: Confirmed, table: Table) -> PMap[Address, bool
                 for port in entry.ports
             )
     return persistent(last.eips).updated(fresh, gone)
-
-
-def node_addresses(node: Node) -> tuple[IPv4Address, ...]:
-    """All IPv4 addresses by which other nodes may see this one, the next hop first."""
-    found = [a for a in (*node.next_hops, *node.addresses) if isinstance(a, IPv4Address)]
-    return tuple(dict.fromkeys(found))
-
-
-def assign(old: Mapping[str, int], me: str, nodes: tuple[Node, ...]) -> dict[str, int]:
-    """Number the other nodes. One keeps its number; a new one gets one that was not just freed."""
-    present = sorted(node.name for node in nodes if node.name != me)
-    result = {name: old[name] for name in present if name in old}
-    taken = set(old.values())
-    highest = max(taken, default=0)
-    for name in present:
-        if name not in result:
-            highest += 1
-            number = highest if highest <= _MAX_INDEX else _free(taken)
-            taken.add(number)
-            result[name] = number
-    return result
-
-
-def _free(taken: set[int]) -> int:
-    return next(number for number in range(1, _MAX_INDEX + 1) if number not in taken)
-
-
-def hops(survey: Survey, index: Mapping[str, int], nodes: tuple[Node, ...]) -> dict[int, Hop]:
-    """Where each numbered node is reached. One that is on none of our links is left out."""
-    found = {}
-    for node in nodes:
-        if node.name in index:
-            for address in node_addresses(node):
-                hop = survey.hop(address)
-                if hop is not None:
-                    found[index[node.name]] = hop
-                    break
-    return found
-
-
-def current_macs(
-    known: Mapping[IPv4Address, str], me: str, nodes: tuple[Node, ...]
-) -> dict[IPv4Address, str]:
-    """The MACs of the nodes that are still there."""
-    present = {a for node in nodes if node.name != me for a in node_addresses(node)}
-    return {address: known[address] for address in sorted(present) if address in known}

@@ -64,7 +64,7 @@ class Figures(Collector):
         yield _gauge("lbctl_agent_kernel_problems", "Wrong settings.", len(self._engine.problems))
         yield _gauge("lbctl_agent_down_nodes", "Size of the down set.", len(self._engine.down))
         away = len(self._engine.unreachable)
-        yield _gauge("lbctl_agent_unreachable_nodes", "Nodes on none of our links.", away)
+        yield _gauge("lbctl_agent_unreachable_nodes", "Nodes to which there is no way.", away)
         repairs = CounterMetricFamily(
             "lbctl_agent_repairs", "What someone else removed and was put back.", labels=["what"]
         )

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from ipaddress import IPv4Address
 
 from agent.inputs import Inputs
 from lbctl.core import forwarding, nft, nodeview
 from lbctl.core.forwarding import Table
 from lbctl.core.model import Address, Network
+from lbctl.core.names import TUNNEL_DEVICE
 from lbctl.core.nft import PortKey, Ruleset
 from lbctl.core.nftsets import Policy
 from lbctl.core.nodeview import PortElements, PortView
@@ -27,7 +27,8 @@ class State:
     """Everything that a restart needs; written to the snapshot whole.
 
     macs: of the other nodes' addresses, the last that were seen. down: nodes called down. strays:
-    EIPs outside every accepted pool.
+    EIPs outside every accepted pool. usable, usable6: the nodes that can be steered to by IPv4 and
+    by IPv6. tunnel_peers, tunnel_mtu: who may send to us through the tunnel, and what fits into it.
     """
 
     inputs: Inputs = field(default_factory=Inputs)
@@ -35,16 +36,22 @@ class State:
     table: Table = forwarding.EMPTY
     view: Mapping[Address, tuple[PortView, ...]] = field(default_factory=PMap)
     index: Mapping[str, int] = field(default_factory=dict)
-    macs: Mapping[IPv4Address, str] = field(default_factory=dict)
+    macs: Mapping[Address, str] = field(default_factory=dict)
     rules: Ruleset = field(default_factory=Ruleset)
-    usable: tuple[str, ...] = ()  # the nodes that can be steered to
+    usable: tuple[str, ...] = ()
+    usable6: tuple[str, ...] = ()
+    tunnel_peers: tuple[Address, ...] = ()
+    tunnel_mtu: int = 0
     shape: str = ""
     strays: PMap[Address, None] = field(default_factory=PMap)
 
     @property
-    def steerable(self) -> dict[str, int]:
-        """The nodes that can be steered to, with their numbers."""
-        return {name: self.index[name] for name in self.usable}
+    def steerable(self) -> dict[int, dict[str, int]]:
+        """The nodes that can be steered to, with their numbers, by IP version."""
+        return {
+            version: {name: self.index[name] for name in names}
+            for version, names in ((4, self.usable), (6, self.usable6))
+        }
 
 
 def render(
@@ -73,7 +80,7 @@ def render(
         ranges,
         _ports(before, state, me),
         _sources(before, state, touched),
-        _policy(before, state, touched),
+        _policy(before, state, touched, uplinks),
     )
     return replace(state, rules=rules, strays=strays)
 
@@ -90,7 +97,8 @@ def _ports(before: State, state: State, me: str) -> PMap[PortKey, PortElements]:
     for address in addresses:
         for view in state.view.get(address, ()):
             key = _key(address, view)
-            made, known = nodeview.elements(address, view, me, index), old.get(key)
+            made = nodeview.elements(address, view, me, index[address.version])
+            known = old.get(key)
             fresh[key] = known if known == made else made
     return old.updated(fresh, gone - fresh.keys())
 
@@ -107,7 +115,9 @@ def _sources(
     return persistent(before.rules.sources).updated(fresh, set(touched) - fresh.keys())
 
 
-def _policy(before: State, state: State, touched: Iterable[Address]) -> Policy:
+def _policy(
+    before: State, state: State, touched: Iterable[Address], uplinks: tuple[str, ...]
+) -> Policy:
     options = state.inputs.forwarding
     pingable = persistent(before.rules.policy.pingable)
     if not options.ping:
@@ -117,7 +127,13 @@ def _policy(before: State, state: State, touched: Iterable[Address]) -> Policy:
             touched = state.table.eips
         here = {a: None for a in touched if a in state.table.eips}
         pingable = pingable.updated(here, set(touched) - here.keys())
-    return Policy(pingable, options.new_flows_per_second)
+    mtus = tuple((name, state.tunnel_mtu) for name in uplinks if name != TUNNEL_DEVICE)
+    return Policy(
+        pingable,
+        options.new_flows_per_second,
+        tunnel_peers=state.tunnel_peers,
+        tunnel_mtus=mtus if state.tunnel_peers else (),
+    )
 
 
 def _strays(before: State, state: State, touched: Iterable[Address]) -> PMap[Address, None]:

@@ -1,10 +1,12 @@
-"""Policy routes, neighbours and interfaces of this node, by rtnetlink.
+"""Policy routes and neighbours of this node in both address families, by rtnetlink.
 
 Rules:
-- Everything of ours bears protocol number PROTOCOL, and nothing else is touched.
+- Everything of ours bears protocol number PROTOCOL, and nothing else is touched; the tunnel's
+  device is ours by its name (`agent.tunnel`).
 - Unmarked packets pass one rule, however many nodes there are: it sends them past ours. A marked
   packet without a route is dropped, never sent to the default gateway.
 - `ensure` before the nftables change that uses a route, `prune` after the one that stopped to.
+- A family without a way has neither rules nor routes of ours.
 
 Source: ip-rule(8), ip-route(8), include/uapi/linux/rtnetlink.h.
 """
@@ -13,78 +15,30 @@ from __future__ import annotations
 
 import asyncio
 import socket
-import struct
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, suppress
-from dataclasses import dataclass
-from ipaddress import IPv4Address, IPv4Interface, IPv4Network
-from pathlib import Path
+from dataclasses import replace
+from ipaddress import ip_address, ip_interface
 from typing import Any, Final
 
 from pyroute2 import AsyncIPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
-from lbctl.core.names import MARK_BASE, MARK_MASK, ROUTE_TABLE_BASE, RULE_PRIORITY
+from agent import settings, tunnel
+from lbctl.core import ways
+from lbctl.core.model import Address, Network
+from lbctl.core.names import ROUTE_TABLE_BASE, TUNNEL_DEVICE
+from lbctl.core.ways import Hop, Rule, Survey, Tunnel, Ways
 from lbctl.errors import DataplaneError
 
 PROTOCOL: Final = 76  # of our routes and rules; /etc/iproute2/rt_protos gives it to nobody
-_EXACT: Final = 0xFFFFFFFF
+_FAMILY: Final = {4: socket.AF_INET, 6: socket.AF_INET6}
+_MAIN: Final = 254
+_UNICAST: Final = 1
 _INVERT: Final = 0x2  # FIB_RULE_INVERT
-_GOTO, _NOP, _TABLE, _BLACKHOLE = 2, 3, 1, 6  # FR_ACT_*
-_EXIST, _MISSING = 17, {2, 3}  # EEXIST; ENOENT, ESRCH
+_EXIST, _MISSING = 17, {2, 3, 97}  # EEXIST; ENOENT, ESRCH, EAFNOSUPPORT
 _NTF_USE: Final = 0x01
 _NUD_KNOWN: Final = 0x02 | 0x04 | 0x08 | 0x10 | 0x40 | 0x80
-_LOOSE: Final = 2
-
-
-@dataclass(frozen=True, slots=True, order=True)
-class Hop:
-    """Where the packets of one mark go: a node's address behind an interface."""
-
-    gateway: IPv4Address
-    interface: int
-
-
-@dataclass(frozen=True, slots=True)
-class Survey:
-    """The interfaces that traffic from outside uses. prefixes: what is on their links."""
-
-    uplinks: tuple[tuple[str, int], ...] = ()
-    prefixes: tuple[tuple[IPv4Network, int], ...] = ()
-
-    def hop(self, address: IPv4Address) -> Hop | None:
-        """How to reach a neighbour; None if it is on none of the links."""
-        for prefix, interface in self.prefixes:
-            if address in prefix:
-                return Hop(address, interface)
-        return None
-
-
-@dataclass(frozen=True, slots=True, order=True)
-class Rule:
-    """One of our policy rules. target: a table, or the priority to go on at."""
-
-    priority: int
-    mark: int
-    mask: int
-    invert: bool
-    action: int
-    target: int
-
-
-def rules(indices: tuple[int, ...]) -> tuple[Rule, ...]:
-    """Return the rules for these node indices, in the order in which to add them."""
-    base = RULE_PRIORITY
-    nodes = (
-        Rule(base + 1, MARK_BASE + i, _EXACT, False, _TABLE, ROUTE_TABLE_BASE + i)
-        for i in sorted(indices)
-    )
-    return (
-        Rule(base + 3, 0, 0, False, _NOP, 0),
-        Rule(base + 2, MARK_BASE, MARK_MASK, False, _BLACKHOLE, 0),
-        *nodes,
-        Rule(base, MARK_BASE, MARK_MASK, True, _GOTO, base + 3),
-    )
 
 
 class Routes:
@@ -93,6 +47,7 @@ class Routes:
     def __init__(self, link: Any) -> None:
         self._link = link
         self._lock = asyncio.Lock()
+        self._families = (4, 6) if settings.has_ipv6() else (4,)
 
     @asynccontextmanager
     async def _asking(self, what: str) -> AsyncIterator[None]:
@@ -103,116 +58,148 @@ class Routes:
             except (NetlinkError, OSError) as error:
                 raise DataplaneError(f"{what}: {error}") from error
 
+    # -- what is there ---------------------------------------------------------------------------
     async def survey(self, wanted: tuple[str, ...]) -> Survey:
         """Look at the interfaces named, or at those of the default routes if none is."""
         async with self._asking("interfaces"):
+            main = [m for version in self._families async for m in self._main(version)]
             found = {}
-            for name in wanted or await self._default_interfaces():
+            for name in wanted or _default_interfaces(main):
                 with suppress(OSError):
                     found[name] = socket.if_nametoindex(name)
-            prefixes = []
-            async for message in await self._link.addr("dump", family=socket.AF_INET):
-                if message["index"] in found.values():
+            prefixes = {p async for p in self._attached(set(found.values()))} | set(_onlink(main))
+            kept = sorted(
+                (p for p in prefixes if p[1] in found.values()),
+                key=lambda p: (p[0].version, int(p[0].network_address), p[0].prefixlen, p[1]),
+            )
+            return Survey(tuple(sorted(found.items())), tuple(kept), await self._mtu(found))
+
+    async def _main(self, version: int) -> AsyncIterator[Any]:
+        """The unicast routes of the main table."""
+        async for message in await self._link.route("dump", family=_FAMILY[version], table=_MAIN):
+            if message["type"] == _UNICAST:
+                yield message
+
+    async def _attached(self, indices: set[int]) -> AsyncIterator[tuple[Network, int]]:
+        for version in self._families:
+            async for message in await self._link.addr("dump", family=_FAMILY[version]):
+                if message["index"] in indices:
                     text = f"{message.get_attr('IFA_ADDRESS')}/{message['prefixlen']}"
-                    prefixes.append((IPv4Interface(text).network, message["index"]))
-        return Survey(tuple(sorted(found.items())), tuple(sorted(prefixes)))
+                    network = ip_interface(text).network
+                    if not network.is_link_local:
+                        yield network, message["index"]
 
-    async def _default_interfaces(self) -> list[str]:
-        indices = set()
-        async for message in await self._link.route("dump", family=socket.AF_INET, table=254):
-            if message["dst_len"] == 0 and message.get_attr("RTA_DST") is None:
-                indices.add(message.get_attr("RTA_OIF"))
-                for leg in message.get_attr("RTA_MULTIPATH") or ():
-                    indices.add(leg["oif"])
-        names = []
-        for index in sorted(i for i in indices if i):
-            with suppress(OSError):
-                names.append(socket.if_indextoname(index))
-        return names
+    async def _mtu(self, found: Mapping[str, int]) -> int:
+        sizes = []
+        async for message in await self._link.link("dump"):
+            if message["index"] in found.values():
+                sizes.append(message.get_attr("IFLA_MTU") or 0)
+        return min(sizes, default=0)
 
-    async def ensure(self, hops: Mapping[int, Hop]) -> int:
-        """Add or correct what is missing for these node indices; how many changes it took."""
+    # -- routes and rules ------------------------------------------------------------------------
+    async def ensure(self, hops: Ways, device: int | None) -> int:
+        """Add or correct what is missing; how many changes it took.
+
+        device: the tunnel's interface; None leaves out what goes through it.
+        """
         changes = 0
         async with self._asking("routes"):
-            present = await self._routes()
-            for index, hop in sorted(hops.items()):
-                if present.get(ROUTE_TABLE_BASE + index) != hop:
-                    await self._set_route(ROUTE_TABLE_BASE + index, hop)
-                    changes += 1
-            known = await self._rules()
-            for rule in rules(tuple(hops)):
-                if rule not in known:
-                    await self._add_rule(rule)
-                    changes += 1
+            for version, numbered in _by_version(hops).items():
+                present = await self._routes(version)
+                for number, hop in sorted(numbered.items()):
+                    through = _placed(hop, device)
+                    if through and present.get(ROUTE_TABLE_BASE + number) != through:
+                        await self._set_route(version, ROUTE_TABLE_BASE + number, through)
+                        changes += 1
+                known = await self._rules(version)
+                for rule in ways.rules(tuple(numbered)):
+                    if rule not in known:
+                        await self._add_rule(version, rule)
+                        changes += 1
         return changes
 
-    async def prune(self, hops: Mapping[int, Hop]) -> int:
-        """Remove what is ours and not for these node indices; how many changes it took."""
-        wanted = {ROUTE_TABLE_BASE + index for index in hops}
-        return await self._remove(wanted, set(rules(tuple(hops))))
+    async def prune(self, hops: Ways) -> int:
+        """Remove what is ours and not for these ways; how many changes it took."""
+        changes = 0
+        wanted = _by_version(hops)
+        async with self._asking("routes"):
+            for version in self._families:
+                numbers = tuple(wanted.get(version, ()))
+                tables = {ROUTE_TABLE_BASE + number for number in numbers}
+                changes += await self._remove(
+                    version, tables, set(ways.rules(numbers)) if numbers else set()
+                )
+        return changes
 
     async def remove(self) -> int:
         """Remove everything of ours."""
-        return await self._remove(set(), set())
+        return await self.prune({}) + await self.prune_tunnel(None)
 
-    async def _remove(self, tables: set[int], kept: set[Rule]) -> int:
+    async def _remove(self, version: int, tables: set[int], kept: set[Rule]) -> int:
         changes = 0
-        async with self._asking("routes"):
-            for rule in sorted(await self._rules() - kept):
-                with _tolerated(_MISSING):
-                    await self._link.rule("del", **_rule_fields(rule))
-                changes += 1
-            for table in sorted((await self._routes()).keys() - tables):
-                with _tolerated(_MISSING):
-                    await self._link.flush_routes(
-                        family=socket.AF_INET, table=table, proto=PROTOCOL
-                    )
-                changes += 1
+        for rule in sorted(await self._rules(version) - kept):
+            with _tolerated(_MISSING):
+                await self._link.rule("del", **_rule_fields(version, rule))
+            changes += 1
+        for table in sorted((await self._routes(version)).keys() - tables):
+            with _tolerated(_MISSING):
+                await self._link.flush_routes(family=_FAMILY[version], table=table, proto=PROTOCOL)
+            changes += 1
         return changes
 
-    async def _routes(self) -> dict[int, Hop | None]:
+    async def _routes(self, version: int) -> dict[int, Hop | None]:
         """Our routes by table; None where one is not as we write them."""
         found: dict[int, Hop | None] = {}
-        async for message in await self._link.route("dump", family=socket.AF_INET, proto=PROTOCOL):
+        async for message in await self._link.route(
+            "dump", family=_FAMILY[version], proto=PROTOCOL
+        ):
             table = message.get_attr("RTA_TABLE") or message["table"]
-            gateway, interface = message.get_attr("RTA_GATEWAY"), message.get_attr("RTA_OIF")
-            whole = message["dst_len"] == 0 and gateway and interface
-            found[table] = Hop(IPv4Address(gateway), interface) if whole else None
+            via = message.get_attr("RTA_VIA")
+            gateway = message.get_attr("RTA_GATEWAY") or (via["addr"] if via else None)
+            interface = message.get_attr("RTA_OIF")
+            whole = message["dst_len"] == 0 and interface and table not in found
+            found[table] = Hop(ip_address(gateway), interface) if whole and gateway else None
         return found
 
-    async def _set_route(self, table: int, hop: Hop) -> None:
+    async def _set_route(self, version: int, table: int, hop: Hop) -> None:
+        gateway: dict[str, Any] = {"gateway": str(hop.gateway)}
+        if hop.gateway.version != version:
+            gateway = {"via": {"family": _FAMILY[hop.gateway.version], "addr": str(hop.gateway)}}
         await self._link.route(
             "replace",
+            family=_FAMILY[version],
             dst="default",
-            gateway=str(hop.gateway),
             oif=hop.interface,
             table=table,
             proto=PROTOCOL,
             flags=["onlink"],
+            **gateway,
         )
 
-    async def _rules(self) -> set[Rule]:
+    async def _rules(self, version: int) -> set[Rule]:
         found = set()
-        async for message in await self._link.rule("dump", family=socket.AF_INET):
+        async for message in await self._link.rule("dump", family=_FAMILY[version]):
             if message.get_attr("FRA_PROTOCOL") == PROTOCOL:
                 found.add(_observed(message))
         return found
 
-    async def _add_rule(self, rule: Rule) -> None:
+    async def _add_rule(self, version: int, rule: Rule) -> None:
         with _tolerated({_EXIST}):
-            await self._link.rule("add", **_rule_fields(rule))
+            await self._link.rule("add", **_rule_fields(version, rule))
 
-    async def neighbours(self, survey: Survey) -> dict[IPv4Address, str]:
+    # -- neighbours ------------------------------------------------------------------------------
+    async def neighbours(self, survey: Survey) -> dict[Address, str]:
         """The resolved neighbours on the uplinks: address → MAC."""
         found = {}
         async with self._asking("neighbours"):
             for _, index in survey.uplinks:
-                async for message in await self._link.neigh(
-                    "dump", family=socket.AF_INET, ifindex=index
-                ):
-                    mac = message.get_attr("NDA_LLADDR")
-                    if mac and message["state"] & _NUD_KNOWN:
-                        found[IPv4Address(message.get_attr("NDA_DST"))] = mac
+                for version in self._families:
+                    async for message in await self._link.neigh(
+                        "dump", family=_FAMILY[version], ifindex=index
+                    ):
+                        mac = message.get_attr("NDA_LLADDR")
+                        if mac and message["state"] & _NUD_KNOWN:
+                            found[ip_address(message.get_attr("NDA_DST"))] = mac
         return found
 
     async def resolve(self, hops: list[Hop]) -> None:
@@ -223,10 +210,61 @@ class Routes:
                     "replace", dst=str(hop.gateway), ifindex=hop.interface, state=0, flags=_NTF_USE
                 )
 
+    # -- the tunnel ------------------------------------------------------------------------------
+    async def ensure_tunnel(self, wanted: Tunnel) -> tuple[int, int]:
+        """Make the tunnel's device like this, with what is missing in it; its index, changes."""
+        async with self._asking(f"tunnel {TUNNEL_DEVICE}"):
+            return await tunnel.ensure(self._link, wanted)
 
-def _rule_fields(rule: Rule) -> dict[str, Any]:
+    async def prune_tunnel(self, wanted: Tunnel | None) -> int:
+        """Remove what the tunnel's device should not have; the device itself for None."""
+        async with self._asking(f"tunnel {TUNNEL_DEVICE}"):
+            return await tunnel.prune(self._link, wanted)
+
+
+def _by_version(hops: Ways) -> dict[int, dict[int, Hop]]:
+    found: dict[int, dict[int, Hop]] = {}
+    for (version, number), hop in sorted(hops.items(), key=lambda item: item[0]):
+        found.setdefault(version, {})[number] = hop
+    return found
+
+
+def _placed(hop: Hop, device: int | None) -> Hop | None:
+    if hop.interface != ways.TUNNEL:
+        return hop
+    return None if device is None else replace(hop, interface=device)
+
+
+def _default_interfaces(main: list[Any]) -> list[str]:
+    indices = set()
+    for message in main:
+        if message["dst_len"] == 0:
+            indices.add(message.get_attr("RTA_OIF"))
+            for leg in message.get_attr("RTA_MULTIPATH") or ():
+                indices.add(leg["oif"])
+    names = []
+    for index in sorted(i for i in indices if i):
+        with suppress(OSError):
+            names.append(socket.if_indextoname(index))
+    return names
+
+
+def _onlink(main: list[Any]) -> Iterator[tuple[Network, int]]:
+    """The networks that routes call attached: a /128 address says nothing of its link."""
+    for message in main:
+        attached = not any(
+            message.get_attr(name) for name in ("RTA_GATEWAY", "RTA_VIA", "RTA_MULTIPATH")
+        )
+        if attached and message["dst_len"]:
+            text = f"{message.get_attr('RTA_DST')}/{message['dst_len']}"
+            network = ip_interface(text).network
+            if not network.is_link_local and not network.is_multicast:
+                yield network, message.get_attr("RTA_OIF")
+
+
+def _rule_fields(version: int, rule: Rule) -> dict[str, Any]:
     fields: dict[str, Any] = {
-        "family": socket.AF_INET,
+        "family": _FAMILY[version],
         "priority": rule.priority,
         "action": rule.action,
         "FRA_PROTOCOL": PROTOCOL,
@@ -234,9 +272,11 @@ def _rule_fields(rule: Rule) -> dict[str, Any]:
     }
     if rule.mask:
         fields |= {"fwmark": rule.mark, "fwmask": rule.mask}
-    if rule.action == _TABLE:
+    if rule.own:
+        fields["iifname"] = "lo"
+    if rule.action == ways.TABLE:
         fields["table"] = rule.target
-    if rule.action == _GOTO:
+    if rule.action == ways.GOTO:
         fields["goto"] = rule.target
     return fields
 
@@ -244,13 +284,14 @@ def _rule_fields(rule: Rule) -> dict[str, Any]:
 def _observed(message: Any) -> Rule:
     action = message["action"]
     target = 0
-    if action == _TABLE:
+    if action == ways.TABLE:
         target = message.get_attr("FRA_TABLE") or message["table"]
-    elif action == _GOTO:
+    elif action == ways.GOTO:
         target = message.get_attr("FRA_GOTO") or 0
     mark, mask = message.get_attr("FRA_FWMARK") or 0, message.get_attr("FRA_FWMASK") or 0
     invert = bool(message["flags"] & _INVERT)
-    return Rule(message.get_attr("FRA_PRIORITY") or 0, mark, mask, invert, action, target)
+    own = message.get_attr("FRA_IIFNAME") == "lo"
+    return Rule(message.get_attr("FRA_PRIORITY") or 0, mark, mask, invert, action, target, own)
 
 
 @contextmanager
@@ -268,61 +309,3 @@ async def opened() -> AsyncIterator[Routes]:
     """A netlink connection for as long as the block lasts."""
     async with AsyncIPRoute(strict_check=True) as link:
         yield Routes(link)
-
-
-# -- interface settings --------------------------------------------------------------------------
-_SYSCTL: Final = Path("/proc/sys/net")
-_NEEDED: Final = (
-    ("ipv4/ip_forward", "1", "packets for pods and other nodes are not forwarded"),
-    (
-        "netfilter/nf_conntrack_tcp_loose",
-        "1",
-        "established connections do not survive a change of endpoints",
-    ),
-)
-
-
-async def loosen(survey: Survey) -> int:
-    """Set rp_filter=2 on the uplinks, by netlink; how many had to be changed.
-
-    /proc/sys is read-only for the agent, IFLA_INET_CONF needs no more than CAP_NET_ADMIN.
-    """
-    changed = 0
-    for name, index in survey.uplinks:
-        try:
-            now = int((_SYSCTL / "ipv4/conf" / name / "rp_filter").read_text())
-            if now != _LOOSE:
-                await asyncio.to_thread(_set_devconf, index, 8, _LOOSE)
-                changed += 1
-        except OSError as error:
-            raise DataplaneError(f"rp_filter of {name}: {error}") from error
-    return changed
-
-
-def problems() -> tuple[str, ...]:
-    """Return in words which kernel settings are wrong and what that breaks."""
-    found = []
-    for path, wanted, otherwise in _NEEDED:
-        with suppress(OSError):
-            now = (_SYSCTL / path).read_text().strip()
-            if now != wanted:
-                name = "net." + path.replace("/", ".")
-                found.append(f"{name} is {now}, not {wanted}: {otherwise}")
-    return tuple(found)
-
-
-def _set_devconf(index: int, number: int, value: int) -> None:
-    """RTM_SETLINK with one IPV4_DEVCONF value; pyroute2 does not encode them."""
-    conf = _nla(1 | 0x8000, _nla(number, struct.pack("=I", value)))  # IFLA_INET_CONF
-    spec = _nla(26 | 0x8000, _nla(socket.AF_INET | 0x8000, conf))  # IFLA_AF_SPEC
-    body = struct.pack("=BBHiII", 0, 0, 0, index, 0, 0) + spec
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0) as link:
-        link.settimeout(5.0)
-        link.send(struct.pack("=IHHII", 16 + len(body), 19, 5, 1, 0) + body)
-        (code,) = struct.unpack_from("=i", link.recv(4096), 16)
-    if code:
-        raise OSError(-code, "RTM_SETLINK refused")
-
-
-def _nla(kind: int, value: bytes) -> bytes:
-    return struct.pack("=HH", 4 + len(value), kind) + value + b"\0" * (-len(value) % 4)

@@ -12,7 +12,7 @@ import asyncio
 import os
 import threading
 from collections.abc import Callable, Mapping
-from ipaddress import IPv4Address, ip_address, ip_network
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Any, Final
 
@@ -40,7 +40,7 @@ from lbctl.core.model import (
 from lbctl.core.nodeview import PortView
 from lbctl.core.pmap import PMap, changed
 
-VERSION: Final = 2
+VERSION: Final = 3
 FILE: Final = "agent.json"
 _EVERY_S: Final = 1.0
 _log = structlog.get_logger()
@@ -130,6 +130,9 @@ def _packed(node: str, state: State, parts: _Parts) -> dict[str, Any]:
         "macs": {str(address): mac for address, mac in state.macs.items()},
         "uplinks": state.rules.uplinks,
         "usable": state.usable,
+        "usable6": state.usable6,
+        "tunnel_mtu": state.tunnel_mtu,
+        "tunnel_peers": [str(address) for address in state.tunnel_peers],
         "forwarding": inputs.forwarding,
         "ranges": [[str(first), str(last)] for first, last in inputs.ranges],
         "nodes": [_node(entry) for entry in inputs.nodes],
@@ -201,8 +204,11 @@ def _unpacked(found: Mapping[str, Any]) -> State:
         table,
         _view(table, {ip_address(a): past for a, past in found["before"]}),
         {str(name): int(number) for name, number in found["index"].items()},
-        {IPv4Address(a): str(mac) for a, mac in found["macs"].items()},
+        {ip_address(a): str(mac) for a, mac in found["macs"].items()},
         usable=tuple(found["usable"]),
+        usable6=tuple(found["usable6"]),
+        tunnel_peers=tuple(map(ip_address, found["tunnel_peers"])),
+        tunnel_mtu=int(found["tunnel_mtu"]),
         shape=str(found["shape"]),
     )
     return render(bare, found["node"], int(found["generation"]), tuple(found["uplinks"]))

@@ -1,4 +1,4 @@
-"""Removes every trace of the agent from a node: nftables table, rules, routes, snapshot.
+"""Removes every trace of the agent from a node: nftables tables, rules, routes, tunnel, snapshot.
 
 rp_filter of the uplinks stays as it is: what it was before is not known.
 """

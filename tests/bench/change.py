@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from ipaddress import IPv4Address
+from ipaddress import ip_address
 
 from agent.engine import Confirmed, confirmed_eips
 from agent.inputs import Inputs
@@ -95,7 +95,7 @@ class AgentSide:
         self.endpoints = PMap(cluster.endpoints)
         self.eips, self.services = PMap(cluster.eips), PMap(cluster.services)
         self.index = {f"n{n}": n for n in range(1, NODES)}
-        self.macs = {IPv4Address(f"192.0.2.{20 + n}"): f"02:00:00:00:00:{n:02x}" for n in range(8)}
+        self.macs = {ip_address(f"192.0.2.{20 + n}"): f"02:00:00:00:00:{n:02x}" for n in range(8)}
         self.state = State()
         self.counts: dict[nft.SetKey, int] = {}
         self.confirmed = Confirmed()

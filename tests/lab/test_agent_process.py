@@ -202,7 +202,7 @@ def tables(site: Site, n: int) -> str:
 def rules(site: Site, n: int) -> list[str]:
     lines = sh("ip", "-n", site.net.ns(f"n{n}"), "rule").splitlines()
     return [
-        line for line in lines if line.startswith(tuple(f"{RULE_PRIORITY + i}:" for i in range(4)))
+        line for line in lines if line.startswith(tuple(f"{RULE_PRIORITY + i}:" for i in range(5)))
     ]
 
 
@@ -213,7 +213,7 @@ def test_life_of_an_agent(site: Site) -> None:
     for n in (1, 2, 3):
         wait_for(
             f"n{n} to forward to all nodes",
-            lambda n=n: len(rules(site, n)) == 5 and site.events(n, "table_applied"),
+            lambda n=n: len(rules(site, n)) == 6 and site.events(n, "table_applied"),
         )
     wait_for("every pod to answer", lambda: len(site.pods(60)) == 6)
     assert {answer.get("seen") for answer in site.ask(20)} == {CLIENT}

@@ -124,7 +124,7 @@ class Passes(RuleBasedStateMachine):
         sources = Sources(i.eips, i.services, i.endpoints, locator, self.down)
         table = forwarding.revise(before.table, sources)
         view = nodeview.advance(before.view, table, before.table)
-        macs = {IPv4Address("192.0.2.22"): "02:00:00:00:00:02"}
+        macs = {ip_address("192.0.2.22"): "02:00:00:00:00:02"}
         bare = State(i, self.down, table, view, {"n2": 1, "n3": 2}, macs, usable=self.usable)
         generation = before.rules.generation + 1
         self.state = render(bare, "n1", generation, ("eth0",), before)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Address, IPv4Network, IPv6Network, ip_address
 from pathlib import Path
 
-from agent.engine import assign, current_macs, hops
 from agent.inputs import Inputs, config_of
 from agent.rendering import State, render
-from agent.routes import Hop, Survey, rules
 from agent.snapshot import FILE, Store
-from lbctl.core import nodeview
+from lbctl.core import nodeview, ways
 from lbctl.core.model import (
     Eip,
     ForwardingOptions,
@@ -19,7 +17,8 @@ from lbctl.core.model import (
     PortEndpoints,
     ServiceEndpoints,
 )
-from lbctl.core.names import MARK_BASE, ROUTE_TABLE_BASE, RULE_PRIORITY
+from lbctl.core.names import MARK_BASE, NODE_BITS, ROUTE_TABLE_BASE, RULE_PRIORITY
+from lbctl.core.ways import TUNNEL, Hop, Survey, assign, current_macs, rules
 from lbctl.kube.objects import DataObject
 
 from .forwarding_cases import EIP, RANGES, WEB, nodes, pod, service, table
@@ -34,23 +33,97 @@ def test_a_node_keeps_its_number_and_a_freed_one_rests() -> None:
     assert without == {"n2": 1, "n3": 2}
     swapped = tuple(n for n in nodes(5) if n.name != "n4")
     assert assign(first, "n1", swapped) == {"n2": 1, "n3": 2, "n5": 4}
-    assert assign({"n2": 0xFFFE}, "n1", nodes(3)) == {"n2": 0xFFFE, "n3": 1}
+    assert assign({"n2": NODE_BITS}, "n1", nodes(3)) == {"n2": NODE_BITS, "n3": 1}
 
 
-def test_ways_lead_over_a_link_only() -> None:
+def test_numbers_have_no_bit_of_the_others() -> None:
+    many = tuple(Node(f"n{n:04}") for n in range(ways.MOST_NODES + 1))
+    numbers = assign({}, "n0000", many)
+    assert len(set(numbers.values())) == ways.MOST_NODES
+    assert max(numbers.values()) == NODE_BITS and not any(n & ~NODE_BITS for n in numbers.values())
+    assert assign(numbers, "n0000", many) == numbers
+    # One from before NODE_BITS were fixed is not kept.
+    assert assign({"n2": 0x100}, "n1", nodes(2)) == {"n2": 1}
+
+
+def old_nodes(count: int) -> tuple[Node, ...]:
+    return tuple(Node(n.name, addresses=n.addresses[:1]) for n in nodes(count))
+
+
+def test_ways_by_steering() -> None:
     away = Node("away", addresses=(IPv4Address("10.9.9.9"),))
     chosen = Node(
         "chosen", addresses=(IPv4Address("10.9.9.8"),), next_hops=(IPv4Address("192.0.2.77"),)
     )
-    found = hops(SURVEY, {"n2": 1, "away": 2, "chosen": 3}, (*nodes(2), away, chosen))
-    assert found == {
-        1: Hop(IPv4Address("192.0.2.22"), 2),
-        3: Hop(IPv4Address("192.0.2.77"), 2),
+    known, index = (*old_nodes(2), away, chosen), {"n2": 1, "away": 2, "chosen": 3}
+    beside = {
+        (4, 1): Hop(IPv4Address("192.0.2.22"), 2),
+        (4, 3): Hop(IPv4Address("192.0.2.77"), 2),
     }
+    assert ways.choose(SURVEY, "direct", "n1", index, known) == beside
+    across = {(4, 2): Hop(IPv4Address("10.9.9.9"), TUNNEL)}
+    assert ways.choose(SURVEY, "auto", "n1", index, known) == beside | across
+    all_through = ways.choose(SURVEY, "tunnel", "n1", index, known)
+    assert [hop.interface for hop in all_through.values()] == [TUNNEL] * 3
+    assert list(ways.unreached(SURVEY, beside, "n1", index, known)) == ["away"]
+
+
+def test_both_ends_choose_the_same() -> None:
+    """A node with a second link that the other one knows nothing of goes by tunnel, both ways."""
+    second = Survey(
+        (("eth0", 2), ("eth1", 3)),
+        ((IPv4Network("192.0.2.0/24"), 2), (IPv4Network("198.18.0.0/24"), 3)),
+    )
+    other = Node("other", addresses=(IPv4Address("198.18.0.9"),))
+    known = (*old_nodes(1), other)
+    assert ways.choose(second, "auto", "n1", {"other": 1}, known)[4, 1].interface == TUNNEL
+    far = Survey((("eth0", 2),), ((IPv4Network("198.18.0.0/24"), 2),))
+    assert ways.choose(far, "auto", "other", {"n1": 1}, known)[4, 1].interface == TUNNEL
+
+
+def dual(name: str, subnet: int, host: int) -> Node:
+    return Node(
+        name,
+        addresses=(
+            ip_address(f"2001:db8:{subnet}::{host}"),
+            ip_address(f"192.0.{subnet}.{host}"),
+        ),
+    )
+
+
+def test_each_family_has_its_own_way() -> None:
+    links = ((IPv4Network("192.0.2.0/24"), 2), (IPv6Network("2001:db8:2::/64"), 2))
+    survey = Survey((("eth0", 2),), links, 1500)
+    known = (dual("a", 2, 21), dual("b", 2, 22), dual("c", 3, 23))
+    index = {"b": 1, "c": 2}
+    found = ways.choose(survey, "auto", "a", index, known)
+    made = ways.tunnel(survey, found, "a", index, known)
+    assert found[6, 1] == Hop(ip_address("2001:db8:2::22"), 2)
+    assert made is not None and made.local == IPv4Address("192.0.2.21") and made.mtu == 1450
+    assert made.peers == (IPv4Address("192.0.3.23"),)
+    assert [found[version, 2].gateway for version in (4, 6)] == [a for a, _ in made.gateways]
+    assert {mac for _, mac in made.gateways} == {ways.tunnel_mac(IPv4Address("192.0.3.23"))}
+    # Without an address of ours in IPv6, it is left alone.
+    old = tuple(Node(n.name, addresses=n.addresses[1:]) for n in known)
+    only = Survey((("eth0", 2),), links[:1], 1500)
+    assert {version for version, _ in ways.choose(only, "auto", "a", index, old)} == {4}
+
+
+def test_a_tunnel_over_ipv6() -> None:
+    known = tuple(
+        Node(n.name, addresses=n.addresses[:1]) for n in (dual("a", 2, 1), dual("b", 3, 2))
+    )
+    survey = Survey((("eth0", 2),), ((IPv6Network("2001:db8:2::/64"), 2),), 9000)
+    found = ways.choose(survey, "auto", "a", {"b": 1}, known)
+    made = ways.tunnel(survey, found, "a", {"b": 1}, known)
+    assert made is not None and (made.mtu, made.local) == (8930, ip_address("2001:db8:2::1"))
+    assert made.mac == ways.tunnel_mac(made.local) != ways.tunnel_mac(made.peers[0])
+    assert found == {(6, 1): Hop(made.gateways[0][0], TUNNEL)} and found[6, 1].gateway.is_link_local
+    assert ways.tunnel(survey, {}, "a", {"b": 1}, known) is None
 
 
 def test_macs_of_nodes_that_left_are_forgotten() -> None:
-    known = {IPv4Address(f"192.0.2.{n}"): f"02:00:00:00:00:{n}" for n in (21, 22, 29)}
+    known = {ip_address(f"192.0.2.{n}"): f"02:00:00:00:00:{n}" for n in (21, 22, 29)}
     assert list(current_macs(known, "n1", nodes(3))) == [IPv4Address("192.0.2.22")]
 
 
@@ -58,12 +131,13 @@ def test_unmarked_packets_pass_one_rule() -> None:
     made = rules((1, 2))
     guard = min(made, key=lambda rule: rule.priority)
     last = max(made, key=lambda rule: rule.priority)
-    assert guard.invert and guard.target == last.priority == RULE_PRIORITY + 3
+    assert guard.invert and guard.target == last.priority == RULE_PRIORITY + 4
     assert made[0] == last and made[-1] == guard
-    assert [(r.mark - MARK_BASE, r.target - ROUTE_TABLE_BASE) for r in made[2:-1]] == [
+    assert [(r.mark - MARK_BASE, r.target - ROUTE_TABLE_BASE) for r in made[3:-1]] == [
         (1, 1),
         (2, 2),
     ]
+    assert [rule.target for rule in made if rule.own] == [last.priority]
 
 
 OPTIONS = ForwardingOptions(("eth1",), "tunnel", False, "strict", 7, "masquerade")
@@ -87,9 +161,21 @@ def state() -> State:
         config_generation=4,
     )
     view = nodeview.advance(nodeview.advance({}, first), second)
-    macs = {IPv4Address("192.0.2.22"): "02:00:00:00:00:02"}
+    macs = {ip_address("192.0.2.22"): "02:00:00:00:00:02"}
     index = {"n2": 1, "n3": 5}
-    bare = State(inputs, frozenset(), second, view, index, macs, usable=("n2", "n3"), shape="x")
+    bare = State(
+        inputs,
+        frozenset(),
+        second,
+        view,
+        index,
+        macs,
+        usable=("n2", "n3"),
+        shape="x",
+        usable6=("n2",),
+        tunnel_peers=(IPv4Address("192.0.2.23"),),
+        tunnel_mtu=1450,
+    )
     return render(bare, "n1", 9, ("eth0",))
 
 
@@ -104,6 +190,7 @@ def test_a_snapshot_gives_back_the_same_ruleset(tmp_path: Path) -> None:
     assert found.rules == kept.rules
     assert found.inputs.forwarding == OPTIONS
     assert any(port.prev for port in found.rules.ports.values())
+    assert (found.usable6, found.tunnel_peers) == (kept.usable6, kept.tunnel_peers)
     assert (found.table.digest, found.index, found.shape) == (
         kept.table.digest,
         kept.index,
