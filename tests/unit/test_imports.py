@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from ipaddress import ip_address
 from pathlib import Path
 
@@ -139,17 +138,37 @@ def test_cilium() -> None:
     comment(made, "before 1.16")
 
 
-@pytest.mark.parametrize("origin", ["metallb-resources", "openelb", "kubevip", "cilium"])
-def test_a_rule_on_who_may_have_addresses_is_never_dropped(origin: str) -> None:
-    """Either it is in the configuration, or nobody gets such an address unasked."""
-    config, made = converted(text_of(origin))
-    restricted = {"production", "eip-shop", "shop", "blue-pool"}
-    assert restricted & {pool.name for pool in config.pools}
-    for pool in config.pools:
-        if pool.name in restricted:
-            part = made.partition(f"name: {pool.name}\n")[2].partition("- name")[0]
-            rule = re.search(r"^ +(namespaces|namespaceSelectors|serviceSelectors):", part, re.M)
-            assert rule or not pool.auto_assign
+def test_rules_on_who_may_have_addresses_are_taken_over() -> None:
+    (metallb,) = converted(text_of("metallb-resources"))[0].pools
+    assert metallb.avoid_buggy_ips and metallb.priority == 50
+    assert metallb.namespaces == ("shop", "blog")
+    assert metallb.namespace_selectors[0].matches({"team": "web"})
+    assert metallb.service_selectors[0].matches({"app": "80"})
+    _, shop, old = converted(text_of("openelb"))[0].pools
+    assert shop.namespaces == ("shop",) and shop.priority == 10 and old.drain
+    assert shop.namespace_selectors[0].matches({"team": "web"})
+    vip = {pool.name: pool for pool in converted(text_of("kubevip"))[0].pools}
+    assert vip["shop"].namespaces == ("shop",) and vip["shop"].rank < vip["global"].rank
+    blue, red = converted(text_of("cilium"))[0].pools
+    assert blue.namespaces == ("shop",) and red.drain
+    assert blue.service_selectors[0].matches({"color": "blue"})
+    assert not blue.service_selectors[0].matches({"color": "cyan"}), "both have to hold"
+
+
+@pytest.mark.parametrize(
+    "selector",
+    [
+        "{matchLabels: {io.kubernetes.service.name: web}}",
+        "{matchExpressions: [{key: io.kubernetes.service.name, operator: In, values: [web]}]}",
+        "{matchExpressions: [{key: io.kubernetes.service.namespace, operator: Exists}]}",
+    ],
+)
+def test_a_rule_that_cannot_be_taken_over_never_widens_a_pool(selector: str) -> None:
+    spec = f"{{blocks: [{{cidr: 198.51.100.0/28}}], serviceSelector: {selector}}}"
+    kind = "apiVersion: cilium.io/v2\nkind: CiliumLoadBalancerIPPool\nmetadata: {name: a}\n"
+    config, made = converted(f"{kind}spec: {spec}\n")
+    assert not config.pools[0].auto_assign
+    comment(made, "given on request only")
 
 
 def test_several_origins_in_several_files() -> None:

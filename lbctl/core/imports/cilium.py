@@ -50,7 +50,7 @@ def convert(found: Manifest, draft: Draft) -> bool:
     elif not spec.allow_first_last_ips and found.api == "cilium.io/v2alpha1":
         item.note(place, "the first and the last address are given too; before 1.16 Cilium did not")
     if spec.disabled:
-        item.restrict(place.at("disabled"), "drain", True)
+        item.keys["drain"] = True
     if spec.service_selector is not None:
         _selector(item, place.at("serviceSelector"), spec.service_selector)
     return True
@@ -70,15 +70,15 @@ def _selector(item: Item, place: Place, selector: Selector) -> None:
     special = [r for r in selector.match_expressions if r.key in (_NAMESPACE, _NAME)]
     for one in special:
         if one.key == _NAMESPACE and one.operator == "In" and namespace is None:
-            item.restrict(place, "namespaces", one.values)
+            item.keys["namespaces"] = one.values
         else:
             item.keys["autoAssign"] = False
             item.note(place, f"{one.key} {one.operator}: not taken over; given on request only")
     if namespace is not None:
-        item.restrict(place, "namespaces", (namespace,))
+        item.keys["namespaces"] = (namespace,)
     if plain.pop(_NAME, None) is not None:
         item.keys["autoAssign"] = False
         item.note(place, f"{_NAME}: not taken over; given on request only")
     if plain or expressions:
         rest = Selector.model_construct(match_labels=plain, match_expressions=tuple(expressions))
-        item.restrict(place, "serviceSelectors", [rest.plain()])
+        item.keys["serviceSelectors"] = [rest.plain()]

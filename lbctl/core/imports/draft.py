@@ -2,7 +2,7 @@
 
 Rules: every pool and peer carries the comments about it; the text is checked by our own parser
 before anybody sees it. A restriction that cannot be expressed never widens a pool: its addresses
-are then given on request only.
+are then given on request only (`autoAssign: false`).
 """
 
 from __future__ import annotations
@@ -24,9 +24,6 @@ from lbctl.errors import ConfigError
 PLACEHOLDER_ASN: Final = 64512
 _PLAIN: Final = re.compile(r"[A-Za-z][A-Za-z0-9_./-]*|[0-9]+(\.[0-9]+){3}[0-9./-]*")
 _WORDS: Final = {"true", "false", "null", "yes", "no", "on", "off", "y", "n"}
-_POOL_KEYS: Final = frozenset(
-    str(f.validation_alias or name) for name, f in config.Pool.model_fields.items()
-)
 
 
 @dataclass
@@ -48,21 +45,6 @@ class Item:
             if name in why:
                 shown = "" if "password" in name else f" {_brief(place.at(key).value)}"
                 self.note(place.at(key), f"not taken over{shown}: {why[name]}")
-
-    def restrict(self, place: Place, key: str, value: object) -> None:
-        """A rule on who may have the pool's addresses."""
-        if key in _POOL_KEYS:
-            self.keys[key] = value
-            return
-        self.keys["autoAssign"] = False
-        self.note(place, f"there is no {key} here yet, so addresses are given on request only")
-
-    def prefer(self, place: Place, value: int) -> None:
-        """The order in which pools are tried."""
-        if "priority" in _POOL_KEYS:
-            self.keys["priority"] = value
-        else:
-            self.note(place, f"not taken over {value}: pools are tried in the order of this file")
 
 
 @dataclass

@@ -53,5 +53,5 @@ def _pool(draft: Draft, made: dict[str, Item], place: Place, scope: str, value: 
     if scope not in made:
         made[scope] = draft.pool(scope, place)
         if scope != "global":
-            made[scope].restrict(place, "namespaces", (scope,))
+            made[scope].keys |= {"namespaces": (scope,), "priority": 1}
     draft.addresses(made[scope], place, [(place, part) for part in parts])

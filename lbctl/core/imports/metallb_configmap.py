@@ -156,7 +156,7 @@ def _pool(draft: Draft, place: Place, pool: _Pool, aliases: dict[str, str]) -> N
     if not pool.auto_assign:
         item.keys["autoAssign"] = False
     if pool.avoid_buggy_ips:
-        item.restrict(place.at("avoid-buggy-ips"), "avoidBuggyIPs", True)
+        item.keys["avoidBuggyIPs"] = True
     if pool.protocol not in ("bgp", "layer2", "arp"):
         said = f"{pool.protocol} is not bgp or layer2"
         draft.problems.append(place.at("protocol").problem(said))

@@ -139,18 +139,16 @@ def _pool(found: Manifest, draft: Draft) -> None:
     if not spec.auto_assign:
         item.keys["autoAssign"] = False
     if spec.avoid_buggy_ips:
-        item.restrict(place.at("avoidBuggyIPs"), "avoidBuggyIPs", True)
-    rules, where = spec.service_allocation or _Allocation(), place.at("serviceAllocation")
+        item.keys["avoidBuggyIPs"] = True
+    rules = spec.service_allocation or _Allocation()
     if rules.priority is not None:
-        item.prefer(where.at("priority"), rules.priority)
+        item.keys["priority"] = rules.priority
     if rules.namespaces:
-        item.restrict(where.at("namespaces"), "namespaces", rules.namespaces)
-    for name, key, selectors in (
-        ("namespaceSelectors", "namespaceSelectors", rules.namespace_selectors),
-        ("serviceSelectors", "serviceSelectors", rules.service_selectors),
-    ):
-        if selectors:
-            item.restrict(where.at(name), key, [one.plain() for one in selectors])
+        item.keys["namespaces"] = rules.namespaces
+    if rules.namespace_selectors:
+        item.keys["namespaceSelectors"] = [one.plain() for one in rules.namespace_selectors]
+    if rules.service_selectors:
+        item.keys["serviceSelectors"] = [one.plain() for one in rules.service_selectors]
 
 
 def _addresses(found: Manifest, draft: Draft, texts: tuple[str, ...]) -> Item:
@@ -167,7 +165,7 @@ def _old_pool(found: Manifest, draft: Draft) -> None:
     if not spec.auto_assign:
         item.keys["autoAssign"] = False
     if spec.avoid_buggy_ips:
-        item.restrict(place.at("avoidBuggyIPs"), "avoidBuggyIPs", True)
+        item.keys["avoidBuggyIPs"] = True
     if spec.protocol != "bgp":
         item.note(place.at("protocol"), f"{spec.protocol}: {LAYER2}")
     for n, one in enumerate(spec.bgp_advertisements):

@@ -146,14 +146,14 @@ def _eip(found: Manifest, draft: Draft) -> None:
         item.keys["autoAssign"] = False
         item.note(place, "not the default Eip: given to Services that name it")
     if spec.namespaces:
-        item.restrict(place.at("namespaces"), "namespaces", spec.namespaces)
+        item.keys["namespaces"] = spec.namespaces
     if spec.namespace_selector:
         selector = {"matchLabels": spec.namespace_selector}
-        item.restrict(place.at("namespaceSelector"), "namespaceSelectors", [selector])
+        item.keys["namespaceSelectors"] = [selector]
     if spec.priority is not None:
-        item.prefer(place.at("priority"), spec.priority)
+        item.keys["priority"] = spec.priority
     if spec.disable:
-        item.restrict(place.at("disable"), "drain", True)
+        item.keys["drain"] = True
     if spec.protocol != "bgp":
         item.note(place.at("protocol"), f"{spec.protocol}: {LAYER2}")
     why = {
