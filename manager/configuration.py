@@ -8,6 +8,7 @@ it is. Every problem goes to the log, to an Event on the ConfigMap, and to /v1/s
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Final
@@ -19,13 +20,14 @@ from lbctl.core import config, names
 from lbctl.core.config import Config
 from lbctl.core.model import Eip
 from lbctl.core.reasons import Reason
+from lbctl.kube import accepted
 from lbctl.kube import client as api
+from lbctl.kube.accepted import Entry, entry_of
 from lbctl.kube.events import EventRecorder, Subject
-from lbctl.kube.objects import DataObject
+from lbctl.kube.objects import DataObject, timestamp
+from manager.history import History
 from manager.metrics import Metrics
 
-GENERATION_KEY: Final = "generation"
-HASH_KEY: Final = "hash"
 _RETRY_S: Final = 1.0
 _log = structlog.get_logger()
 
@@ -60,6 +62,7 @@ class Configuration:
         self._eips = eips
         self._on_accepted = on_accepted
         self._namespace = namespace
+        self._history = History(client, namespace)
         self._wanted: DataObject | None = None
         self._stored: DataObject | None = None
         self._changed = asyncio.Event()
@@ -86,19 +89,18 @@ class Configuration:
         """ConfigMap `lbctl-accepted` as it is now."""
         self._stored = found
         self._changed.set()
-        text = found.get(names.CONFIG_KEY) if found is not None else None
-        if found is None or text is None:
+        entry = entry_of(found)
+        if entry is None:
             return
-        digest = config.config_hash(text)
-        if self.current is None or digest != self.current.hash:
+        if self.current is None or entry.hash != self.current.hash:
             try:
-                parsed = config.parse(text, names.CONFIG_KEY)
+                parsed = config.parse(entry.text, names.CONFIG_KEY)
             except errors.ConfigError as error:
                 _log.error("accepted_config_unreadable", problems=error.problems)
                 return
-            self.current = Accepted(parsed, digest, _generation(found))
+            self.current = Accepted(parsed, entry.hash, entry.generation)
             self._metrics.config_generation.set(self.current.generation)
-            _log.info("config_in_force", hash=digest, generation=self.current.generation)
+            _log.info("config_in_force", hash=entry.hash, generation=self.current.generation)
             self._on_accepted(self.current)
         self.review()
 
@@ -145,6 +147,9 @@ class Configuration:
             self._changed.clear()
             try:
                 await self._accept()
+                stored = entry_of(self._stored)
+                if stored is not None and stored.generation:
+                    await self._history.keep(stored)
             except errors.Conflict:
                 _log.info("config_write_lost")  # the watch brings what is there now
             except errors.KubeError as error:
@@ -160,10 +165,13 @@ class Configuration:
         if parsed is None or text is None or wanted is None:
             return
         digest = config.config_hash(text)
-        stored = self._stored
-        if stored is not None and config.config_hash(stored.get(names.CONFIG_KEY) or "") == digest:
+        stored, old = self._stored, entry_of(self._stored)
+        if old is not None and old.hash == digest:
             return
-        body = self._body(text, digest, stored)
+        number = old.generation + 1 if old is not None else 1
+        entry = Entry(number, digest, text, timestamp(time.time()))
+        version = stored.version if stored is not None else ""
+        body = accepted.body(names.ACCEPTED_CONFIG_MAP, self._namespace, entry, version)
         if stored is None:
             await self._client.create(api.CONFIG_MAPS.path(self._namespace), body)
         else:
@@ -181,28 +189,8 @@ class Configuration:
         text = "\n".join(self.problems)
         self._events.emit(_subject(wanted), Reason.CONFIG_REJECTED, text, warning=True)
 
-    def _body(self, text: str, digest: str, stored: DataObject | None) -> dict[str, object]:
-        number = _generation(stored) + 1 if stored is not None else 1
-        meta: dict[str, object] = {
-            "name": names.ACCEPTED_CONFIG_MAP,
-            "namespace": self._namespace,
-        }
-        if stored is not None:
-            meta["resourceVersion"] = stored.version
-        return {
-            "apiVersion": "v1",
-            "kind": "ConfigMap",
-            "metadata": meta,
-            "data": {names.CONFIG_KEY: text, GENERATION_KEY: str(number), HASH_KEY: digest},
-        }
-
     def _text(self) -> str | None:
         return self._wanted.get(names.CONFIG_KEY) if self._wanted is not None else None
-
-
-def _generation(found: DataObject) -> int:
-    text = found.get(GENERATION_KEY) or "0"
-    return int(text) if text.isascii() and text.isdigit() else 0
 
 
 def _subject(found: DataObject) -> Subject:

@@ -1,24 +1,32 @@
-"""`lbctl config validate` and `import`: what can be said about files without a cluster.
+"""`lbctl config …`: its sub-commands; here are those that need no cluster.
 
-`validate` takes the bare `config.yaml` as well as the manifest of the ConfigMap that holds it;
-positions are those in the file either way. `import` reads other controllers' manifests.
+What reads a configuration takes the bare `config.yaml` as well as the manifest of the ConfigMap
+that holds it; positions are those in the file either way. `config_live` asks a cluster.
 """
 
 from __future__ import annotations
 
+import importlib
 import re
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated
 
 import typer
 
-from lbctl.cli.output import WRONG, Output, cannot, print_json
+from lbctl.cli.output import WRONG, Kubeconfig, Output, OutputOption, cannot, print_json
 from lbctl.core import names
 from lbctl.core.config import Config, config_hash, parse
+from lbctl.core.config_schema import schema as json_schema
 from lbctl.core.imports.convert import convert
 from lbctl.core.positions import MAX_BYTES, load
 from lbctl.errors import ConfigError
+
+File = Annotated[str, typer.Argument(help="config.yaml or the ConfigMap's manifest; - is stdin.")]
+Wait = Annotated[
+    float, typer.Option("--wait", help="Seconds to wait until the leader has accepted it.")
+]
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 
@@ -30,10 +38,8 @@ def _group() -> None:
 
 @app.command()
 def validate(
-    file: Annotated[
-        str, typer.Argument(help="config.yaml or the ConfigMap's manifest; - is stdin.")
-    ],
-    output: Annotated[Output, typer.Option("--output", "-o", help="text or json")] = Output.TEXT,
+    file: File,
+    output: OutputOption = Output.TEXT,
 ) -> None:
     """Check a configuration. Exit code 0: valid, 1: errors, 2: the file cannot be read."""
     text = read_text(file)
@@ -81,6 +87,57 @@ def import_files(
     except ConfigError as error:
         typer.echo("\n".join(error.problems), err=True)
         raise typer.Exit(WRONG) from None
+
+
+@app.command()
+def schema() -> None:
+    """Print the configuration's JSON Schema, for editors (also deploy/config.schema.json)."""
+    typer.echo(json_schema(), nl=False)
+
+
+@app.command()
+def diff(file: File, output: OutputOption = Output.TEXT, kubeconfig: Kubeconfig = None) -> None:
+    """Which Services keep, get, move or lose addresses. Exit code 1: it would be refused."""
+    _live().diff(*_configuration(file), kubeconfig, output)
+
+
+@app.command()
+def apply(file: File, wait: Wait = 15.0, kubeconfig: Kubeconfig = None) -> None:
+    """Put a configuration in force, unless `diff` refuses it. Exit code 1: not in force."""
+    _live().apply(*_configuration(file), kubeconfig, wait)
+
+
+@app.command()
+def history(output: OutputOption = Output.TEXT, kubeconfig: Kubeconfig = None) -> None:
+    """The last ten accepted configurations, the newest first."""
+    _live().history(kubeconfig, output)
+
+
+@app.command()
+def rollback(
+    generation: Annotated[int, typer.Argument(help="As `history` shows it.")],
+    wait: Wait = 15.0,
+    kubeconfig: Kubeconfig = None,
+) -> None:
+    """Put an accepted configuration in force again, unless `diff` would refuse it now."""
+    _live().rollback(generation, kubeconfig, wait)
+
+
+def _live() -> ModuleType:
+    """Imported when it is used: it brings the Kubernetes client, which takes a second to load."""
+    return importlib.import_module("lbctl.cli.config_live")
+
+
+def _configuration(file: str) -> tuple[str, str]:
+    """The configuration in a file, and what to call it; ends the command if it is not valid."""
+    source = "stdin" if file == "-" else file
+    try:
+        inner, line, indent = _unwrap(read_text(file), source)
+        _parse(inner, source, line, indent)
+    except ConfigError as error:
+        typer.echo("\n".join(error.problems), err=True)
+        raise typer.Exit(WRONG) from None
+    return inner, source
 
 
 def _count(number: int, word: str, plural: str = "s") -> str:

@@ -9,8 +9,18 @@ import typer
 from rich.console import Console
 
 from lbctl.cli.live import Merged, fetch_service
-from lbctl.cli.output import OK, WRONG, Output, cannot, clean, console, print_json
-from lbctl.cli.status import Kubeconfig, OutputOption, merge_or_stop
+from lbctl.cli.output import (
+    OK,
+    WRONG,
+    Kubeconfig,
+    Output,
+    OutputOption,
+    cannot,
+    clean,
+    console,
+    print_json,
+)
+from lbctl.cli.status import merge_or_stop
 from lbctl.core.model import ObjectRef, Phase
 from lbctl.core.reasons import SENTENCE, Reason
 from lbctl.core.state import EipState, HopState, ManagerState, ServiceState, SessionState, to_plain

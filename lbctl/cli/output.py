@@ -11,7 +11,8 @@ import json
 import sys
 from collections.abc import Iterable, Sequence
 from enum import StrEnum
-from typing import Any, NoReturn
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -27,6 +28,12 @@ class Output(StrEnum):
 
     TEXT = "text"
     JSON = "json"
+
+
+Kubeconfig = Annotated[
+    Path | None, typer.Option("--kubeconfig", help="Default: $KUBECONFIG, then ~/.kube/config.")
+]
+OutputOption = Annotated[Output, typer.Option("--output", "-o", help="text or json")]
 
 
 def console() -> Console:

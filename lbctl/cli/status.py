@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 from rich.console import Console
 
 from lbctl.cli.live import Live, Merged, fetch, merge
-from lbctl.cli.output import WRONG, Output, cannot, clean, console, print_json, print_table
+from lbctl.cli.output import (
+    WRONG,
+    Kubeconfig,
+    Output,
+    OutputOption,
+    cannot,
+    clean,
+    console,
+    print_json,
+    print_table,
+)
 from lbctl.core.reasons import SENTENCE
 from lbctl.core.state import NodeStatus, SessionState, to_plain
 from lbctl.errors import LbctlError
-
-Kubeconfig = Annotated[
-    Path | None, typer.Option("--kubeconfig", help="Default: $KUBECONFIG, then ~/.kube/config.")
-]
-OutputOption = Annotated[Output, typer.Option("--output", "-o", help="text or json")]
 
 
 def status(output: OutputOption = Output.TEXT, kubeconfig: Kubeconfig = None) -> None:

@@ -13,6 +13,7 @@ from typing import Final
 NAMESPACE: Final = "lbctl-system"
 CONFIG_MAP: Final = "lbctl"
 ACCEPTED_CONFIG_MAP: Final = "lbctl-accepted"
+HISTORY_CONFIG_MAPS: Final = tuple(f"lbctl-history-{n}" for n in range(10))  # by generation
 CONFIG_KEY: Final = "config.yaml"
 LEASE: Final = "lbctl-manager"
 PROBE_SECRET: Final = "lbctl-probe-keys"

@@ -19,7 +19,7 @@ from ruamel.yaml.reader import ReaderError
 
 Loc: TypeAlias = tuple[str | int, ...]
 
-MAX_BYTES: Final = 1 << 20  # what a ConfigMap can hold
+MAX_BYTES: Final = (1 << 20) - 1024  # what a ConfigMap can hold, with keys of ours beside it
 MAX_DEPTH: Final = 16
 
 _KEY: Final = re.compile(r"[A-Za-z0-9_-]{1,40}\Z")
@@ -105,7 +105,9 @@ def load(text: str) -> Document:
     """
     document = Document()
     if len(text.encode("utf-8", "replace")) > MAX_BYTES:
-        document.problems.append(Problem(Mark(1, 1), (), "the file is larger than 1 MiB"))
+        document.problems.append(
+            Problem(Mark(1, 1), (), f"the file is larger than {MAX_BYTES} bytes")
+        )
         return document
     try:
         _Builder(document, YAML(typ="safe", pure=True).parse(text)).document_root()

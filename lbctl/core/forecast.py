@@ -1,0 +1,135 @@
+"""What a configuration would do to the Services that there are, without doing it.
+
+Rules: the allocator itself decides, on a copy of the state; so a forecast is what the leader would
+do if it saw exactly this. `lbctl config diff` and `takeover: observe` tell it to people.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+
+from lbctl.core.allocator import Allocator, Decision
+from lbctl.core.config import Config, shrink_conflicts
+from lbctl.core.model import Address, Eip, Node, ObjectRef, Phase, Service
+from lbctl.core.reasons import Reason
+from lbctl.core.supply import Forbidden
+
+
+class Outlook(StrEnum):
+    """What becomes of a Service's addresses."""
+
+    KEEPS = "keeps"
+    GETS = "gets"
+    MOVES = "moves"
+    LOSES = "loses"
+    WAITS = "waits"  # it has none and gets none
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """One Service of ours. before: what its status shows. sentence: why, for people."""
+
+    service: ObjectRef
+    outlook: Outlook
+    before: tuple[Address, ...]
+    after: tuple[Address, ...]
+    reason: Reason
+    sentence: str
+
+
+_FOREIGN = {Reason.NOT_LOAD_BALANCER, Reason.OTHER_CLASS, Reason.RELEASING}
+
+
+def cluster_addresses(nodes: Iterable[Node], config: Config) -> frozenset[Forbidden]:
+    """What is never given out: the nodes' addresses and pod networks, the switches, ourselves.
+
+    A leader keeps back the gateways of its own host as well.
+    """
+    found: set[Forbidden] = set()
+    for node in nodes:
+        found.update(node.addresses, node.next_hops, node.pod_cidrs)
+    for peer in config.bgp.peers:
+        found.add(peer.address)
+        if peer.local_address is not None:
+            found.add(peer.local_address)
+    return frozenset(found)
+
+
+def forecast(
+    config: Config,
+    services: Iterable[Service],
+    eips: Iterable[Eip],
+    forbidden: Iterable[Forbidden] = (),
+) -> tuple[Forecast, ...]:
+    """Every Service that is ours or has an EIP, sorted."""
+    known = {service.ref: service for service in services}
+    owners = {eip.owner for eip in eips if eip.phase is Phase.BOUND}
+    allocator = Allocator(config, forbidden)
+    for eip in eips:
+        allocator.set_eip(eip)
+    for service in known.values():
+        allocator.set_service(service)
+    allocator.plan()
+    found = []
+    for ref, service in sorted(known.items()):
+        decision = allocator.decision(ref)
+        if decision is not None and (decision.reason not in _FOREIGN or ref in owners):
+            found.append(_of(service, decision))
+    return tuple(found)
+
+
+def _of(service: Service, decision: Decision) -> Forecast:
+    before, after = service.ingress, decision.addresses
+    if not before:
+        outlook = Outlook.GETS if after else Outlook.WAITS
+    elif set(before) <= set(after):
+        outlook = Outlook.KEEPS
+    else:
+        outlook = Outlook.MOVES if after else Outlook.LOSES
+    return Forecast(
+        service.ref, outlook, before, after, decision.reason, decision.sentence.rstrip(".")
+    )
+
+
+def refusals(config: Config, forecasts: Iterable[Forecast], eips: Iterable[Eip]) -> tuple[str, ...]:
+    """Why a configuration must not be applied: a sentence for each Service that it would rob.
+
+    Not those whose pool says `release: true`.
+    """
+    held = tuple(eips)
+    said = {
+        conflict.service: f"{conflict}, which would fall out of the pools"
+        for conflict in shrink_conflicts(held, config)
+    }
+    free = {eip.owner for eip in held if config.lets_go(eip.pool)}
+    for one in forecasts:
+        if one.outlook is Outlook.LOSES and one.service not in free:
+            lost = ", ".join(str(address) for address in one.before)
+            said.setdefault(one.service, f"Service {one.service} would lose {lost}: {one.sentence}")
+    return tuple(said[ref] for ref in sorted(said))
+
+
+def changes(old: Config | None, new: Config) -> tuple[str, ...]:
+    """What differs between two configurations besides the Services' addresses, in sentences."""
+    if old is None:
+        return ("there is no configuration in force yet",)
+    told: list[str] = []
+    for what, before, after in (
+        ("pool", old.pools, new.pools),
+        ("peer", old.bgp.peers, new.bgp.peers),
+    ):
+        was = {item.name: item for item in before}
+        now = {item.name: item for item in after}
+        told += [f"{what} {name} is new" for name in now if name not in was]
+        told += [f"{what} {name} goes" for name in was if name not in now]
+        told += [f"{what} {n} changes" for n in now if n in was and was[n] != now[n]]
+    if old.bgp.asn != new.bgp.asn:
+        told.append(
+            f"our AS becomes {new.bgp.asn} instead of {old.bgp.asn}: every session restarts"
+        )
+    for name in type(new).model_fields:
+        if name not in ("pools", "bgp") and getattr(old, name) != getattr(new, name):
+            told.append(f"section {name} changes")
+    return tuple(told)
