@@ -1,0 +1,143 @@
+"""What a switch may send a node besides a connection's own packets: ICMP errors, echo requests,
+fragments, options. Real sockets through two nodes, both families.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from collections.abc import Iterator
+
+import pytest
+
+from lbctl.core.model import Protocol
+from lbctl.core.nftrules import PINGS_PER_SECOND
+from lbctl.core.nftsets import Policy
+
+from . import frames
+from .agentnet import wait_for
+from .rulesnet import CLIENT, EIP, PORT, ROUTER_MAC, Flow, RulesNet, both, made, mss, service, table
+
+
+@pytest.fixture(scope="module")
+def net() -> Iterator[RulesNet]:
+    net = made("rp")
+    try:
+        both(net, table())
+        yield net
+    finally:
+        net.close()
+
+
+def flows(net: RulesNet, version: int, count: int = 3) -> list[Flow]:
+    """Connections, so many to each pod at least."""
+    found: list[Flow] = []
+    while any(sum(f.pod == pod for f in found) < count for pod in (1, 2)):
+        found.append(net.connect(version))
+        assert len(found) < 60, "the hash gives one pod everything"
+    return found
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_path_mtu_reaches_the_pod(net: RulesNet, version: int) -> None:
+    """The path narrows: the router's words about it come in by node 1, whoever has the flow."""
+    before = net.counters(1)["errors"]
+    open_flows = flows(net, version)
+    assert all(mss(flow.server) > 1400 for flow in open_flows)
+    net.ip("r", "link set c0 mtu 1300\n")
+    try:
+        for flow in open_flows:
+            # Else the pod knows the path from its last connection.
+            net.run(f"p{flow.pod}", "ip", f"-{version}", "route", "flush", "cache")
+            assert flow.carries(100_000)
+            assert mss(flow.server) <= 1300 - (40 if version == 4 else 60), flow.pod
+        assert net.counters(1)["errors"] - before >= sum(f.pod == 2 for f in open_flows)
+    finally:
+        net.ip("r", "link set c0 mtu 1500\n")
+        for flow in open_flows:
+            flow.close()
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_unreachable_reaches_the_pod(net: RulesNet, version: int) -> None:
+    """A client that has gone says so to the pod that goes on sending to it."""
+    level, option = (0, 11) if version == 4 else (41, 25)  # IP_RECVERR, IPV6_RECVERR
+    pods = set()
+    for source in range(30000, 30010):
+        client = net.opened("c", version, socket.SOCK_DGRAM)
+        client.bind((CLIENT[version], source))
+        pod = net.asked(client, b"hello", (EIP[version], 53))
+        client.close()
+        server = next(s for s, n in net.receivers.items() if n == pod and s.family == client.family)
+        server.setsockopt(level, option, 1)
+        server.sendto(b"answer", (CLIENT[version], source))
+        with pytest.raises(ConnectionRefusedError):
+            server.recv(1)
+        server.setsockopt(level, option, 0)
+        pods.add(pod)
+    assert pods == {1, 2}
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_fragments_are_put_together(net: RulesNet, version: int) -> None:
+    """A datagram of three fragments comes whole, also by way of the other node."""
+    text = bytes(range(250)) * 16
+    pods = set()
+    for _ in range(12):
+        client = net.opened("c", version, socket.SOCK_DGRAM)
+        pods.add(net.asked(client, text, (EIP[version], 53)))
+        client.close()
+    assert pods == {1, 2}
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_options_are_refused(net: RulesNet, version: int) -> None:
+    before = net.counters(1)["odd"]
+    wire = net.link("c", "eth0")
+    mac = net.run("r", "cat", "/sys/class/net/c0/address").strip()
+    tracked = net.tracked(1) + net.tracked(2)
+    for source in range(40000, 40020):
+        packet = frames.odd(frames.tcp(CLIENT[version], source, EIP[version], PORT))
+        wire.send(frames.frame(packet, mac, ROUTER_MAC))
+    wait_for("the odd packets to be counted", lambda: net.counters(1)["odd"] == before + 20)
+    assert net.tracked(1) + net.tracked(2) <= tracked
+
+
+def echo(net: RulesNet, version: int, address: str, count: int = 1) -> int:
+    """How many of so many echo requests are answered."""
+    wire = net.opened("c", version, socket.SOCK_RAW, 1 if version == 4 else 58)
+    wire.settimeout(1.0)
+    for number in range(count):
+        packet = frames.icmp(CLIENT[version], address, frames.ECHO, 77 << 16 | number, b"ping")
+        wire.sendto(packet[20 if version == 4 else 40 :], (address, 0))
+    answers = 0
+    with contextlib.suppress(TimeoutError):
+        while answers < count:
+            data, (source, *_) = wire.recvfrom(2048)
+            kind = data[20] if version == 4 else data[0]
+            answers += source == address and kind == (0 if version == 4 else 129)
+    wire.close()
+    return answers
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_an_eip_answers_ping(net: RulesNet, version: int) -> None:
+    """By the node that got it, each of them, at a limited rate; other addresses do not."""
+    for node in (1, 2):
+        net.enter(node)
+        assert echo(net, version, EIP[version]) == 1
+    assert echo(net, version, "198.51.100.99" if version == 4 else "2001:db8:100::99") == 0
+    before = net.counters(2)["flood"]
+    assert PINGS_PER_SECOND <= echo(net, version, EIP[version], 400) < 400
+    assert net.counters(2)["flood"] > before
+    net.enter(1)
+
+
+def test_ping_can_be_off_and_sources_hold(net: RulesNet) -> None:
+    both(net, table(), Policy())
+    assert [echo(net, v, EIP[v]) for v in (4, 6)] == [0, 0]
+    away = service(Protocol.TCP, ("192.0.2.0/24", "2001:db8:1::/64"))
+    both(net, table(of=away))
+    assert [echo(net, v, EIP[v]) for v in (4, 6)] == [0, 0]
+    both(net, table())
+    assert [echo(net, v, EIP[v]) for v in (4, 6)] == [1, 1]
