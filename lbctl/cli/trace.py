@@ -18,8 +18,18 @@ import typer
 from rich.console import Console
 
 from lbctl.cli.live import Live, ask_all, open_client
-from lbctl.cli.output import OK, WRONG, Output, cannot, clean, console, print_json
-from lbctl.cli.status import Kubeconfig, OutputOption, merge_or_stop
+from lbctl.cli.output import (
+    OK,
+    WRONG,
+    Kubeconfig,
+    Output,
+    OutputOption,
+    cannot,
+    clean,
+    console,
+    print_json,
+)
+from lbctl.cli.status import merge_or_stop
 from lbctl.core import forwarding, names
 from lbctl.core import trace as tracing
 from lbctl.core.config import Config, parse
