@@ -25,7 +25,6 @@ _COMMANDS: Final = {
     "lab": "lbctl.cli.lab",
     "status": "lbctl.cli.status",
     "explain": "lbctl.cli.explain",
-    "trace": "lbctl.cli.trace",
     "config": "lbctl.cli.config",
 }
 

@@ -1,7 +1,7 @@
 """Print the medians that `docs/benchmarks.md` holds, as a Markdown table.
 
-`python -m tests.bench [--runs N] [--services N] [--only pure|lab|memory]`. Absolute times depend on
-the machine, which is printed; compare rows of one run.
+`python -m tests.bench [--runs N] [--services N] [--only pure|lab|memory|beside]`. Absolute times
+depend on the machine, which is printed; compare rows of one run.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import lab, pure
+from . import beside, lab, pure
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +52,11 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--services", type=int, default=1000)
-    parser.add_argument("--only", choices=("pure", "lab", "memory"), default=None)
+    parser.add_argument("--only", choices=("pure", "lab", "memory", "beside"), default=None)
     chosen = parser.parse_args(argv)
     print(f"{dt.datetime.now(dt.UTC):%Y-%m-%d %H:%M} UTC, {machine()}\n")
+    if chosen.only == "beside":
+        return _beside()
     print("| what | median | worst | runs |\n|---|---|---|---|")
     if chosen.only in (None, "pure"):
         for what, values, unit in pure.measure(chosen.runs):
@@ -64,6 +66,12 @@ def main(argv: Sequence[str]) -> int:
             chosen.runs, chosen.services, chosen.only == "memory"
         ):
             print(Row(what, values, unit).render(), flush=True)
+    return 0 if chosen.only else _beside()
+
+
+def _beside() -> int:
+    for line in beside.measure():
+        print(line, flush=True)
     return 0
 
 

@@ -22,9 +22,9 @@ TOPOLOGY = Path(__file__).parents[3] / "bgp-lab" / "small.clab.yml"
 
 # The switches send from the interface's own MAC or, as VRRP master, from the virtual one.
 _WATCH = """
-add table ip watch
-delete table ip watch
-table ip watch {{
+add table ip {table}
+delete table ip {table}
+table ip {table} {{
   set entered {{ type inet_service; flags dynamic; size 65535; }}
   chain see {{
     type filter hook prerouting priority -450;
@@ -150,7 +150,7 @@ class System:
 
         wait("managers and agents to be ready", ready, limit_s=120)
 
-    def watch_entries(self, eip: str) -> None:
+    def watch_entries(self, eip: str, table: str = "watch") -> None:
         """Have every node note the client ports whose packets a switch hands it, from now on.
 
         A table of the test's own that decides nothing; by it a traffic test proves that it could
@@ -162,14 +162,14 @@ class System:
         )
         for node in self.lab.of_role("node"):
             if node.alive:
-                node.run("nft", "-f", "-", input=_WATCH.format(eip=eip, macs=macs))
+                node.run("nft", "-f", "-", input=_WATCH.format(eip=eip, macs=macs, table=table))
 
-    def entries(self, eip: str) -> dict[int, str]:
+    def entries(self, eip: str, table: str = "watch") -> dict[int, str]:
         """Node at which each client port's packets entered last, from `watch_entries`."""
         found: dict[int, str] = {}
         for node in self.lab.of_role("node"):
             if node.alive:
-                said = node.run("nft", "-j", "list", "set", "ip", "watch", "entered").stdout
+                said = node.run("nft", "-j", "list", "set", "ip", table, "entered").stdout
                 for item in json.loads(said)["nftables"]:
                     for port in item.get("set", {}).get("elem", ()):
                         found[int(port)] = node.name
