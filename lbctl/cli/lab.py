@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from lbctl.lab.lab import Lab
     from lbctl.lab.machine import Machine
 
-_SMALL: Final = Path(__file__).resolve().parents[2] / "bgp-lab" / "small.clab.yml"
+_TOPOLOGIES: Final = Path(__file__).resolve().parents[2] / "bgp-lab"
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, rich_markup_mode=None, add_completion=False)
 node_app = typer.Typer(
@@ -61,7 +61,9 @@ OutputOption = Annotated[Output, typer.Option("--output", "-o", help="Format of 
 
 @app.command()
 def up(
-    topology: Annotated[Path, typer.Argument(help="A containerlab topology file.")] = _SMALL,
+    topology: Annotated[
+        str, typer.Argument(help="A containerlab topology file, or one of ours: small, racks.")
+    ] = "small",
     cluster: Annotated[
         ClusterChoice, typer.Option(help="embedded starts at once; kubernetes is the real one.")
     ] = ClusterChoice.EMBEDDED,
@@ -78,7 +80,7 @@ def up(
 
     preflight.check()
     progress = _progress()
-    lab = Lab.up(topology, name, progress)
+    lab = Lab.up(_topology(topology), name, progress)
     try:
         if cluster is not ClusterChoice.NONE:
             from lbctl.lab.bringup import bring_up
@@ -96,6 +98,12 @@ def up(
         print(json.dumps(_status(lab), indent=2))
     else:
         print(f"lab {name} is up. Next: lbctl lab status --lab {name}")
+
+
+def _topology(text: str) -> Path:
+    """A file, or by its short name one of `bgp-lab/`."""
+    ours = _TOPOLOGIES / f"{text}.clab.yml"
+    return ours if "/" not in text and ours.exists() else Path(text)
 
 
 def _progress() -> Callable[[str], None]:

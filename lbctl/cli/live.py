@@ -79,19 +79,20 @@ def find_kubeconfig(given: Path | None) -> Path | None:
     raise KubeError(f"there is no kubeconfig at {chosen}; {hint}")
 
 
-async def _client(kubeconfig: Path | None) -> Client:
+async def open_client(kubeconfig: Path | None) -> Client:
+    """A client of the API server that a kubeconfig names. KubeError if there is none."""
     return await Client.from_environment(find_kubeconfig(kubeconfig), timeout_s=10.0)
 
 
 async def fetch(kubeconfig: Path | None, namespace: str = names.NAMESPACE) -> Live:
     """Every manager's answer, sorted by Pod name. Raises KubeError when nobody can be asked."""
-    async with await _client(kubeconfig) as client:
+    async with await open_client(kubeconfig) as client:
         return await ask_all(client, namespace)
 
 
 async def fetch_service(kubeconfig: Path | None, namespace: str, name: str) -> tuple[Live, bool]:
     """As `fetch`, and whether the Service exists at all."""
-    async with await _client(kubeconfig) as client:
+    async with await open_client(kubeconfig) as client:
         live = await ask_all(client, names.NAMESPACE)
         try:
             await client.get(SERVICES.path(namespace, name))

@@ -25,6 +25,7 @@ _COMMANDS: Final = {
     "lab": "lbctl.cli.lab",
     "status": "lbctl.cli.status",
     "explain": "lbctl.cli.explain",
+    "trace": "lbctl.cli.trace",
     "config": "lbctl.cli.config",
 }
 

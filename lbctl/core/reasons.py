@@ -49,6 +49,12 @@ class Reason(StrEnum):
     HELD_BY_PANIC = "HeldByPanic"
     LAST_NEXT_HOP = "LastNextHop"
     NO_NEXT_HOP = "NoNextHop"
+    # a packet
+    DELIVERED = "Delivered"
+    NOT_AN_EIP = "NotAnEip"
+    SOURCE_REFUSED = "SourceRangeRefused"
+    NO_SUCH_PORT = "NoSuchPort"
+    NO_NEW_FLOWS = "NoNewFlows"
     # a session
     SESSION_UP = "SessionUp"
     SESSION_DOWN = "SessionDown"
@@ -90,6 +96,11 @@ SENTENCE: Final[dict[Reason, str]] = {
     Reason.HELD_BY_PANIC: "too many nodes went at once; held until another witness agrees",
     Reason.LAST_NEXT_HOP: "the node is doubtful but no other is left, so it stays a next hop",
     Reason.NO_NEXT_HOP: "no node can carry it",
+    Reason.DELIVERED: "an endpoint gets it",
+    Reason.NOT_AN_EIP: "no Service has the address",
+    Reason.SOURCE_REFUSED: "the Service's loadBalancerSourceRanges do not let the client in",
+    Reason.NO_SUCH_PORT: "the Service has no such port",
+    Reason.NO_NEW_FLOWS: "its endpoints take no new connections",
     Reason.SESSION_UP: "the BGP session is established",
     Reason.SESSION_DOWN: "the BGP session is not established",
     Reason.ADD_PATH_MISSING: "the switch did not agree to receive several paths (ADD-PATH)",

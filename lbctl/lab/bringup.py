@@ -163,7 +163,7 @@ async def _install(lab: Lab, access: ClusterAccess, progress: Progress) -> None:
     progress("waiting for managers and agents")
     async with _api(lab, access) as api:
         await _apply_all(api, manifests(), "apply deploy/kustomize/base")
-        await _apply_all(api, [workload.config_map()], "apply the lab's configuration")
+        await _apply_all(api, [_config_map(lab)], "apply the lab's configuration")
         await _make_keys(api)
         await _until(lambda: _unready_ours(api, lab), "managers and agents to be Ready", lab)
 
@@ -206,6 +206,12 @@ async def _apply_all(api: kube.Api, items: list[Object], what: str) -> None:
                     name = f"{item['kind']} {item['metadata']['name']}"
                     raise LabError(f"cannot {what}: {name}: {error}") from error
                 await asyncio.sleep(0.2)
+
+
+def _config_map(lab: Lab) -> Object:
+    """The configuration that lies beside the topology (NAME.lbctl.yaml), else the small rack's."""
+    beside = lab.source.with_name(lab.source.name.split(".")[0] + ".lbctl.yaml")
+    return workload.config_map(beside.read_text("utf-8") if beside.exists() else workload.CONFIG)
 
 
 async def _make_keys(api: kube.Api) -> None:

@@ -222,7 +222,7 @@ class Lab:
     # --- changes ---------------------------------------------------------------------------------
 
     def add_node(self) -> Machine:
-        """A node like the last one, wired to the same bridge, routes to its pods everywhere.
+        """A node like the last one, on the same bridge; its neighbours get routes to its pods.
 
         All or nothing: if it fails, the lab is as it was. Raises LabError.
         """
@@ -260,11 +260,13 @@ class Lab:
         return bridge
 
     def _join(self, new: Addition, bridge: int | None) -> None:
-        others = [m for m in self.machines if m.role in ROUTED_ROLES and m.name != new.spec.name]
+        port = new.link.far(new.spec.name)
+        beside = {link.far(port.node).node for link in self.topology.links_of(port.node)}
+        others = [m for m in self.machines if m.role in ROUTED_ROLES and m.name in beside]
         self._start_machine(new.spec)
         network.wire([new.link], self._netns)
         if bridge is not None:
-            network.plug(new.link.far(new.spec.name), bridge, self._netns)
+            network.plug(port, bridge, self._netns)
         self._execute(new.spec)
         for machine in others:
             for route in new.routes if machine.alive else ():

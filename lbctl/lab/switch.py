@@ -64,8 +64,13 @@ def bgp_peers(machine: Machine) -> dict[str, str]:
 
 
 def vrrp_states(machine: Machine) -> dict[int, str]:
-    """`Master`, `Backup` or `Initialize` by VRRP group; `v4 …, v6 …` where the families differ."""
+    """`Master`, `Backup` or `Initialize` by VRRP group; `v4 …, v6 …` where the families differ.
+
+    {} on a switch that runs no vrrpd.
+    """
     found: dict[int, str] = {}
+    if "vrrpd" not in machine.run("vtysh", "-c", "show daemons").stdout.split():
+        return found
     for item in vtysh_json(machine, "show vrrp json"):
         by_family = {f: str(item[f]["status"]) for f in ("v4", "v6") if item[f]["addresses"]}
         states = sorted(set(by_family.values()))

@@ -10,50 +10,11 @@ import re
 from dataclasses import dataclass, field
 from ipaddress import ip_address, ip_network
 
-from lbctl.core import maglev
 from lbctl.core.names import MARK_BASE
 from lbctl.core.nftrules import BUCKET_BASE
+from lbctl.core.packet import bucket
 
-_MASK = 0xFFFFFFFF
 _COMMAND = re.compile(r"(add|delete) element (ip6?) lbctl (\w+) \{ (.*) \}$")
-
-
-def _rol(value: int, bits: int) -> int:
-    return ((value << bits) | (value >> (32 - bits))) & _MASK
-
-
-def _mix(a: int, b: int, c: int) -> tuple[int, int, int]:
-    for bits in (4, 6, 8, 16, 19, 4):
-        a = ((a - c) ^ _rol(c, bits)) & _MASK
-        c = (c + b) & _MASK
-        a, b, c = b, c, a
-    return a, b, c
-
-
-def jhash(words: list[int], seed: int) -> int:
-    """Bob Jenkins' lookup3, as include/linux/jhash.h has it; of whole words only."""
-    a = b = c = (0xDEADBEEF + 4 * len(words) + seed) & _MASK
-    while len(words) > 3:
-        a, b, c = _mix((a + words[0]) & _MASK, (b + words[1]) & _MASK, (c + words[2]) & _MASK)
-        words = words[3:]
-    padded = [*words, 0, 0, 0]
-    a, b, c = (a + padded[0]) & _MASK, (b + padded[1]) & _MASK, (c + padded[2]) & _MASK
-    c = ((c ^ b) - _rol(b, 14)) & _MASK
-    a = ((a ^ c) - _rol(c, 11)) & _MASK
-    b = ((b ^ a) - _rol(a, 25)) & _MASK
-    c = ((c ^ b) - _rol(b, 16)) & _MASK
-    a = ((a ^ c) - _rol(c, 4)) & _MASK
-    b = ((b ^ a) - _rol(a, 14)) & _MASK
-    return ((c ^ b) - _rol(b, 24)) & _MASK
-
-
-def bucket(client: str, port: int | None, size: int) -> int:
-    """The bucket of a packet; port None: by the client's address alone."""
-    packed = ip_address(client).packed
-    words = [int.from_bytes(packed[i : i + 4], "little") for i in range(0, len(packed), 4)]
-    if port is not None:
-        words.append(int.from_bytes(port.to_bytes(2, "big"), "little"))
-    return (jhash(words, maglev.SEED) * size) >> 32
 
 
 def _key(prefix: str, chain: str | None, client: str, source: int) -> str:
@@ -61,7 +22,7 @@ def _key(prefix: str, chain: str | None, client: str, source: int) -> str:
     if chain is None:
         return prefix
     kind, size = re.fullmatch(r"jump (flow|client)(\d+)", chain).groups()  # type: ignore[union-attr]
-    number = bucket(client, source if kind == "flow" else None, int(size))
+    number = bucket(ip_address(client), source if kind == "flow" else None, int(size))
     return f"{prefix} . {BUCKET_BASE + number:#x}"
 
 

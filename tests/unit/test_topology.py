@@ -22,6 +22,7 @@ import jsonschema
 import pytest
 from ruamel.yaml import YAML
 
+from lbctl.core import config
 from lbctl.errors import LabError
 from lbctl.lab import topology
 from lbctl.lab.topology import Link, LinkEnd, Topology
@@ -205,6 +206,18 @@ def test_the_next_node(small: Topology) -> None:
         assert new.spec.exec.count(line) == 1
         line = f"ip route replace fd00:10:244:{number}::/64 via 2001:db8:1::2{number}"
         assert new.spec.exec.count(line) == 1
+
+
+def test_racks_peers_are_its_top_of_rack_switches() -> None:
+    racks = topology.load(LAB / "racks.clab.yml")
+    text = (LAB / "racks.lbctl.yaml").read_text("utf-8")
+    tors = {
+        spec.name: next(line.split()[3] for line in spec.exec if line.startswith("ip address add"))
+        for spec in racks.nodes
+        if spec.role == "switch" and spec.name != "spine"
+    }
+    peers = config.parse(text).bgp.peers
+    assert {peer.name: f"{peer.address}/25" for peer in peers} == tors
 
 
 def test_the_next_node_needs_one_to_go_by(small: Topology) -> None:
