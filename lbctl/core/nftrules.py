@@ -344,7 +344,7 @@ def _delivery(family: Family) -> str:
     jump enough
     {_NODE} dnat to {ip} daddr
     {family.raw_key} vmap @svc
-    meta l4proto {{ tcp, udp, sctp }} counter name delivered {to_pod}
+    meta l4proto {{ tcp, udp, sctp }} {to_pod}
     {key} vmap @past
     tcp flags & (fin|syn|rst|ack) == syn {to_late}
     meta l4proto {{ udp, sctp }} {to_late}
@@ -356,7 +356,7 @@ def _delivery(family: Family) -> str:
   }}
   chain cleanup {{
     type filter hook prerouting priority dstnat + 5; policy accept;
-    {_BUCKET} meta mark set 0
+    {_BUCKET} counter name delivered meta mark set 0
   }}
 """
 

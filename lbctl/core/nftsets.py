@@ -49,9 +49,8 @@ def changes(old: Policy, new: Policy) -> Iterator[str]:
                 yield replaced(family, name, map(str, after))
         if old.tunnel_mtus != new.tunnel_mtus:
             room = TUNNEL_HEADERS[family.version]
-            yield replaced(
-                family, "clamp", (f'"{interface(n)}" : {mtu - room}' for n, mtu in new.tunnel_mtus)
-            )
+            entries = (f'"{interface(n)}" : {mtu - room}' for n, mtu in new.tunnel_mtus)
+            yield replaced(family, "clamp", entries, kind="map")
     yield from _pingable(old.pingable, new.pingable)
 
 
@@ -69,10 +68,10 @@ def _of(family: Family, addresses: Iterable[Address]) -> list[Address]:
     return [a for a in addresses if a.version == family.version]
 
 
-def replaced(family: Family, name: str, entries: Iterable[str]) -> str:
-    """Return the commands that make a set hold just these elements."""
+def replaced(family: Family, name: str, entries: Iterable[str], kind: str = "set") -> str:
+    """Return the commands that make a set, or a map, hold just these elements."""
     listed = ", ".join(entries)
-    text = f"flush set {family.table} {name}\n"
+    text = f"flush {kind} {family.table} {name}\n"
     return text + (f"add element {family.table} {name} {{ {listed} }}\n" if listed else "")
 
 

@@ -264,6 +264,14 @@ class RulesNet:
     def asked(self, sender: socket.socket, text: bytes, to: tuple[str, int]) -> int:
         """Send a datagram; which pod got it whole, 0 for none within a second."""
         sender.sendto(text, to)
+        return self._got(text)
+
+    def asked_connected(self, sender: socket.socket, text: bytes) -> int:
+        """The same by a connected socket."""
+        sender.send(text)
+        return self._got(text)
+
+    def _got(self, text: bytes) -> int:
         ready, _, _ = select.select(list(self.receivers), [], [], 1.0)
         for receiver in ready:
             assert receiver.recv(65536) == text
