@@ -59,6 +59,10 @@ class LabError(LbctlError):
     """The lab could not do what was asked; the message has the way out."""
 
 
+class DrillError(LabError):
+    """A drill is not written as it must be, or something in it could not be done."""
+
+
 class MissingFeature(LabError):
     """This machine lacks something that the lab needs. The message says what, and how to get it."""
 

@@ -23,6 +23,7 @@ from lbctl.errors import LbctlError, MissingFeature
 _COMMANDS: Final = {
     "demo": "lbctl.cli.demo",
     "lab": "lbctl.cli.lab",
+    "drill": "lbctl.cli.drill",
     "status": "lbctl.cli.status",
     "explain": "lbctl.cli.explain",
     "trace": "lbctl.cli.trace",

@@ -73,6 +73,11 @@ def print_json(value: Any) -> None:
     sys.stdout.write(json.dumps(to_plain(value), indent=2, ensure_ascii=False) + "\n")
 
 
+def write_json(path: Path, value: Any) -> None:
+    """One JSON document into a file."""
+    path.write_text(json.dumps(to_plain(value), ensure_ascii=False) + "\n", "utf-8")
+
+
 def cannot(sentence: object) -> NoReturn:
     """The question could not be answered."""
     sys.stderr.write(f"lbctl: {clean(sentence)}\n")

@@ -36,6 +36,20 @@ class Probe:
 
 
 @dataclass(frozen=True, slots=True)
+class Count:
+    """Totals so far: new connections and those that failed, answers on flows, broken flows."""
+
+    requests: int = 0
+    failed: int = 0
+    answered: int = 0
+    broken: int = 0
+
+    def values(self) -> tuple[int, int, int, int]:
+        """In the order of the fields."""
+        return self.requests, self.failed, self.answered, self.broken
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """What the driver saw. Instants are on the monotonic clock (`time.monotonic()` here too)."""
 
@@ -138,6 +152,12 @@ class Load:
         """Note this instant under a name; returns it."""
         self._say(f"mark {name}")
         return float(self._expect("mark", 30.0)["at_s"])
+
+    def count(self) -> Count:
+        """What the driver has seen so far."""
+        self._say("count")
+        found = self._expect("count", 30.0)
+        return Count(found["requests"], found["failed"], found["answered"], found["broken"])
 
     def stop(self, limit_s: float = 120.0) -> Report:
         """End the load and return what it saw. Raises LabError if the driver died."""

@@ -116,6 +116,16 @@ def stop(pids: Iterable[Pid], grace_s: float = 5.0) -> None:
             os.close(fd)
 
 
+def send(pids: Iterable[Pid], number: signal.Signals) -> None:
+    """Send a signal to these very processes; those that are gone are left out."""
+    handles = [(pid, fd) for pid in pids if (fd := _open(pid)) is not None]
+    try:
+        _signal(handles, number)
+    finally:
+        for _, fd in handles:
+            os.close(fd)
+
+
 def _open(pid: Pid) -> int | None:
     try:
         fd = os.pidfd_open(pid.pid)

@@ -9,9 +9,10 @@ UDP; both answer `POD PEER PAYLOAD`):
 
 Reset, closed, a wrong number, another pod, or no answer at the end: each counts as broken.
 
-Control by lines on stdin: `mark NAME` notes an instant, `stop` (or the end of stdin, SIGINT,
-SIGTERM) ends it. Events go to stdout as JSON lines: `ready`, `mark`, and at last `report`. Times
-are seconds of the monotonic clock, which all namespaces of a machine share.
+Control by lines on stdin: `mark NAME` notes an instant, `count` asks for totals so far, `stop` (or
+the end of stdin, SIGINT, SIGTERM) ends it. Events go to stdout as JSON lines: `ready`, `mark`,
+`count`, and at last `report`. Times are seconds of the monotonic clock, which all namespaces of a
+machine share.
 """
 
 from __future__ import annotations
@@ -73,6 +74,16 @@ class Results:
     marks: list[tuple[str, float]] = field(default_factory=list)
     started_s: float = 0.0
     ended_s: float = 0.0
+
+    def counts(self) -> dict[str, int]:
+        """Totals so far."""
+        flows = [*self.flows, *self.datagrams]
+        return {
+            "requests": len(self.probes),
+            "failed": sum(1 for probe in self.probes if probe[3]),
+            "answered": sum(flow.answered for flow in flows),
+            "broken": sum(1 for flow in flows if flow.broken),
+        }
 
 
 def parse_answer(text: str) -> tuple[str, str, str]:
@@ -189,10 +200,10 @@ class Flow(_Numbered, asyncio.Protocol):
         self.due_s = max(self.due_s + self.interval_s, now)
         self.transport.write(request(self.host, record.sent))
 
-    def end(self) -> None:
-        """Close; an open question counts as broken."""
+    def end(self, asked_until_s: float) -> None:
+        """Close; an open question counts as broken, silence after the last question does not."""
         self.stopping = True
-        self.gap(time.monotonic())
+        self.gap(max(asked_until_s, self.last_s))
         if self.record.sent > self.record.answered:
             self.fail("no answer")
         if self.transport:
@@ -246,9 +257,9 @@ class Datagrams(_Numbered, asyncio.DatagramProtocol):
         self.open.add(payload)
         self.transport.sendto(payload.encode())
 
-    def end(self) -> None:
+    def end(self, asked_until_s: float) -> None:
         """Close. Lost datagrams are `sent - answered`, not a broken flow: UDP may lose."""
-        self.gap(time.monotonic())
+        self.gap(max(asked_until_s, self.last_s))
         if self.transport:
             self.transport.close()
 
@@ -349,6 +360,8 @@ class Driver:
             if verb == "mark":
                 self.results.marks.append((name, time.monotonic()))
                 emit("mark", name=name, at_s=self.results.marks[-1][1])
+            elif verb == "count":
+                emit("count", **self.results.counts())
             elif verb == "stop":
                 break
         self.stop.set()
@@ -376,12 +389,13 @@ class Driver:
         self.results.probes.append((start, time.monotonic() - start, pod, error))
 
     async def _drain(self) -> None:
+        asked_until_s = time.monotonic()
         for _ in range(int(self.options.drain_s / _TICK_S)):
             if all(flow.idle for flow in self.running):
                 break
             await asyncio.sleep(_TICK_S)
         for flow in self.running:
-            flow.end()
+            flow.end(asked_until_s)
 
 
 async def ask_once(host: str, port: int) -> str:

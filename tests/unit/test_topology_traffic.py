@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 
 import pytest
 
@@ -100,11 +101,11 @@ def test_a_flow_counts_duplicates_resets_ends_and_silence() -> None:
     closed.connection_lost(None)
     assert closed.record.broken == "closed by the other side"
     silent = asked(2)
-    silent.end()
+    silent.end(time.monotonic())
     assert silent.record.broken == "no answer"
     fine = asked(2)
     fine.data_received(answer("web-1 203.0.113.10 /n/2"))
-    fine.end()
+    fine.end(time.monotonic())
     fine.connection_lost(None)
     assert fine.record.broken == ""
 

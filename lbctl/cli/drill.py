@@ -1,0 +1,213 @@
+"""`lbctl drill`: faults on a timeline, under real traffic, with a verdict.
+
+Exit code 0 when everything held, 1 when something did not, 2 when a drill could not be run.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import typer
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from lbctl.cli import output
+from lbctl.errors import LabError
+from lbctl.lab import preflight
+from lbctl.lab.api import Api
+from lbctl.lab.bringup import KUBECONFIG, bring_up
+from lbctl.lab.cluster.handle import ClusterKind
+from lbctl.lab.drill import report, spec, verdict
+from lbctl.lab.drill.run import Now, Show, run
+from lbctl.lab.drill.site import Site
+from lbctl.lab.drill.spec import Drill
+from lbctl.lab.lab import Lab, take_down
+
+TOPOLOGIES: Final = Path(__file__).parents[2] / "bgp-lab"
+_LAB: Final = "drill"
+
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+
+
+@app.callback()
+def _root() -> None:
+    """Drill failures in a lab, under traffic; each drill ends with a verdict."""
+
+
+@app.command(name="list")
+def list_drills(
+    out: Annotated[output.Output, typer.Option("--output", "-o")] = output.Output.TEXT,
+) -> None:
+    """The drills that there are, and what each guards."""
+    found = [spec.find(name) for name in spec.names()]
+    if out is output.Output.JSON:
+        output.print_json([{"name": d.name, "about": d.about} for d in found])
+        return
+    rows = [(drill.name, drill.about) for drill in found]
+    output.print_table(output.console(), "drills", ("NAME", "WHAT HAPPENS"), rows)
+
+
+@app.command(name="run")
+def run_drills(
+    names: Annotated[list[str] | None, typer.Argument(help="Drills, or files.")] = None,
+    every: Annotated[bool, typer.Option("--all", help="All drills.")] = False,
+    cluster: Annotated[str, typer.Option(help="embedded or kubernetes")] = "embedded",
+    lab: Annotated[str, typer.Option(help="A lab that is up; else one is started.")] = "",
+    sabotage: Annotated[
+        bool, typer.Option(help="Take out what the drill guards: it must then fail.")
+    ] = False,
+    reports: Annotated[Path | None, typer.Option("--report", help="Folder for reports.")] = None,
+) -> None:
+    """Run drills, one after the other. Exit code 1 if an expectation did not hold."""
+    wanted = spec.names() if every else names or []
+    if not wanted:
+        raise typer.BadParameter("name a drill, or say --all; `lbctl drill list` shows them")
+    if cluster not in ("embedded", "kubernetes"):
+        raise typer.BadParameter("embedded or kubernetes", param_hint="--cluster")
+    preflight.check()
+    drills = [spec.find(name) for name in wanted]
+    drills.sort(key=lambda drill: drill.topology)  # stable: one lab for neighbours
+    kind: ClusterKind = "embedded" if cluster == "embedded" else "kubernetes"
+    if not Drills(Console(highlight=False), kind, lab, reports).run(drills, sabotage):
+        raise typer.Exit(output.WRONG)
+
+
+class Drills:
+    """Runs drills on one lab after the other, and prints what happens."""
+
+    def __init__(self, console: Console, kind: ClusterKind, lab: str, reports: Path | None) -> None:
+        self.console = console
+        self.kind = kind
+        self.given = lab
+        self.reports = reports
+
+    def run(self, drills: list[Drill], sabotaged: bool) -> bool:
+        """All of them; whether everything held. A lab that does not heal is made anew."""
+        held = True
+        left = list(drills)
+        while left:
+            with self._site(left[0].topology) as site:
+                while left and left[0].topology == site.lab.topology.name:
+                    held = self._one(site, left.pop(0), sabotaged) and held
+                    if not self._restored(site) and left:
+                        break
+        return held
+
+    @contextmanager
+    def _site(self, topology: str) -> Iterator[Site]:
+        if self.given:
+            lab = Lab.load(self.given)
+        else:
+            take_down(_LAB)
+            self.console.print(f"starting a lab ({topology}, {self.kind} cluster) …")
+            lab = Lab.up(TOPOLOGIES / f"{topology}.clab.yml", _LAB, _silent)
+        try:
+            if not self.given:
+                bring_up(lab, self.kind, _silent)
+            with Api(lab.directory / KUBECONFIG) as api:
+                site = Site(lab, api)
+                site.configure()
+                yield site
+        finally:
+            if not self.given:
+                take_down(_LAB)
+
+    def _restored(self, site: Site) -> bool:
+        try:
+            site.restore()
+        except LabError as error:
+            self.console.print(f"  the lab did not heal: {output.clean(error)}")
+            return False
+        return True
+
+    def _one(self, site: Site, drill: Drill, sabotaged: bool) -> bool:
+        name = f"{drill.name} (sabotaged)" if sabotaged else drill.name
+        self.console.print(f"\n[bold]{name}[/bold]  {drill.about}")
+        if sabotaged:
+            self.console.print(f"  sabotage: {drill.sabotage}")
+        with self._live() as show:
+            seen = run(site, drill, sabotaged, show)
+        checks = verdict.judge(drill, seen)
+        for check in checks:
+            mark = "[green]✓[/green]" if check.held else "[red]✗[/red]"
+            self.console.print(f"  {mark} {check.name}: {check.found} (wanted {check.wanted})")
+        held = all(check.held for check in checks)
+        if self.reports is not None:
+            self._write(drill, sabotaged, seen, checks)
+        return held
+
+    def _write(
+        self,
+        drill: Drill,
+        sabotaged: bool,
+        seen: verdict.Evidence,
+        checks: tuple[verdict.Check, ...],
+    ) -> None:
+        assert self.reports is not None
+        self.reports.mkdir(parents=True, exist_ok=True)
+        stem = self.reports / (f"{drill.name}-sabotaged" if sabotaged else drill.name)
+        data: dict[str, Any] = {
+            "drill": drill.name,
+            "sabotaged": sabotaged,
+            "held": all(check.held for check in checks),
+            "checks": [asdict(check) for check in checks],
+            "evidence": {**asdict(seen), "dead": sorted(seen.dead), "gone": sorted(seen.gone)},
+        }
+        output.write_json(stem.with_suffix(".json"), data)
+        stem.with_suffix(".html").write_text(report.html(drill, sabotaged, seen, checks), "utf-8")
+        self.console.print(f"  report: {stem}.html, {stem}.json")
+
+    @contextmanager
+    def _live(self) -> Iterator[Show]:
+        """A view that is drawn anew on a terminal, and a line per change elsewhere."""
+        if self.console.is_terminal:
+            with Live(console=self.console, refresh_per_second=8, transient=True) as live:
+                rate = _Rate()
+                yield lambda now: live.update(_picture(now, rate(now)))
+            return
+        said = ""
+
+        def line(now: Now) -> None:
+            nonlocal said
+            if now.text != said:
+                said = now.text
+                self.console.print(f"  {now.at_s:7.2f}  {now.text}", soft_wrap=True)
+
+        yield line
+
+
+class _Rate:
+    """New connections per second between two looks."""
+
+    def __init__(self) -> None:
+        self._last: tuple[float, int] = (time.monotonic(), 0)
+
+    def __call__(self, now: Now) -> float:
+        at_s, before = self._last
+        this_s = time.monotonic()
+        self._last = (this_s, max(now.counts.requests, before))
+        return max(0.0, (now.counts.requests - before) / max(this_s - at_s, 0.001))
+
+
+def _picture(now: Now, rate: float) -> Text:
+    counts = now.counts
+    lines = [
+        f"  {now.at_s:7.2f} s  {now.text}",
+        f"             {rate:.0f} new connections/s, {counts.failed} of {counts.requests} failed; "
+        f"{counts.answered} answers on flows, {counts.broken} broken",
+    ]
+    lines += [
+        f"             {switch}: {service} → {', '.join(hops) or 'no route'}"
+        for service, switch, hops in now.hops
+    ]
+    return Text("\n".join(lines))
+
+
+def _silent(_text: str) -> None:
+    """Progress of the lab that nobody needs to read here."""

@@ -1,0 +1,1 @@
+"""Failure drills: faults on a timeline under real traffic, with a verdict."""

@@ -1,0 +1,287 @@
+"""The faults that a drill can name, each with what undoes it.
+
+Rules: a fault is a function of the site and of named arguments; their annotations say what a YAML
+file may give, and are checked when the file is read. It returns when the fault is in place. Names
+of machines may be roles (`switches`, `nodes`, `controls`).
+"""
+
+from __future__ import annotations
+
+import inspect
+import signal
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Final, Literal, TypeVar, get_type_hints
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from lbctl.core import names
+from lbctl.errors import DrillError
+from lbctl.kube import client as kube
+from lbctl.lab import bringup, control, processes, switch, workload
+from lbctl.lab.api import DAEMON_SETS, DEPLOYMENTS, wait
+from lbctl.lab.drill.site import Site
+
+F = TypeVar("F", bound=Callable[..., None])
+FAULTS: Final[dict[str, Callable[..., None]]] = {}
+_STRICT: Final = ConfigDict(strict=True)
+
+
+def fault(name: str) -> Callable[[F], F]:
+    """Give a function its name in drills."""
+
+    def register(function: F) -> F:
+        FAULTS[name] = function
+        return function
+
+    return register
+
+
+def checked(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a fault as its function takes them. Raises DrillError, in one sentence."""
+    if name not in FAULTS:
+        raise DrillError(f"there is no fault {name!r}; there are: {', '.join(sorted(FAULTS))}")
+    function = FAULTS[name]
+    parameters = dict(list(inspect.signature(function).parameters.items())[1:])
+    hints = get_type_hints(function)
+    if unknown := sorted(arguments.keys() - parameters.keys()):
+        raise DrillError(f"{name} takes {', '.join(parameters) or 'nothing'}, not {unknown[0]!r}")
+    found = {}
+    for key, parameter in parameters.items():
+        if key in arguments:
+            try:
+                adapter: TypeAdapter[Any] = TypeAdapter(hints[key], config=None)
+                found[key] = adapter.validate_python(arguments[key], strict=True)
+            except ValidationError as error:
+                raise DrillError(f"{name}: {key}: {error.errors()[0]['msg'].lower()}") from error
+        elif parameter.default is inspect.Parameter.empty:
+            raise DrillError(f"{name} needs {key!r}")
+    return found
+
+
+def inject(site: Site, name: str, arguments: Mapping[str, Any]) -> None:
+    """Do it. Raises LabError if it could not be done."""
+    FAULTS[name](site, **arguments)
+
+
+# -- power and cables ------------------------------------------------------------------------------
+
+
+@fault("powerCut")
+def power_cut(site: Site, machine: str) -> None:
+    """DESIGN.md's power cut: silence in one instant, carrier kept, then its processes die."""
+    for found in site.machines(machine):
+        if found.alive:
+            site.dead.add(found.name)
+            site.lab.power_cut(found.name)
+
+
+@fault("powerOn")
+def power_on(site: Site, machine: str) -> None:
+    """Boot what was cut."""
+    for found in site.machines(machine):
+        if not found.alive:
+            site.lab.power_on(found.name)
+
+
+@fault("linkDown")
+def link_down(site: Site, machine: str, interface: str = "eth1") -> None:
+    """Take an interface down; the far end loses carrier."""
+    for found in site.machines(machine):
+        site.down.add((found.name, interface))
+        found.run("ip", "link", "set", interface, "down")
+
+
+@fault("linkUp")
+def link_up(site: Site, machine: str, interface: str = "eth1") -> None:
+    """Bring it back; routes that went with it come back as its commands in the topology say."""
+    for found in site.machines(machine):
+        found.run("ip", "link", "set", interface, "up")
+        site.down.discard((found.name, interface))
+
+
+# -- the network between ---------------------------------------------------------------------------
+
+
+@fault("partition")
+def partition(site: Site, of: str, away: str, oneWay: bool = False) -> None:
+    """`of` and `away` no longer reach each other; oneWay: `of` alone hears nothing of `away`."""
+    away_from = site.addresses(site.machines(away))
+    for found in site.machines(of):
+        others = away_from - site.addresses([found])
+        site.deaf.setdefault(found.name, set()).update(others)
+        if not oneWay:
+            site.mute.setdefault(found.name, set()).update(others)
+        site.wall(found)
+
+
+@fault("loss")
+def loss(site: Site, machine: str, percent: int) -> None:
+    """Lose so many percent of what a machine receives."""
+    for found in site.machines(machine):
+        site.losing[found.name] = percent
+        site.wall(found)
+
+
+@fault("rate")
+def rate(site: Site, machine: str, mbit: int, interface: str = "eth1") -> None:
+    """Limit what a machine sends, with tbf."""
+    for found in site.machines(machine):
+        site.limited[found.name] = interface
+        shape = ("tbf", "rate", f"{mbit}mbit", "burst", "64kb", "latency", "50ms")
+        found.run("tc", "qdisc", "replace", "dev", interface, "root", *shape)
+
+
+@fault("flap")
+def flap(site: Site, machine: str, times: int, every: float) -> None:
+    """Machines fall silent and come back, so many times, half of `every` seconds each."""
+    for _ in range(times):
+        for percent in (100, 0):
+            for found in site.machines(machine):
+                site.losing[found.name] = percent
+                site.wall(found)
+            time.sleep(every / 2)
+
+
+@fault("heal")
+def heal(site: Site) -> None:
+    """End every partition, loss and rate limit."""
+    site.heal()
+
+
+# -- processes -------------------------------------------------------------------------------------
+
+
+@fault("signal")
+def send_signal(site: Site, to: str, number: Literal["KILL", "TERM", "HUP"] = "KILL") -> None:
+    """Hit the processes of `WHAT@WHERE` (`Site.processes`)."""
+    processes.send(site.processes(to), signal.Signals[f"SIG{number}"])
+
+
+@fault("freeze")
+def freeze(site: Site, what: str) -> None:
+    """SIGSTOP; again until no new process has appeared."""
+    frozen: set[processes.Pid] = set()
+    while new := set(site.processes(what)) - frozen:
+        processes.send(new, signal.SIGSTOP)
+        frozen |= new
+    site.stopped |= frozen
+
+
+@fault("thaw")
+def thaw(site: Site, what: str) -> None:
+    """SIGCONT."""
+    found = set(site.processes(what))
+    processes.send(found, signal.SIGCONT)
+    site.stopped -= found
+
+
+@fault("killContainer")
+def kill_container(site: Site, container: str, where: str = "*", grace: float = 30.0) -> None:
+    """End containers of ours as a kubelet does, one after the other; they are restarted."""
+    places = {machine.name for machine in site.machines(where)}
+    for row in control.containers(site.lab):
+        ours = row.namespace == names.NAMESPACE and row.container == container
+        if ours and row.node in places and row.pidns:
+            control.kill_container(site.lab, f"{row.namespace}/{row.pod}", container, grace)
+
+
+@fault("restartRouting")
+def restart_routing(site: Site, machine: str) -> None:
+    """Restart FRR on switches, as an operator does."""
+    for found in site.machines(machine):
+        switch.restart(found)
+
+
+@fault("resetSessions")
+def reset_sessions(site: Site, machine: str) -> None:
+    """Reset every BGP session of switches at once."""
+    for found in site.machines(machine):
+        found.run("vtysh", "-c", "clear bgp *")
+
+
+# -- the cluster -----------------------------------------------------------------------------------
+
+
+@fault("scale")
+def scale(site: Site, service: str, replicas: int) -> None:
+    """Set a Deployment's replicas; does not wait."""
+    site.api.scale(service, replicas)
+
+
+@fault("rollout")
+def rollout(site: Site, service: str) -> None:
+    """Replace the pods of a Deployment, as `kubectl rollout restart` does; does not wait."""
+    site.api.patch(DEPLOYMENTS, service, _restarted())
+
+
+@fault("upgrade")
+def upgrade(site: Site, what: Literal["managers", "agents"]) -> None:
+    """Roll our own pods; does not wait."""
+    kind, name = {
+        "managers": (DEPLOYMENTS, names.MANAGER_APP),
+        "agents": (DAEMON_SETS, names.AGENT_APP),
+    }[what]
+    site.api.patch(kind, name, _restarted(), names.NAMESPACE)
+
+
+def _restarted() -> dict[str, Any]:
+    stamp = {"lbctl.io/drilled-at": str(time.time_ns())}
+    return {"spec": {"template": {"metadata": {"annotations": stamp}}}}
+
+
+@fault("crashPod")
+def crash_pod(site: Site, service: str) -> None:
+    """SIGKILL one pod's processes; its kubelet restarts it."""
+    pod = site.api.ready_pods(service)[0]
+    site.crashed.add(pod)
+    control.crash_container(site.lab, f"default/{pod}", "web")
+
+
+@fault("drain")
+def drain(site: Site, node: str) -> None:
+    """Ask for a node to be no next hop any more, as `lbctl node drain` does."""
+    site.drained.add(node)
+    site.annotate(node, names.ANNOTATION_DRAIN, "true")
+
+
+@fault("undrain")
+def undrain(site: Site, node: str) -> None:
+    """The opposite."""
+    site.annotate(node, names.ANNOTATION_DRAIN, None)
+    site.drained.discard(node)
+
+
+@fault("evict")
+def evict(site: Site, node: str) -> None:
+    """Move the drill's pods off a node, as `kubectl drain` does; returns when none is left."""
+    site.cordoned.add(node)
+    site.api.patch(kube.NODES, node, {"spec": {"unschedulable": True}}, "")
+    for service in sorted(site.services):
+        for pod, on in sorted(site.api.pod_nodes(service).items()):
+            if on == node:
+                site.api.delete(kube.PODS, pod)
+        wait(
+            f"no pod of {service} on {node}",
+            lambda service=service: node not in site.api.pod_nodes(service).values(),  # type: ignore[misc]
+        )
+
+
+@fault("wipeTables")
+def wipe_tables(site: Site, machine: str) -> None:
+    """Delete our nftables tables and policy rules on nodes, as a careless hand does."""
+    for found in site.machines(machine):
+        for family in ("ip", "ip6"):
+            found.run("nft", "delete", "table", family, names.NFT_TABLE, check=False)
+
+
+@fault("configMap")
+def config_map(site: Site, text: str) -> None:
+    """Write ConfigMap `lbctl`."""
+    site.api.apply(workload.config_map(text))
+
+
+@fault("addNode")
+def add_node(site: Site) -> None:
+    """One more node with its agent; returns when it is Ready."""
+    bringup.add_node(site.lab, lambda _text: None)

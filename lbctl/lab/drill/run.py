@@ -1,0 +1,215 @@
+"""Runs one drill on a site: Services, traffic, the timeline, and what was seen.
+
+Rules: the faults are carried out by the thread that calls `run`; one more thread looks at the
+switches. Nothing is judged here.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from typing import Final
+
+from lbctl.errors import LabError
+from lbctl.lab.api import wait
+from lbctl.lab.drill import entries, faults
+from lbctl.lab.drill.site import Site
+from lbctl.lab.drill.spec import Drill, DrillService, Traffic
+from lbctl.lab.drill.verdict import Evidence, FaultSeen, FlowSeen, HopsSeen, RequestSeen
+from lbctl.lab.load import Count, Load, Report
+from lbctl.lab.traffic import FlowRecord
+
+LOOK_S: Final = 0.25  # between looks at the switches' kernels
+SHOW_S: Final = 0.5
+_PORT: Final = 80
+_NOTHING: Final = Count()
+
+
+@dataclass(frozen=True, slots=True)
+class Now:
+    """What happens at this moment, for a live view. counts: totals since traffic began."""
+
+    at_s: float
+    text: str
+    counts: Count = _NOTHING
+    hops: tuple[tuple[str, str, tuple[str, ...]], ...] = ()  # service, switch, next hops
+
+
+Show = Callable[[Now], None]
+
+
+@dataclass(slots=True)
+class _Eyes:
+    """Watches the switches' kernels from a thread of its own."""
+
+    site: Site
+    begin_s: float
+    seen: list[HopsSeen] = field(default_factory=list)
+    ended: threading.Event = field(default_factory=threading.Event)
+
+    def look(self) -> None:
+        """Note every change until `ended`."""
+        last: dict[tuple[str, str], tuple[str, ...]] = {}
+        while True:
+            done = self.ended.is_set()
+            for service, eip in sorted(self.site.services.items()):
+                with suppress(LabError):  # a switch may lose its power while it is asked
+                    for switch, hops in self.site.hops(eip).items():
+                        if last.get((service, switch)) != hops:
+                            last[service, switch] = hops
+                            at_s = time.monotonic() - self.begin_s
+                            self.seen.append(HopsSeen(at_s, service, switch, hops))
+            if done:
+                return
+            self.ended.wait(LOOK_S)
+
+    def now(self) -> tuple[tuple[str, str, tuple[str, ...]], ...]:
+        """The last that was seen."""
+        last = {(seen.service, seen.switch): seen.hops for seen in list(self.seen)}
+        return tuple((service, switch, hops) for (service, switch), hops in sorted(last.items()))
+
+
+def run(site: Site, drill: Drill, sabotaged: bool, show: Show) -> Evidence:
+    """Run it. Raises LabError for what could not be done; the site is then as it is."""
+    for service in drill.services:
+        show(Now(0.0, f"deploying {service.name}"))
+        site.deploy(service.name, service.replicas, service.policy)
+    for service in drill.services:
+        _wait_routed(site, service)
+    pods = {s.name: site.api.pod_nodes(s.name) for s in drill.services}
+    entries.watch(site, site.services.values())
+    with ExitStack() as stack:
+        show(Now(0.0, "starting the traffic"))
+        loads = [(t, stack.enter_context(_load(site, t))) for t in drill.traffic]
+        begin_s = time.monotonic() + drill.before_s
+        eyes = stack.enter_context(_watched(site, begin_s))
+        _pass_time(begin_s, begin_s, "traffic runs", loads, eyes, show)
+        entered = entries.read(site)
+        done = _timeline(site, drill, sabotaged, begin_s, loads, eyes, show)
+        reports = [(traffic, load.stop()) for traffic, load in loads]
+    after = {s.name: site.api.pod_nodes(s.name) for s in drill.services}
+    gone = {pod for name, on in pods.items() for pod in on if pod not in after[name]}
+    return Evidence(
+        flows=tuple(_flows(site, reports, pods, entered, begin_s)),
+        requests=tuple(_requests(reports, begin_s)),
+        faults=done,
+        hops=tuple(eyes.seen),
+        dead=frozenset(site.dead),
+        gone=frozenset(gone | site.crashed),
+        services=dict(site.services),
+        began_s=min(report.started_s for _, report in reports) - begin_s,
+        ended_s=max(report.ended_s for _, report in reports) - begin_s,
+    )
+
+
+def _wait_routed(site: Site, service: DrillService) -> None:
+    wanted = {node.name for node in site.lab.of_role("node") if node.alive}
+    if service.policy == "Local":
+        wanted = set(site.api.pod_nodes(service.name).values())
+    eip = site.services[service.name]
+    wait(
+        f"every switch to route {service.name} to {', '.join(sorted(wanted))}",
+        lambda: all(set(hops) == wanted for hops in site.hops(eip).values()),
+    )
+
+
+def _load(site: Site, traffic: Traffic) -> Load:
+    return Load.start(
+        site.lab.machine("client"),
+        site.services[traffic.service],
+        _PORT,
+        flows=traffic.flows,
+        probes_per_s=float(traffic.requests),
+        datagrams=traffic.datagrams,
+        timeout_s=traffic.timeout,
+    )
+
+
+@contextmanager
+def _watched(site: Site, begin_s: float) -> Iterator[_Eyes]:
+    eyes = _Eyes(site, begin_s)
+    thread = threading.Thread(target=eyes.look, name="drill-eyes")
+    thread.start()
+    try:
+        yield eyes
+    finally:
+        eyes.ended.set()
+        thread.join()
+
+
+def _timeline(
+    site: Site,
+    drill: Drill,
+    sabotaged: bool,
+    begin_s: float,
+    loads: list[tuple[Traffic, Load]],
+    eyes: _Eyes,
+    show: Show,
+) -> tuple[FaultSeen, ...]:
+    done = []
+    for step in drill.steps(sabotaged):
+        _pass_time(begin_s + step.at_s, begin_s, f"until {step}", loads, eyes, show)
+        started_s = time.monotonic()
+        show(Now(started_s - begin_s, str(step), _NOTHING, eyes.now()))
+        faults.inject(site, step.fault, step.arguments)
+        done.append(FaultSeen(started_s - begin_s, time.monotonic() - begin_s, str(step)))
+    end_s = time.monotonic() + drill.after_s
+    _pass_time(end_s, begin_s, "all faults are in; traffic goes on", loads, eyes, show)
+    return tuple(done)
+
+
+def _pass_time(
+    until_s: float,
+    begin_s: float,
+    text: str,
+    loads: list[tuple[Traffic, Load]],
+    eyes: _Eyes,
+    show: Show,
+) -> None:
+    """Let the traffic run until then, and show how it does."""
+    while (left := until_s - time.monotonic()) > 0:
+        time.sleep(min(left, SHOW_S))
+        counts = [load.count() for _, load in loads]
+        total = Count(*(sum(values) for values in zip(*(c.values() for c in counts), strict=True)))
+        show(Now(time.monotonic() - begin_s, text, total, eyes.now()))
+
+
+def _flows(
+    site: Site,
+    reports: list[tuple[Traffic, Report]],
+    pods: dict[str, dict[str, str]],
+    entered: dict[tuple[str, int], str],
+    begin_s: float,
+) -> Iterator[FlowSeen]:
+    for traffic, report in reports:
+        eip, on = site.services[traffic.service], pods[traffic.service]
+        for protocol, records in (("TCP", report.flows), ("UDP", report.datagrams)):
+            for record in records:
+                at = entered.get((eip, record.local_port), "")
+                seen = _flow(traffic.service, protocol, record, on, begin_s)
+                yield replace(seen, entered=at)
+
+
+def _flow(
+    service: str, protocol: str, record: FlowRecord, on: dict[str, str], begin_s: float
+) -> FlowSeen:
+    return FlowSeen(
+        service,
+        protocol,
+        record.pod,
+        on.get(record.pod, ""),
+        "",
+        record.broken,
+        record.broken_at_s - begin_s if record.broken else 0.0,
+        record.longest_gap_s,
+        record.gap_at_s - begin_s,
+    )
+
+
+def _requests(reports: list[tuple[Traffic, Report]], begin_s: float) -> Iterator[RequestSeen]:
+    for traffic, report in reports:
+        for probe in report.probes:
+            yield RequestSeen(traffic.service, probe.start_s - begin_s, probe.took_s, probe.error)

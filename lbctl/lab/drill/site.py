@@ -1,0 +1,234 @@
+"""What a drill works on: a lab that is up with its cluster, and what faults have done to it so far.
+
+Rules: every fault notes what it changed, and `restore` undoes all of it, in an order that lets the
+cluster heal; a lab that cannot be restored is not used again.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Final
+
+from lbctl.core import names
+from lbctl.errors import DrillError
+from lbctl.kube import client as kube
+from lbctl.lab import control, processes, workload
+from lbctl.lab.api import DEPLOYMENTS, Api, is_ready, wait
+from lbctl.lab.lab import Lab
+from lbctl.lab.machine import Machine
+from lbctl.lab.processes import Pid
+
+READY_S = 120.0
+_CONTAINERS: Final = {
+    "manager": ("manager", ""),
+    "speaker": ("speaker", ""),
+    "agent": ("agent", ""),
+    "exabgp": ("speaker", "runner"),
+    "relay": ("speaker", "relay"),
+}
+_WALL = """
+add table inet lbctl-drill
+delete table inet lbctl-drill
+table inet lbctl-drill {{
+  chain heard {{
+    type filter hook prerouting priority -500;
+    {heard}
+  }}
+  chain said {{
+    type filter hook output priority -500;
+    {said}
+  }}
+}}
+"""
+_NO_WALL = "add table inet lbctl-drill\ndelete table inet lbctl-drill\n"
+
+
+@dataclass(slots=True)
+class Site:
+    """A running lab. deaf, mute: per machine the addresses that it does not hear, or speak to."""
+
+    lab: Lab
+    api: Api
+    services: dict[str, str] = field(default_factory=dict)  # name → EIP
+    dead: set[str] = field(default_factory=set)  # machines whose power was cut, ever
+    deaf: dict[str, set[str]] = field(default_factory=dict)
+    mute: dict[str, set[str]] = field(default_factory=dict)
+    losing: dict[str, int] = field(default_factory=dict)  # percent of the packets
+    limited: dict[str, str] = field(default_factory=dict)  # machine → interface with a rate limit
+    down: set[tuple[str, str]] = field(default_factory=set)  # machine, interface
+    stopped: set[Pid] = field(default_factory=set)
+    drained: set[str] = field(default_factory=set)
+    cordoned: set[str] = field(default_factory=set)
+    crashed: set[str] = field(default_factory=set)  # pods
+    config: str = workload.CONFIG
+
+    # -- who ------------------------------------------------------------------------------------
+    def machines(self, name: str) -> list[Machine]:
+        """The machines of a name, of a role (`switches`, `nodes`, `controls`), or `*` for all."""
+        roles = {"switches": "switch", "nodes": "node", "controls": "control"}
+        if name in roles:
+            return self.lab.of_role(roles[name])
+        return self.lab.machines if name == "*" else [self.lab.machine(name)]
+
+    def addresses(self, machines: Iterable[Machine]) -> set[str]:
+        """All their addresses."""
+        return {str(address) for machine in machines for address in machine.addresses}
+
+    def processes(self, target: str) -> list[Pid]:
+        """The processes of `WHAT@WHERE`; WHERE is a machine, a role, or `*`.
+
+        WHAT: a container of ours (`manager`, `speaker`, `agent`), a program in one (`exabgp`,
+        `relay`), a daemon of FRR (`bgpd`, `zebra`, `vrrpd`), or `cluster`, all of the API server.
+        Raises DrillError if there is none.
+        """
+        what, _, where = target.partition("@")
+        if what in _CONTAINERS:
+            container, match = _CONTAINERS[what]
+            found = self._in_containers(container, match, where or "*")
+        elif what == "cluster":
+            found = processes.members([self.lab.of_role("cluster")[0].netns])
+        else:
+            found = self._daemons(what, where or "*")
+        if not found:
+            raise DrillError(f"no process {target!r} runs now")
+        return found
+
+    def _in_containers(self, container: str, match: str, where: str) -> list[Pid]:
+        places = {machine.name for machine in self.machines(where)}
+        found = []
+        for row in control.containers(self.lab):
+            ours = row.namespace == names.NAMESPACE and row.container == container
+            if ours and row.node in places and row.pidns:
+                pids = control.container_pids(self.lab, row.pod, container, match)
+                found += [known for pid in pids if (known := processes.identify(pid))]
+        return found
+
+    def _daemons(self, program: str, where: str) -> list[Pid]:
+        places = [machine.netns for machine in self.machines(where) if machine.alive]
+        return [pid for pid in processes.members(places) if _program(pid) == program]
+
+    # -- walls ----------------------------------------------------------------------------------
+    def wall(self, machine: Machine) -> None:
+        """Make a machine's wall as `deaf`, `mute` and `losing` say."""
+        heard = [_rule("saddr", address) for address in sorted(self.deaf.get(machine.name, ()))]
+        said = [_rule("daddr", address) for address in sorted(self.mute.get(machine.name, ()))]
+        if percent := self.losing.get(machine.name):
+            heard.append(f'iifname != "lo" numgen random mod 100 < {percent} drop')
+        text = _WALL.format(heard="\n    ".join(heard), said="\n    ".join(said))
+        machine.run("nft", "-f", "-", input=text if heard or said else _NO_WALL)
+
+    def heal(self) -> None:
+        """Take every wall, loss and rate limit away."""
+        touched = {*self.deaf, *self.mute, *self.losing}
+        self.deaf.clear()
+        self.mute.clear()
+        self.losing.clear()
+        for machine in self.lab.machines:
+            if machine.alive and machine.name in touched:
+                self.wall(machine)
+        for name, interface in sorted(self.limited.items()):
+            machine = self.lab.machine(name)
+            if machine.alive:
+                machine.run("tc", "qdisc", "del", "dev", interface, "root", check=False)
+        self.limited.clear()
+
+    # -- life -----------------------------------------------------------------------------------
+    def configure(self) -> None:
+        """Write the lab's configuration and wait until everybody runs."""
+        self.api.apply(workload.config_map(self.config))
+        self.wait_ready()
+
+    def deploy(self, name: str, replicas: int, policy: str) -> str:
+        """A Deployment and its Service on TCP and UDP 80; the EIP once all pods are ready."""
+        ports = (("TCP", 80, 8080), ("UDP", 80, 8081))
+        self.api.apply(
+            workload.deployment(name, replicas, (("TCP", 8080), ("UDP", 8081))),
+            workload.service(name, ports=ports, policy=policy),
+        )
+        wait(f"{replicas} pods of {name}", lambda: len(self.api.ready_pods(name)) == replicas)
+        self.services[name] = wait(f"an EIP for {name}", lambda: self.api.eip_of(name))
+        return self.services[name]
+
+    def hops(self, eip: str) -> dict[str, tuple[str, ...]]:
+        """Names of the next hops of an EIP in the kernel of each living switch."""
+        by_address = {
+            str(address): machine.name
+            for machine in self.lab.of_role("node")
+            for address in machine.addresses
+        }
+        prefix = f"{eip}/{ip_address(eip).max_prefixlen}"
+        return {
+            switch.name: tuple(
+                sorted(
+                    by_address.get(hop, hop) for hop in self.lab.kernel_routes(switch.name, prefix)
+                )
+            )
+            for switch in self.lab.of_role("switch")
+            if switch.alive
+        }
+
+    def wait_ready(self) -> None:
+        """Managers and agents are ready on every living machine that should have them."""
+        living = {m.name for m in self.lab.of_role("node") if m.alive}
+        controls = {m.name for m in self.lab.of_role("control") if m.alive}
+
+        def ready() -> bool:
+            def on(app: str) -> set[str]:
+                return {p["spec"]["nodeName"] for p in self.api.system_pods(app) if is_ready(p)}
+
+            return living <= on(names.AGENT_APP) and controls <= on(names.MANAGER_APP)
+
+        wait("managers and agents to be ready", ready, limit_s=READY_S)
+
+    def restore(self) -> None:
+        """Undo every fault and remove the Services. Raises LabError if the lab does not heal."""
+        self.heal()
+        processes.send(self.stopped, signal.SIGCONT)
+        self.stopped.clear()
+        for name, interface in sorted(self.down):
+            self.lab.machine(name).run("ip", "link", "set", interface, "up", check=False)
+        self.down.clear()
+        for machine in self.lab.machines:
+            if not machine.alive:
+                self.lab.power_on(machine.name)
+        for node in sorted(self.drained):
+            self.annotate(node, names.ANNOTATION_DRAIN, None)
+        self.drained.clear()
+        for node in sorted(self.cordoned):
+            self.api.patch(kube.NODES, node, {"spec": {"unschedulable": None}}, "")
+        self.cordoned.clear()
+        self.configure()
+        for name in sorted(self.services):
+            self.api.delete(kube.SERVICES, name)
+            self.api.delete(DEPLOYMENTS, name)
+        for name in sorted(self.services):
+            wait(
+                f"Service {name} to be gone",
+                lambda name=name: self.api.find(kube.SERVICES, name) is None,  # type: ignore[misc]
+                limit_s=READY_S,
+            )
+        self.services.clear()
+        self.dead.clear()
+        self.crashed.clear()
+
+    def annotate(self, node: str, key: str, value: str | None) -> None:
+        """Set an annotation of a Node; None removes it."""
+        self.api.patch(kube.NODES, node, {"metadata": {"annotations": {key: value}}}, "")
+
+
+def _rule(field: str, address: str) -> str:
+    family = "ip6" if ip_address(address).version == 6 else "ip"
+    return f"{family} {field} {address} drop"
+
+
+def _program(pid: Pid) -> str:
+    """The name of a process's program, "" if it is gone."""
+    try:
+        line = Path(f"/proc/{pid.pid}/cmdline").read_bytes()
+    except OSError:
+        return ""
+    return Path(line.split(b"\0")[0].decode("utf-8", "replace")).name
