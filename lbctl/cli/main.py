@@ -24,6 +24,7 @@ _COMMANDS: Final = {
     "demo": "lbctl.cli.demo",
     "lab": "lbctl.cli.lab",
     "drill": "lbctl.cli.drill",
+    "node": "lbctl.cli.node",
     "status": "lbctl.cli.status",
     "explain": "lbctl.cli.explain",
     "trace": "lbctl.cli.trace",

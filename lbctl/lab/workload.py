@@ -35,13 +35,21 @@ def config_map(text: str = CONFIG) -> dict[str, Any]:
 
 
 def deployment(
-    name: str, replicas: int, ports: Iterable[tuple[str, int]] = (("TCP", 8080),), grace_s: int = 5
+    name: str,
+    replicas: int,
+    ports: Iterable[tuple[str, int]] = (("TCP", 8080),),
+    grace_s: int = 5,
+    linger_s: int = 0,
 ) -> dict[str, Any]:
-    """A Deployment of the lab's pod server, labelled app=NAME, on these container ports."""
+    """A Deployment of the lab's pod server, labelled app=NAME, on these container ports.
+
+    linger_s: its pods go on accepting so long after SIGTERM.
+    """
     container = {
         "name": "web",
         "image": "lbctl.io/pod-server",
         "ports": [{"containerPort": port, "protocol": protocol} for protocol, port in ports],
+        "env": [{"name": "LINGER_S", "value": str(linger_s)}] if linger_s else [],
     }
     return {
         "apiVersion": "apps/v1",

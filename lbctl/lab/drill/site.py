@@ -23,6 +23,7 @@ from lbctl.lab.machine import Machine
 from lbctl.lab.processes import Pid
 
 READY_S = 120.0
+LINGER_S = 2  # pods go on accepting after SIGTERM, as behind a preStop sleep
 _CONTAINERS: Final = {
     "manager": ("manager", ""),
     "speaker": ("speaker", ""),
@@ -117,7 +118,8 @@ class Site:
         heard = [_rule("saddr", address) for address in sorted(self.deaf.get(machine.name, ()))]
         said = [_rule("daddr", address) for address in sorted(self.mute.get(machine.name, ()))]
         if percent := self.losing.get(machine.name):
-            heard.append(f'iifname != "lo" numgen random mod 100 < {percent} drop')
+            chance = "" if percent >= 100 else f"numgen random mod 100 < {percent} "
+            heard.append(f'iifname != "lo" {chance}drop')
         text = _WALL.format(heard="\n    ".join(heard), said="\n    ".join(said))
         machine.run("nft", "-f", "-", input=text if heard or said else _NO_WALL)
 
@@ -146,7 +148,7 @@ class Site:
         """A Deployment and its Service on TCP and UDP 80; the EIP once all pods are ready."""
         ports = (("TCP", 80, 8080), ("UDP", 80, 8081))
         self.api.apply(
-            workload.deployment(name, replicas, (("TCP", 8080), ("UDP", 8081))),
+            workload.deployment(name, replicas, (("TCP", 8080), ("UDP", 8081)), linger_s=LINGER_S),
             workload.service(name, ports=ports, policy=policy),
         )
         wait(f"{replicas} pods of {name}", lambda: len(self.api.ready_pods(name)) == replicas)

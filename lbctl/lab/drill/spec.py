@@ -54,10 +54,10 @@ class Expect(_Model):
     """What must hold; what is not named is only reported.
 
     broken: at most so many flows to living pods broken. failed: at most so many new connections
-    failed. outage: the last new connection that failed began at most so long after the first fault.
-    gap: the longest silence of a living flow. next_hops: at the end, on every living switch.
-    entered: (machine, share of the flows that entered there). steered: share of the flows whose pod
-    was on another node than the one they entered at.
+    failed. outage: none failed that began later than that after the last fault before it. gap: the
+    longest silence of a living flow. next_hops: at the end, on every living switch. entered:
+    (machine, share of the flows that entered there). steered: share of the flows whose pod was on
+    another node than the one they entered at.
     """
 
     broken: int | None = Field(None, ge=0)

@@ -86,9 +86,16 @@ class Evidence:
         return tuple(request for request in self.requests if request.error)
 
     def outage_s(self) -> float:
-        """From the first fault to the start of the last new connection that failed after it."""
-        first = min((fault.at_s for fault in self.faults), default=0.0)
-        return max((r.start_s - first for r in self.failed() if r.start_s >= first), default=0.0)
+        """The longest time from a fault to the start of a new connection that failed after it.
+
+        Counted from the last fault that had begun by then; 0 if none failed.
+        """
+        longest_s = 0.0
+        for request in self.failed():
+            begun = [fault.at_s for fault in self.faults if fault.at_s <= request.start_s]
+            if begun:
+                longest_s = max(longest_s, request.start_s - max(begun))
+        return longest_s
 
     def last_hops(self) -> dict[tuple[str, str], tuple[str, ...]]:
         """Next hops at the end, by service and living switch."""
