@@ -17,8 +17,7 @@ from typing import Annotated, Any, Final
 import typer
 
 from lbctl.cli.live import Answer, ask_all, find_kubeconfig
-from lbctl.cli.output import WRONG, cannot, clean, console
-from lbctl.cli.status import Kubeconfig
+from lbctl.cli.output import WRONG, Kubeconfig, cannot, clean, console
 from lbctl.core import names
 from lbctl.core.model import Phase
 from lbctl.errors import LbctlError, NotFound

@@ -24,17 +24,42 @@ def lbctl(*words: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+QUICK = """\
+about: All agents die at once.
+services:
+  - {name: web, replicas: 3}
+traffic:
+  - {service: web, flows: 30, requests: 20, timeout: 3s}
+before: 1s
+after: 3s
+timeline:
+  - {at: 0s, do: signal, to: "agent@*"}
+expect:
+  broken: 0
+  failed: 0
+  nextHops: [node-1, node-2, node-3]
+sabotage:
+  about: What they wrote is wiped while they are frozen.
+  timeline:
+    - {at: 0s, do: freeze, what: "agent@*"}
+    - {at: 0s, do: wipeTables, machine: nodes}
+"""
+
+
 def test_a_drill_holds_and_its_sabotage_is_seen(system: System, tmp_path: Path) -> None:
-    name = system.lab.name
-    done = lbctl("drill", "run", "agents-die", "--lab", name, "--report", str(tmp_path))
+    file = tmp_path / "quick.yml"
+    file.write_text(QUICK)
+    run = ("drill", "run", str(file), "--lab", system.lab.name, "--report", str(tmp_path))
+    done = lbctl(*run)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "✓ connections to living pods broken: 0 of 100" in done.stdout
-    told = json.loads((tmp_path / "agents-die.json").read_text())
-    assert told["held"] and len(told["evidence"]["faults"]) == 2
-    assert "<svg" in (tmp_path / "agents-die.html").read_text()
-    done = lbctl("drill", "run", "agents-die", "--lab", name, "--sabotage")
+    assert "✓ connections to living pods broken: 0 of 30" in done.stdout
+    told = json.loads((tmp_path / "quick.json").read_text())
+    assert told["held"] and len(told["evidence"]["faults"]) == 1
+    assert "<svg" in (tmp_path / "quick.html").read_text()
+    done = lbctl(*run, "--sabotage")
     assert done.returncode == 1, done.stdout + done.stderr
     assert "✗ new connections failed" in done.stdout
+    assert not json.loads((tmp_path / "quick-sabotaged.json").read_text())["held"]
 
 
 def test_a_node_is_drained_and_comes_back(system: System) -> None:
