@@ -19,12 +19,14 @@ from typing import Any, Final
 import structlog
 
 from agent import settings
+from agent.clash import Lookout
 from agent.dataplane import Dataplane
 from agent.inputs import Inputs
 from agent.reach import Reach
 from agent.rendering import State, render
 from agent.routes import Routes
 from lbctl.core import forwarding, nodeview
+from lbctl.core.clash import Clash
 from lbctl.core.forwarding import Locator, Sources, Table
 from lbctl.core.model import Address, Node
 from lbctl.core.pmap import PMap, changed, persistent
@@ -67,6 +69,8 @@ class Engine:
         self._node = node
         self._dataplane = dataplane
         self._reach = Reach(node, routes)
+        self._lookout = Lookout(routes, lambda: self._reach.numbers)
+        self._programmed = asyncio.Event()
         self._on_confirmed = on_confirmed
         self._on_state = on_state
         self._inputs: Inputs | None = None
@@ -123,6 +127,11 @@ class Engine:
         return self._known_problems
 
     @property
+    def clashes(self) -> tuple[Clash, ...]:
+        """Who else on this node uses what is ours."""
+        return self._lookout.clashes
+
+    @property
     def unreachable(self) -> tuple[str, ...]:
         """The nodes to which there is no way."""
         return self._reach.unreachable
@@ -135,6 +144,7 @@ class Engine:
             group.create_task(self._check(), name="check")
             group.create_task(self._neighbours(), name="neighbours")
             group.create_task(self._fall_back(), name="fall-back")
+            group.create_task(self._lookout.run(self._programmed), name="lookout")
 
     async def _fall_back(self) -> None:
         """Without a word from the API server, serve what the snapshot says."""
@@ -183,6 +193,7 @@ class Engine:
         self._state = replace(planned, shape=self._dataplane.shape)
         self._resolve.set()
         self._confirm(self._state)
+        self._programmed.set()
         self._on_state(self._state)
         if written:
             _log.info(
@@ -261,6 +272,7 @@ class Engine:
             self._inputs = inputs
             self._wake.set()
         found = settings.problems(self._reach.ipv6)
+        found += (f"tunnel: {self._reach.trouble}",) if self._reach.trouble else ()
         if found != self._known_problems:
             self._known_problems = found
             _log.warning("kernel_settings", problems=found)

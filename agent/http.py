@@ -24,6 +24,7 @@ from agent.inputs import Watcher
 from agent.responder import Responder
 from lbctl import errors
 from lbctl.core import nft
+from lbctl.core.clash import Kind
 from lbctl.core.names import AGENT_HTTP_PORT
 
 STALLED_S: Final = 10.0
@@ -62,6 +63,13 @@ class Figures(Collector):
         refused = sum(len(entry.refused) for entry in confirmed.table.eips.values())
         yield _gauge("lbctl_agent_refused_endpoints", "Endpoints on no node.", refused)
         yield _gauge("lbctl_agent_kernel_problems", "Wrong settings.", len(self._engine.problems))
+        clashes = GaugeMetricFamily(
+            "lbctl_agent_clashes", "What others on the node use of ours.", labels=["what"]
+        )
+        for kind in Kind:
+            number = sum(clash.kind is kind for clash in self._engine.clashes)
+            clashes.add_metric([kind.value], number)
+        yield clashes
         yield _gauge("lbctl_agent_down_nodes", "Size of the down set.", len(self._engine.down))
         away = len(self._engine.unreachable)
         yield _gauge("lbctl_agent_unreachable_nodes", "Nodes to which there is no way.", away)

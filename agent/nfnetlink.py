@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from lbctl.core.names import NFT_TABLE
+from lbctl.core.names import MARK_BASE, MARK_MASK, NFT_TABLE
 from lbctl.errors import DataplaneError
 
 _NETLINK_NETFILTER: Final = 12
@@ -26,6 +26,7 @@ _SUBSYSTEM: Final = 10 << 8
 _REQUEST, _DUMP = 0x1, 0x300
 _ERROR, _DONE = 0x2, 0x3
 _NF_FAMILY: Final = {4: 2, 6: 10}  # by IP version: NFPROTO_IPV4, NFPROTO_IPV6
+_GET_CHAIN, _NF_FORWARD, _NF_DROP = 4, 2, 0
 _GET_TABLE, _GET_RULE, _GET_SET, _GET_ELEMENT, _GET_GENERATION, _GET_OBJECT = 1, 7, 10, 13, 16, 19
 _NAME: Final = NFT_TABLE.encode() + b"\0"
 
@@ -116,6 +117,23 @@ class Nfnetlink:
                     result[name] = result.get(name, 0) + _number(data.get(2, b"\0"))
         return result
 
+    def closed_forwards(self) -> tuple[str, ...]:
+        """Base chains of anybody at the forward hook that drop by policy, as nft calls them.
+
+        Left out is one with a rule of its own that names our marks.
+        """
+        found = []
+        for family, word in ((2, "ip"), (10, "ip6"), (1, "inet")):
+            for a in list(self._ask(_GET_CHAIN, b"", _DUMP, family)):
+                hook = dict(_nested(a.get(4, b"")))
+                forward = 1 in hook and _number(hook[1]) == _NF_FORWARD
+                if forward and 5 in a and _number(a[5]) == _NF_DROP:
+                    chain = _attribute(1, a[1]) + _attribute(2, a[3])
+                    rules = list(self._ask(_GET_RULE, chain, _DUMP, family))
+                    if not any(_speaks_of_marks(r.get(4, b"")) for r in rules):
+                        found.append(f"{word} {_string(a[1])} {_string(a[3])}")
+        return tuple(sorted(found))
+
     def _ask(
         self, command: int, body: bytes, flags: int, family: int
     ) -> Iterator[dict[int, bytes]]:
@@ -152,6 +170,10 @@ class Nfnetlink:
 
 
 _LITTLE: Final = struct.pack("=H", 1) == b"\x01\0"
+
+
+def _speaks_of_marks(expressions: bytes) -> bool:
+    return all(struct.pack("=I", part) in expressions for part in (MARK_BASE, MARK_MASK))
 
 
 def _raise_unless_missing(code: int) -> None:

@@ -26,6 +26,7 @@ from pyroute2.netlink.exceptions import NetlinkError
 
 from agent import settings, tunnel
 from lbctl.core import ways
+from lbctl.core.clash import ForeignRule
 from lbctl.core.model import Address, Network
 from lbctl.core.names import ROUTE_TABLE_BASE, TUNNEL_DEVICE
 from lbctl.core.ways import Hop, Rule, Survey, Tunnel, Ways
@@ -209,6 +210,41 @@ class Routes:
                 await self._link.neigh(
                     "replace", dst=str(hop.gateway), ifindex=hop.interface, state=0, flags=_NTF_USE
                 )
+
+    # -- of others -------------------------------------------------------------------------------
+    async def foreign_rules(self) -> tuple[ForeignRule, ...]:
+        """The policy rules that are not ours."""
+        found = []
+        async with self._asking("rules"):
+            for version in self._families:
+                async for message in await self._link.rule("dump", family=_FAMILY[version]):
+                    if message.get_attr("FRA_PROTOCOL") != PROTOCOL:
+                        seen = _observed(message)
+                        found.append(
+                            ForeignRule(version, seen.priority, seen.mark, seen.mask, seen.invert)
+                        )
+        return tuple(found)
+
+    async def foreign_routes(self, numbers: tuple[int, ...]) -> tuple[tuple[int, int, str], ...]:
+        """Routes in the tables of these nodes that are not ours: IP version, table, destination."""
+        found = []
+        async with self._asking("routes"):
+            for version in self._families:
+                for table in (ROUTE_TABLE_BASE + number for number in numbers):
+                    async for message in await self._link.route(
+                        "dump", family=_FAMILY[version], table=table
+                    ):
+                        if message["proto"] != PROTOCOL:
+                            text = f"{message.get_attr('RTA_DST') or '::'}/{message['dst_len']}"
+                            found.append(
+                                (version, table, text if message["dst_len"] else "default")
+                            )
+        return tuple(found)
+
+    async def foreign_tunnels(self) -> tuple[tuple[str, int, int], ...]:
+        """The other VXLAN devices: name, UDP port, VNI."""
+        async with self._asking("links"):
+            return await tunnel.others(self._link)
 
     # -- the tunnel ------------------------------------------------------------------------------
     async def ensure_tunnel(self, wanted: Tunnel) -> tuple[int, int]:

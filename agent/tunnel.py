@@ -96,6 +96,23 @@ async def prune(link: Any, wanted: Tunnel | None) -> int:
     return changes
 
 
+async def others(link: Any) -> tuple[tuple[str, int, int], ...]:
+    """The other VXLAN devices: name, UDP port, VNI."""
+    found = []
+    async for message in await link.link("dump"):
+        info = message.get_attr("IFLA_LINKINFO")
+        name = message.get_attr("IFLA_IFNAME")
+        if (
+            info is not None
+            and info.get_attr("IFLA_INFO_KIND") == "vxlan"
+            and name != TUNNEL_DEVICE
+        ):
+            data = info.get_attr("IFLA_INFO_DATA")
+            port, vni = (data.get_attr(f"IFLA_VXLAN_{key}") or 0 for key in ("PORT", "ID"))
+            found.append((name, port, vni))
+    return tuple(found)
+
+
 async def _tolerant(request: Any) -> None:
     """Await a removal; someone else may have been faster."""
     try:
