@@ -306,6 +306,7 @@ def _chance(family: Family) -> str:
     """Established flows that conntrack does not know here go to their last owner."""
     ip, key = family.ip, family.key
     return f"""  chain handover {{
+    {ip} {family.hops} < 2 counter name stray drop
     {ip} {family.hops} > {HANDOVER_TTL} {ip} {family.hops} set {HANDOVER_TTL}
     ct mark set meta mark
     counter name second_chance accept

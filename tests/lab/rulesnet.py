@@ -310,22 +310,20 @@ def service(protocol: Protocol = Protocol.TCP, sources: tuple[str, ...] = ()) ->
 def table(
     pods: tuple[int, ...] = (1, 2),
     of: Service | None = None,
-    previous: Table = forwarding.EMPTY,
+    unready: tuple[int, ...] = (),
 ) -> Table:
     """The common table with these pods behind both EIPs of both families."""
     of = of or service()
     found = tuple(
-        Endpoint(ip_address(POD[v].format(n)), POD_PORT, "", "pod", True, True, False)
-        for n in pods
+        Endpoint(ip_address(POD[v].format(n)), POD_PORT, "", "pod", n in pods, True, False)
+        for n in (*pods, *unready)
         for v in (4, 6)
     )
     behind = ServiceEndpoints(
         of.ref, tuple(PortEndpoints(p.name, p.protocol, found) for p in of.ports)
     )
     eips = [Eip(ip_address(a), "public", of.ref, "uid") for f in (EIP, OTHER) for a in f.values()]
-    return forwarding.build(
-        eips, {of.ref: of}, {of.ref: behind}, Locator(NODES), frozenset(), previous
-    )
+    return forwarding.build(eips, {of.ref: of}, {of.ref: behind}, Locator(NODES))
 
 
 def rules(
