@@ -141,10 +141,15 @@ class Api:
         }
 
     def eip_of(self, service: str, namespace: str = "default") -> str | None:
-        """The address in the Service's status, None while it is pending."""
+        """The first address in the Service's status, None while it is pending."""
+        found = self.eips_of(service, namespace)
+        return found[0] if found else None
+
+    def eips_of(self, service: str, namespace: str = "default") -> list[str]:
+        """All addresses in the Service's status, in its order; [] while it is pending."""
         found = self.find(kube.SERVICES, service, namespace) or {}
         ingress = found.get("status", {}).get("loadBalancer", {}).get("ingress") or []
-        return ingress[0].get("ip") if ingress else None
+        return [entry["ip"] for entry in ingress if entry.get("ip")]
 
     def system_pods(self, app: str) -> list[dict[str, Any]]:
         """Our own pods (`names.MANAGER_APP` or `names.AGENT_APP`), sorted by name."""

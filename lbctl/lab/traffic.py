@@ -270,8 +270,9 @@ class Datagrams(_Numbered, asyncio.DatagramProtocol):
 
 
 def request(host: str, number: int) -> bytes:
-    """The question with that number."""
-    return f"GET /n/{number} HTTP/1.1\r\nHost: {host}\r\n\r\n".encode()
+    """The question with that number. `host`: an address, IPv6 too."""
+    name = f"[{host}]" if ":" in host else host
+    return f"GET /n/{number} HTTP/1.1\r\nHost: {name}\r\n\r\n".encode()
 
 
 class Driver:

@@ -8,11 +8,14 @@ from typing import Any
 from lbctl.core import names
 
 POOL = "198.51.100.0/25"
+POOL6 = "2001:db8:100::/64"
 CONFIG = f"""\
 version: 1
 pools:
   - name: public
     addresses: [{POOL}, 198.51.100.200-198.51.100.210]
+  - name: public6
+    addresses: ["{POOL6}"]
 bgp:
   asn: 64512
   peers:
@@ -71,8 +74,12 @@ def service(
     app: str = "",
     ports: Iterable[tuple[str, int, int]] = (("TCP", 80, 8080),),
     policy: str = "Cluster",
+    families: str = "SingleStack",
 ) -> dict[str, Any]:
-    """A Service of type LoadBalancer; ports are (protocol, port, targetPort)."""
+    """A Service of type LoadBalancer; ports are (protocol, port, targetPort).
+
+    families: its `ipFamilyPolicy`.
+    """
     return {
         "apiVersion": "v1",
         "kind": "Service",
@@ -81,6 +88,7 @@ def service(
             "type": "LoadBalancer",
             "selector": {"app": app or name},
             "externalTrafficPolicy": policy,
+            "ipFamilyPolicy": families,
             "ports": [
                 {
                     "name": f"{protocol.lower()}-{port}",

@@ -103,8 +103,10 @@ def test_the_load_driver_keeps_flows_on_their_node_and_sees_the_client_address(
     assert all(flow.answered == flow.sent >= 10 for flow in report.flows)
 
 
-def test_the_load_driver_counts_datagrams(rack: Lab, eip: str) -> None:
-    target = rack.machine("node-2").address  # a server on an EIP of lo would answer from elsewhere
+@pytest.mark.parametrize("family", [0, 1], ids=["IPv4", "IPv6"])
+def test_the_load_driver_counts_datagrams(rack: Lab, eip: str, family: int) -> None:
+    # of the node's own: a server on an EIP of lo would answer from elsewhere
+    target = rack.machine("node-2").addresses[family]
     with Load.start(rack.machine("client"), target, 53, datagrams=5) as load:
         begin = load.mark("begin")
         poll("a second of traffic", lambda: time.monotonic() - begin > 1)

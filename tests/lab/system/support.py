@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +23,26 @@ TOPOLOGY = Path(__file__).parents[3] / "bgp-lab" / "small.clab.yml"
 
 # The switches send from the interface's own MAC or, as VRRP master, from the virtual one.
 _WATCH = """
-add table ip {table}
-delete table ip {table}
-table ip {table} {{
+add table {family} {table}
+delete table {family} {table}
+table {family} {table} {{
   set entered {{ type inet_service; flags dynamic; size 65535; }}
   chain see {{
     type filter hook prerouting priority -450;
-    ip daddr {eip} ether saddr {{ {macs}, 00:00:5e:00:01:0a }} add @entered {{ th sport }}
+    {family} daddr {eip} ether saddr {{ {macs} }} add @entered {{ th sport }}
   }}
 }}
 """
+
+
+def _family(eip: str) -> str:
+    """nft's name of the address family."""
+    return "ip6" if ":" in eip else "ip"
+
+
+def _in_url(eip: str) -> str:
+    """As a URL wants an address."""
+    return f"[{eip}]" if ":" in eip else eip
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,14 +68,15 @@ class System:
         policy: str = "Cluster",
         ports: Iterable[tuple[str, int, int]] = (("TCP", 80, 8080),),
         announced: bool = True,
+        families: str = "SingleStack",
     ) -> str:
-        """A Deployment and its Service; returns the EIP once both switches route to it."""
+        """A Deployment and its Service; returns the first EIP once both switches route to it."""
         ports = tuple(ports)
         self.made.append(name)
         targets = tuple((protocol, target) for protocol, _, target in ports)
         self.api.apply(
             workload.deployment(name, replicas, targets),
-            workload.service(name, ports=ports, policy=policy),
+            workload.service(name, ports=ports, policy=policy, families=families),
         )
         self.wait_pods(name, replicas)
         eip = wait(f"an EIP for Service {name}", lambda: self.api.eip_of(name))
@@ -96,14 +108,20 @@ class System:
     def hops(self, eip: str) -> dict[str, list[str]]:
         """Next hops of an EIP in each living switch's kernel."""
         return {
-            name: self.lab.kernel_routes(name, f"{eip}/32")
+            name: self.lab.kernel_routes(name, eip)
             for name in SWITCHES
             if self.lab.machine(name).alive
         }
 
     def wait_routed(self, eip: str, to: Iterable[str] = ("node-1", "node-2", "node-3")) -> None:
         """Wait until every switch routes the EIP to exactly these nodes; none: no route."""
-        wanted = sorted(self.lab.machine(name).address for name in to)
+        version = ip_address(eip).version
+        wanted = sorted(
+            address
+            for name in to
+            for address in self.lab.machine(name).addresses
+            if ip_address(address).version == version
+        )
         wait(
             f"every switch to route {eip} to {wanted or 'nobody'}",
             lambda: all(found == wanted for found in self.hops(eip).values()),
@@ -113,7 +131,7 @@ class System:
         """Answers to `count` requests from the client, each on a connection of its own."""
         done = self.lab.machine("client").run(
             *("curl", "-s", "--max-time", "60", "--connect-timeout", "5"),
-            *("-H", "Connection: close", f"http://{eip}:{port}/n/[1-{count}]"),
+            *("-H", "Connection: close", f"http://{_in_url(eip)}:{port}/n/[1-{count}]"),
             check=False,
             timeout_s=120,
         )
@@ -156,20 +174,23 @@ class System:
         A table of the test's own that decides nothing; by it a traffic test proves that it could
         have failed (how many flows entered at the node that dies, how many were steered).
         """
-        macs = ", ".join(
+        macs = [
             self.lab.machine(name).run("cat", "/sys/class/net/eth1/address").stdout.strip()
             for name in SWITCHES
-        )
+        ]
+        macs += ["00:00:5e:00:01:0a", "00:00:5e:00:02:0a"]
+        script = _WATCH.format(family=_family(eip), table=table, eip=eip, macs=", ".join(macs))
         for node in self.lab.of_role("node"):
             if node.alive:
-                node.run("nft", "-f", "-", input=_WATCH.format(eip=eip, macs=macs, table=table))
+                node.run("nft", "-f", "-", input=script)
 
     def entries(self, eip: str, table: str = "watch") -> dict[int, str]:
         """Node at which each client port's packets entered last, from `watch_entries`."""
         found: dict[int, str] = {}
         for node in self.lab.of_role("node"):
             if node.alive:
-                said = node.run("nft", "-j", "list", "set", "ip", table, "entered").stdout
+                listing = ("list", "set", _family(eip), table, "entered")
+                said = node.run("nft", "-j", *listing).stdout
                 for item in json.loads(said)["nftables"]:
                     for port in item.get("set", {}).get("elem", ()):
                         found[int(port)] = node.name
