@@ -213,7 +213,8 @@ class Engine:
             inputs.eips, inputs.services, inputs.endpoints, self._located(inputs.nodes), down
         )
         table = forwarding.revise(before.table, sources)
-        view = nodeview.advance(before.view, table, before.table)
+        past = before if before.rules.generation else self._others(table, sources)
+        view = nodeview.advance(past.view, table, past.table)
         state = State(
             inputs,
             down,
@@ -227,6 +228,14 @@ class Engine:
             tunnel_mtu=self._reach.tunnel_mtu,
         )
         return render(state, self._node, before.rules.generation + 1, self._reach.uplinks, before)
+
+    def _others(self, table: Table, sources: Sources) -> State:
+        """What every other node has had until now, while this one was off or not there.
+
+        A node that boots has no past of its own, but its pods' buckets had other owners.
+        """
+        others = forwarding.revise(table, replace(sources, down=sources.down | {self._node}))
+        return State(table=others, view=nodeview.advance({}, others))
 
     def _located(self, nodes: tuple[Node, ...]) -> Locator:
         if self._locator[0] != nodes:

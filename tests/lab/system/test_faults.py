@@ -108,6 +108,25 @@ def test_node_power_cut_with_200_connections(system: System) -> None:
     system.wait_routed(eip, to=("node-1", "node-2"))
 
 
+def test_a_rebooted_node_with_pods_takes_nobodys_connections(system: System) -> None:
+    """Its agent has no past; the flows that were others' meanwhile go back to them."""
+    eip = system.deploy("reboot", replicas=6)
+    others = ("node-1", "node-2")
+    system.lab.power_cut("node-3")
+    system.wait_routed(eip, to=others)
+    with Load.start(system.lab.machine("client"), eip, 80, flows=150) as load:
+        system.lab.power_on("node-3")
+        system.wait_routed(eip)
+        at = load.mark("back")
+        report = drive_on(load, at, seconds=5.0)
+    assert not report.broken(), report.broken()[:3]
+    on = system.api.pod_nodes("reboot")
+    wait(  # it has buckets again, so flows were at stake
+        "new connections to a pod on node-3",
+        lambda: any(on[pod] == "node-3" for pod in system.spread(eip, 60)),
+    )
+
+
 def test_frr_restarted(system: System) -> None:
     eip = system.deploy("again")
     bgpd = system.lab.machine("tor-a").run("cat", "/run/frr/bgpd.pid").stdout.strip()
