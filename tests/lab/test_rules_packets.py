@@ -7,16 +7,34 @@ from __future__ import annotations
 import contextlib
 import socket
 from collections.abc import Iterator
+from dataclasses import replace
+from ipaddress import ip_address
 
 import pytest
 
+from lbctl.core import nft
 from lbctl.core.model import Protocol
 from lbctl.core.nftrules import PINGS_PER_SECOND
 from lbctl.core.nftsets import Policy
 
 from . import frames
 from .agentnet import wait_for
-from .rulesnet import CLIENT, EIP, PORT, ROUTER_MAC, Flow, RulesNet, both, made, mss, service, table
+from .rulesnet import (
+    CLIENT,
+    EIP,
+    NODE,
+    POD_PORT,
+    PORT,
+    ROUTER_MAC,
+    Flow,
+    RulesNet,
+    both,
+    made,
+    mss,
+    rules,
+    service,
+    table,
+)
 
 
 @pytest.fixture(scope="module")
@@ -141,3 +159,40 @@ def test_ping_can_be_off_and_sources_hold(net: RulesNet) -> None:
     assert [echo(net, v, EIP[v]) for v in (4, 6)] == [0, 0]
     both(net, table())
     assert [echo(net, v, EIP[v]) for v in (4, 6)] == [1, 1]
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_an_endpoint_on_no_node_sees_the_node(net: RulesNet, version: int) -> None:
+    """Masqueraded by the node that the packet came to, so that the answer comes back to it."""
+    host = "192.0.2.1" if version == 4 else "2001:db8:1::1"
+    server = net.opened("r", version, socket.SOCK_STREAM)
+    server.bind((host, POD_PORT))
+    server.listen()
+    of = table()
+    policy = Policy(external=(ip_address(host),))
+    for node in (1, 2):
+        ruleset = rules(of, node, policy)
+        ports = {
+            key: replace(
+                port,
+                steer={},
+                deliver=dict.fromkeys(range(port.size), (ip_address(host), POD_PORT)),
+            )
+            for key, port in ruleset.ports.items()
+            if key[0].version == version
+        }
+        net.load(node, *nft.full(replace(ruleset, ports=ports)))
+    try:
+        for node in (1, 2):
+            net.enter(node)
+            client = net.opened("c", version, socket.SOCK_STREAM)
+            client.connect((EIP[version], PORT))
+            accepted, seen = server.accept()
+            assert seen[0] == NODE[version].format(node)
+            assert Flow(client, accepted, 0).echoes()
+            accepted.close()
+            client.close()
+    finally:
+        server.close()
+        net.enter(1)
+        both(net, table())
