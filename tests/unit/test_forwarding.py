@@ -20,6 +20,8 @@ from .forwarding_cases import EIP, INDEX, nodes, pod, ruleset, service, table
 PODS = [pod(n, p) for n in (1, 2, 3) for p in (2, 3)]
 CLIENTS = [("203.0.113.10", 20000 + 7 * k) for k in range(200)]
 
+MANY = [(f"203.0.113.{10 + k % 200}", 20000 + 7 * k) for k in range(600)]
+
 
 class Cluster:
     """A fake table on each node, kept as agents keep the real ones."""
@@ -41,7 +43,13 @@ class Cluster:
             self.rules[name] = rules
 
     def lands(
-        self, entry: str, client: tuple[str, int], *, syn: bool = True, home: str = ""
+        self,
+        entry: str,
+        client: tuple[str, int],
+        *,
+        syn: bool = True,
+        home: str = "",
+        protocol: str = "tcp",
     ) -> str:
         """Follow a packet from the node where it enters; at most three nodes.
 
@@ -51,11 +59,34 @@ class Cluster:
         for _ in range(3):
             fake = self.fakes[where]
             known = where == home
-            out = fake.where(str(EIP), 80, *client, peer=peer, syn=syn, known=known)
+            out = fake.where(
+                str(EIP), 80, *client, peer=peer, syn=syn, known=known, protocol=protocol
+            )
             if not out.startswith(("node ", "chance ")):
                 return f"{out} @{where}"
             where, peer = f"n{out.split()[1]}", True
         return "circle"
+
+
+@pytest.mark.parametrize(
+    ("protocol", "count", "most"),
+    [("tcp", 3, 0.0), ("tcp", 6, 0.0), ("udp", 3, 0.75), ("udp", 6, 0.2), ("udp", 20, 0.1)],
+)
+def test_share_of_flows_that_move(protocol: str, count: int, most: float) -> None:
+    """One endpoint more, and every flow enters by another node: docs/forwarding.md states it."""
+    pods = [pod(n, p) for p in range(2, 9) for n in (1, 2, 3)]
+    of = service(protocol=Protocol(protocol.upper()))
+    cluster = Cluster()
+    cluster.apply(table(*pods[:count], of=of))
+    homes = {c: cluster.lands("n1", c, protocol=protocol).split("@")[1] for c in MANY}
+    cluster.apply(table(*pods[: count + 1], of=of))
+    moved = 0
+    for number, (client, home) in enumerate(homes.items()):
+        entry = f"n{number % 2 + 2}"
+        out = cluster.lands(entry, client, syn=False, home=home, protocol=protocol)
+        moved += out != f"established @{home}"
+    assert moved / len(homes) <= most
+    assert moved or protocol == "tcp"
 
 
 def test_every_node_agrees_and_only_the_owner_delivers() -> None:
