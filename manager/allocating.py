@@ -18,13 +18,14 @@ import structlog
 
 from lbctl import errors
 from lbctl.core.actions import Action, CreateEip, DeleteEip, RebindEip, Refused, ReleaseEip
-from lbctl.core.allocator import Allocator, Decision
+from lbctl.core.allocator import Allocator
+from lbctl.core.holdings import Decision
 from lbctl.core.model import Address, Eip, Node, ObjectRef, Service
 from lbctl.core.release import Facts
 from lbctl.core.supply import Forbidden
 from lbctl.kube import objects
 from lbctl.kube.client import Client
-from lbctl.kube.objects import Kind
+from lbctl.kube.objects import Kind, Namespace
 from manager.configuration import Accepted
 from manager.dispatch import Dispatcher
 from manager.executor import Executor, Sink
@@ -70,6 +71,7 @@ class Allocating:
         inputs.services.listen(self._service_changed)
         inputs.eips.listen(self._eip_changed)
         inputs.nodes.listen(self._node_changed)
+        inputs.namespaces.listen(self._namespace_changed)
 
     def configure(self, accepted: Accepted) -> None:
         """The configuration that is in force now."""
@@ -125,6 +127,8 @@ class Allocating:
         allocator = Allocator(config, self._forbidden())
         reign = _Reign(allocator, self._facts, self._metrics, self._on_decided)
         self._reign = reign  # hears of changes from now on; nothing is planned before it is full
+        for namespace in self._inputs.namespaces.cache.items.values():
+            allocator.set_namespace(namespace.ref.name, dict(namespace.labels))
         eips = await _read_all(self._client, objects.EIP)
         services = await _read_all(self._client, objects.SERVICE)
         for eip in eips:
@@ -163,6 +167,14 @@ class Allocating:
     def _node_changed(self, _key: ObjectRef, _old: Node | None, _new: Node | None) -> None:
         if self._reign is not None and self._accepted is not None:
             self._reign.configure(self._accepted, self._forbidden())
+
+    def _namespace_changed(
+        self, key: ObjectRef, _old: Namespace | None, new: Namespace | None
+    ) -> None:
+        if self._reign is not None:
+            labels = dict(new.labels) if new is not None else None
+            self._reign.allocator.set_namespace(key.name, labels)
+            self._reign.wake.set()
 
     def _service_written(self, service: Service) -> None:
         if self._reign is not None:
@@ -234,7 +246,8 @@ class _Reign:
         self._versions[eip.address] = eip.version
         self.allocator.set_eip(eip)
         self.releasing.set_eip(eip)
-        self._on_decided(eip.owner)
+        for ref in eip.members:
+            self._on_decided(ref)
         self.wake.set()
 
     def remove_eip(self, address: Address) -> None:

@@ -40,7 +40,8 @@ from lbctl.core.reasons import Reason
 from lbctl.core.routes import Confirmations, EipSelection, PathIds, Rules, host_route, select
 from lbctl.kube import client as api
 from lbctl.kube.client import Client
-from lbctl.kube.objects import Slice, timestamp
+from lbctl.kube.objects import Slice
+from lbctl.kube.values import timestamp
 from manager.configuration import Accepted
 from manager.inputs import Inputs
 from manager.metrics import Metrics

@@ -16,15 +16,15 @@ import structlog
 
 from lbctl import errors
 from lbctl.core import names
-from lbctl.core.actions import Action, CreateEip, RebindEip, Refused
-from lbctl.core.allocator import Decision
+from lbctl.core.actions import Action, CreateEip, RebindEip, Refused, Told
+from lbctl.core.holdings import Decision
 from lbctl.core.model import ObjectRef, Service
 from lbctl.core.reasons import SENTENCE, Reason
 from lbctl.kube import client as api
 from lbctl.kube.cache import Cache
 from lbctl.kube.client import Client
 from lbctl.kube.events import EventRecorder, Subject
-from lbctl.kube.objects import timestamp
+from lbctl.kube.values import timestamp
 
 _PER_S: Final = 100.0
 _SETTLE_S: Final = 0.2  # a new Service passes through several states in its first moments
@@ -64,12 +64,12 @@ class Conditions:
 
     def written(self, action: Action) -> None:
         """An action was carried out: the Event that goes with it."""
-        if isinstance(action, Refused):
+        if isinstance(action, Refused | Told):
             self._say(action.service, action.seen.uid, action.reason, action.sentence, warning=True)
         elif isinstance(action, CreateEip | RebindEip):
             eip = action.eip
             text = f"{eip.address} of pool {eip.pool}: {SENTENCE[action.reason]}"
-            self._say(action.service, eip.owner_uid, action.reason, text)
+            self._say(action.service, eip.uid_of(action.service) or "", action.reason, text)
         self.mark(action.service)
 
     def _say(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, assert_never
+from typing import Any, Final, assert_never
 
 import msgspec
 import structlog
@@ -24,18 +24,22 @@ from lbctl.core.actions import (
     ClearStatus,
     CreateEip,
     DeleteEip,
+    LeaveEip,
     RebindEip,
     Refused,
     ReleaseEip,
     RemoveFinalizer,
     SetUnforwarded,
+    Told,
     WriteStatus,
 )
 from lbctl.core.model import Address, Eip, ObjectRef, Service, eip_object_name
 from lbctl.kube import client as api
 from lbctl.kube import objects
+from lbctl.kube.values import timestamp
 from manager.metrics import Metrics
 
+_NO_MORE: Final = ("withdrawnBy", "releasedAt", "unforwardedAt", "sharingKey", "sharers")
 _log = structlog.get_logger()
 
 
@@ -113,7 +117,7 @@ class Executor:
                 body = objects.eip_body(action.eip)
                 self._check()
                 self._sink.eip(_eip(await self._client.create(api.EIPS.path(), body)))
-            case ReleaseEip():
+            case ReleaseEip() | LeaveEip():
                 await self._still(action, fresh.get(action.service, action.because))
                 await self._patch_eip(action)
             case RebindEip() | SetUnforwarded():
@@ -124,12 +128,12 @@ class Executor:
                     _eip_path(action.seen.address), resource_version=action.seen.version
                 )
                 self._sink.eip_gone(action.seen.address)
-            case Refused():
+            case Refused() | Told():
                 pass  # told below
             case _:
                 assert_never(action)
 
-    async def _still(self, action: ReleaseEip, because: Service | None) -> None:
+    async def _still(self, action: ReleaseEip | LeaveEip, because: Service | None) -> None:
         """Raises Conflict unless the Service is as it was decided on: see `core.actions`."""
         if await self._read_service(action.service) != because:
             raise errors.Conflict(f"Service {action.service} is not what it was")
@@ -171,14 +175,14 @@ class Executor:
             self._sink.service(service)
         return service
 
-    async def _patch_eip(self, action: RebindEip | ReleaseEip | SetUnforwarded) -> None:
+    async def _patch_eip(self, action: RebindEip | LeaveEip | ReleaseEip | SetUnforwarded) -> None:
         spec: dict[str, Any]
         meta: dict[str, Any] = {"resourceVersion": action.seen.version}
-        now = objects.timestamp(time.time(), micro=True)
+        now = timestamp(time.time(), micro=True)
         match action:
-            case RebindEip():
+            case RebindEip() | LeaveEip():
                 spec = objects.eip_body(action.eip)["spec"]
-                spec |= {"withdrawnBy": None, "releasedAt": None, "unforwardedAt": None}
+                spec = dict.fromkeys(_NO_MORE) | spec
                 meta["annotations"] = {names.ANNOTATION_BOUND_AT: now}
             case ReleaseEip():
                 spec = {"phase": "Releasing", "releasedAt": now, "withdrawnBy": None}
@@ -194,14 +198,14 @@ class Executor:
             match action:
                 case CreateEip():
                     await self._refresh_eip(action.eip.address)
-                case ReleaseEip():
+                case ReleaseEip() | LeaveEip():
                     await self._refresh_eip(action.seen.address)
                     await self._refresh_service(action.service)
                 case RebindEip() | SetUnforwarded() | DeleteEip():
                     await self._refresh_eip(action.seen.address)
                 case AddFinalizer() | RemoveFinalizer() | WriteStatus() | ClearStatus():
                     await self._refresh_service(action.service)
-                case Refused():
+                case Refused() | Told():
                     pass
         except errors.KubeError as error:
             _log.warning("refresh_failed", service=str(action.service), error=str(error))

@@ -16,7 +16,7 @@ from lbctl.core.model import Eip, Node, ObjectRef, Service
 from lbctl.kube import objects
 from lbctl.kube.cache import Cache
 from lbctl.kube.client import Client
-from lbctl.kube.objects import DataObject, Kind, Pod, Slice
+from lbctl.kube.objects import DataObject, Kind, Namespace, Pod, Slice
 from lbctl.kube.slices import SliceIndex
 from manager.metrics import Metrics
 
@@ -54,6 +54,7 @@ class Inputs:
         self.slices: Feed[Slice] = Feed(client, objects.SLICE)
         self.nodes: Feed[Node] = Feed(client, objects.NODE)
         self.eips: Feed[Eip] = Feed(client, objects.EIP)
+        self.namespaces: Feed[Namespace] = Feed(client, objects.NAMESPACE)
         self.wanted: Feed[DataObject] = Feed(
             client, objects.CONFIG_MAP, namespace=namespace, name=names.CONFIG_MAP
         )
@@ -70,7 +71,7 @@ class Inputs:
 
     def all_feeds(self) -> tuple[Feed[object], ...]:
         """Every feed."""
-        small = (self.wanted, self.accepted, self.secrets, self.pods)
+        small = (self.wanted, self.accepted, self.secrets, self.pods, self.namespaces)
         return (*self.feeds(), *small)  # type: ignore[arg-type]  # only kind-free parts are used
 
     async def run(self) -> None:

@@ -261,6 +261,7 @@ class Manager:
             hold_time_s=self._hold_time_s(),
             drain_time_s=announce.drain_time_s,
             reuse_after_s=announce.reuse_after_s,
+            rule=current.config.services,
         )
 
     def _hold_time_s(self) -> float:

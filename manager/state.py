@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lbctl.core import state
-from lbctl.core.allocator import not_ours
+from lbctl.core.allocator import ANY_CLASS_RULE, not_ours
 from lbctl.core.health import Health
 from lbctl.core.model import Address, Eip, NodeState, NodeView, ObjectRef, Phase, Service, Session
 from lbctl.core.reasons import Reason
@@ -52,7 +52,8 @@ def build(
     )
     owned: dict[ObjectRef, list[Eip]] = {}
     for eip in eips:
-        owned.setdefault(eip.owner, []).append(eip)
+        for ref in eip.members:
+            owned.setdefault(ref, []).append(eip)
     return state.ManagerState(
         manager=parts.manager,
         leader=leader,
@@ -120,7 +121,8 @@ def _service(parts: Parts, service: Service, eips: list[Eip]) -> state.ServiceSt
             service.ref, decision.reason, decision.sentence, decision.addresses
         )
     bound = tuple(eip.address for eip in eips if eip.phase is Phase.BOUND)
-    why = not_ours(service)
+    current = parts.configuration.current
+    why = not_ours(service, current.config.services if current else ANY_CLASS_RULE)
     if why is None and not bound:
         why = _written(service)
     return state.ServiceState(service.ref, why or Reason.RESTORED, "", bound)

@@ -123,6 +123,30 @@ class Refused:
     sentence: str
 
 
+@dataclass(frozen=True, slots=True)
+class LeaveEip:
+    """Replace `seen` by `eip`, which no longer has the Service among its members; others do.
+
+    because: as in ReleaseEip, with the same check.
+    """
+
+    service: ObjectRef
+    seen: Eip
+    eip: Eip
+    reason: Reason
+    because: Service | None
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """Nothing is written but an Event: what was just done needs a word. It follows that write."""
+
+    service: ObjectRef
+    seen: Service
+    reason: Reason
+    sentence: str
+
+
 Action: TypeAlias = (
     AddFinalizer
     | RemoveFinalizer
@@ -134,4 +158,6 @@ Action: TypeAlias = (
     | WriteStatus
     | ClearStatus
     | Refused
+    | LeaveEip
+    | Told
 )

@@ -191,6 +191,11 @@ class Config(Model):
             if entry.owner is not None
         }
 
+    @cached_property
+    def has_owners(self) -> bool:
+        """Whether any reserved address has an owner."""
+        return bool(self._owned)
+
     def reserved_for(self, service: ObjectRef, version: int) -> Address | None:
         """The address of a family that is reserved for a Service."""
         return self._owned.get((service, version))

@@ -89,6 +89,9 @@ class Service:
     annotations: tuple[tuple[str, str], ...] = ()
     requested: str | None = None  # spec.loadBalancerIP, unparsed: a user wrote it
     cluster_ips: tuple[Address, ...] = ()
+    labels: tuple[tuple[str, str], ...] = ()
+    selector: tuple[tuple[str, str], ...] = ()
+    needs_both: bool = False  # ipFamilyPolicy: RequireDualStack
     version: str = field(default="", compare=False)  # resourceVersion, for guarded writes
     # status, reason and message of our own condition; not compared, as we write it ourselves
     condition: tuple[str, str, str] | None = field(default=None, compare=False)
@@ -162,9 +165,20 @@ class ForwardingOptions:
     external: External = "refuse"
 
 
+@dataclass(frozen=True, slots=True, order=True)
+class Sharer:
+    """A Service on an address that another one owns."""
+
+    ref: ObjectRef
+    uid: str
+
+
 @dataclass(frozen=True, slots=True)
 class Eip:
     """An `eips.lbctl.io` object: the allocation itself.
+
+    `owner` is the first of the Services on it; `sharers` are the others in the order in which they
+    joined, all with the same `sharing_key` ("": it is not shared).
 
     `forwarding` turns False only after every manager has withdrawn the route and drainTime has
     passed; agents then remove the EIP. `withdrawn_by` are the manager ids that have withdrawn.
@@ -180,7 +194,22 @@ class Eip:
     withdrawn_by: tuple[str, ...] = ()
     released_s: float | None = None
     unforwarded_s: float | None = None
+    sharing_key: str = ""
+    sharers: tuple[Sharer, ...] = ()
     version: str = field(default="", compare=False)  # resourceVersion, for guarded writes
+
+    @property
+    def members(self) -> tuple[ObjectRef, ...]:
+        """All Services on it, the owner first."""
+        if not self.sharers:
+            return (self.owner,)
+        return (self.owner, *(sharer.ref for sharer in self.sharers))
+
+    def uid_of(self, ref: ObjectRef) -> str | None:
+        """The uid under which a Service is on it, None if it is not."""
+        if ref == self.owner:
+            return self.owner_uid
+        return next((sharer.uid for sharer in self.sharers if sharer.ref == ref), None)
 
 
 def eip_object_name(address: Address) -> str:

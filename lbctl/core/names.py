@@ -33,7 +33,7 @@ CONDITION_ANNOUNCED: Final = "lbctl.io/Announced"
 ANNOTATION_BOUND_AT: Final = "lbctl.io/bound-at"  # of an EIP: a rebind always changes it
 ANNOTATION_DRAIN: Final = "lbctl.io/drain"
 ANNOTATION_NEXT_HOP: Final = "lbctl.io/next-hop"
-ANNOTATION_POOL: Final = "lbctl.io/pool"
+ANNOTATION_POOL: Final = "lbctl.io/pool"  # on a Service: where its addresses came from
 LABEL_EXCLUDE: Final = "node.kubernetes.io/exclude-from-external-load-balancers"
 STATE_TOKEN_HEADER: Final = "Lbctl-Authorization"  # the API server's pod proxy strips Authorization
 

@@ -26,6 +26,21 @@ class Reason(StrEnum):
     RELEASED = "Released"
     REUSE_DELAY = "ReuseDelay"
     WAITING_FOR_CONFIG = "WaitingForConfig"
+    RECREATED = "Recreated"
+    SHARED = "Shared"
+    SHARING_REFUSED = "SharingRefused"
+    POOL_UNKNOWN = "PoolUnknown"
+    POOL_DRAINING = "PoolDraining"
+    POOL_NOT_FOR_NAMESPACE = "PoolNotForNamespace"
+    POOL_NOT_FOR_SERVICE = "PoolNotForService"
+    POOL_RELEASED = "PoolReleased"
+    QUOTA_EXCEEDED = "QuotaExceeded"
+    REQUEST_NOT_ALLOWED = "RequestNotAllowed"
+    REQUEST_INVALID = "RequestInvalid"
+    ADDRESS_RESERVED = "AddressReserved"
+    ANNOTATIONS_CONFLICT = "AnnotationsConflict"
+    CLAIM_LOST = "ClaimLost"
+    STATUS_OVERWRITTEN = "StatusOverwritten"
     # configuration
     CONFIG_ACCEPTED = "ConfigAccepted"
     CONFIG_REJECTED = "ConfigRejected"
@@ -75,6 +90,21 @@ SENTENCE: Final[dict[Reason, str]] = {
     Reason.RELEASED: "the address is free again",
     Reason.REUSE_DELAY: "the address rests until reuseAfter has passed",
     Reason.WAITING_FOR_CONFIG: "no configuration has been accepted yet",
+    Reason.RECREATED: "a Service of this name had the address until a moment ago",
+    Reason.SHARED: "it shares the address with Services of the same sharing key",
+    Reason.SHARING_REFUSED: "it cannot share the address that it asks for",
+    Reason.POOL_UNKNOWN: "no pool has the name that it asks for",
+    Reason.POOL_DRAINING: "the pool is being drained and gives no more addresses",
+    Reason.POOL_NOT_FOR_NAMESPACE: "the pool does not serve the Service's namespace",
+    Reason.POOL_NOT_FOR_SERVICE: "the pool's serviceSelectors do not match the Service's labels",
+    Reason.POOL_RELEASED: "the pool gave up the address that it had (`release: true`)",
+    Reason.QUOTA_EXCEEDED: "its namespace has as many addresses of the pool as its quota allows",
+    Reason.REQUEST_NOT_ALLOWED: "the pool does not let Services choose the address",
+    Reason.REQUEST_INVALID: "what it asks for cannot be read",
+    Reason.ADDRESS_RESERVED: "the address is reserved for another Service",
+    Reason.ANNOTATIONS_CONFLICT: "its annotations ask for different things",
+    Reason.CLAIM_LOST: "its status showed an address that another Service has",
+    Reason.STATUS_OVERWRITTEN: "its status showed an address that it does not have",
     Reason.CONFIG_ACCEPTED: "the configuration is in force",
     Reason.CONFIG_REJECTED: "the configuration has errors; the last accepted one stays in force",
     Reason.POOL_SHRINK_REFUSED: "addresses that Services use would fall out of the pools",

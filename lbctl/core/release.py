@@ -25,7 +25,8 @@ from enum import StrEnum
 
 from lbctl.core import names
 from lbctl.core.actions import Action, ClearStatus, DeleteEip, RemoveFinalizer, SetUnforwarded
-from lbctl.core.allocator import not_ours
+from lbctl.core.allocator import ANY_CLASS_RULE, not_ours
+from lbctl.core.config import Services
 from lbctl.core.model import Address, Eip, Phase, Service
 from lbctl.core.reasons import Reason
 
@@ -50,7 +51,8 @@ class Facts:
     gone: ids of managers whose Pods vanished, and when (seconds, the clock of `now_s`). Keep an
     entry for at least the hold time.
     confirming: for an address, the names of the Up nodes whose agents still confirm it.
-    hold_time_s: the longest of the peers'. drain_time_s, reuse_after_s: from the configuration.
+    hold_time_s: the longest of the peers'. drain_time_s, reuse_after_s, rule (which classes are
+    ours): from the configuration.
     """
 
     living: Collection[str]
@@ -59,6 +61,7 @@ class Facts:
     hold_time_s: float = 9.0
     drain_time_s: float = 2.0
     reuse_after_s: float = 30.0
+    rule: Services = ANY_CLASS_RULE
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +170,7 @@ def _clear(
     One that still is ours (it gave up one address of several, or asked for another) keeps both:
     its status is the allocator's.
     """
-    if service is None or not_ours(service) is None:
+    if service is None or not_ours(service, facts.rule) is None:
         return ()
     others = [e for e in siblings if e.address != eip.address]
     if any(

@@ -1,51 +1,94 @@
 """Which addresses can be given out: pools, less what is in use, less what must never be given.
 
 Rules: pure bookkeeping for the allocator. A change costs O(log gaps), never O(addresses); only a
-new configuration or a new set of forbidden addresses rebuilds everything.
+new configuration or a new set of forbidden addresses rebuilds everything. Pools are tried by
+priority, then name. What is reserved, or avoided by `avoidBuggyIPs`, is not given by itself.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from ipaddress import IPv4Network, IPv6Network
+from typing import Final, NamedTuple
 
+from lbctl.core import tenancy
 from lbctl.core.config import Config
-from lbctl.core.model import Address, Network
+from lbctl.core.config_pools import Pool
+from lbctl.core.model import Address, Network, ObjectRef, Service
 from lbctl.core.space import Space, to_address
 
 Forbidden = Address | Network
 
+Line = tuple[str, int | str]
+"""What a Service can wait for: an address of a pool's family, or a namespace's quota of a pool."""
+
+
+class Free(NamedTuple):
+    """An address that can be given."""
+
+    pool: str
+    address: Address
+
+
+_NO_LABELS: Final[Mapping[str, str]] = {}
+
+
+class _Stock:
+    """A pool: what it can give by itself, and who has how much of it."""
+
+    __slots__ = ("by_namespace", "pool", "quota", "spaces", "used")
+
+    def __init__(self, pool: Pool) -> None:
+        self.pool = pool
+        self.quota = bool(pool.quota)
+        self.spaces: dict[int, Space] = {}
+        self.used = 0
+        self.by_namespace: Counter[str] = Counter()
+        for part in pool.addresses:
+            space = self.spaces.setdefault(part.version, Space())
+            for start, end in _runs(int(part.first), int(part.last), pool, part.version):
+                space.add(start, end)
+        for entry in pool.reserved:
+            part = entry.addresses
+            if part.version in self.spaces:
+                self.spaces[part.version].remove(int(part.first), int(part.last))
+
+    def gives(self, address: Address, config: Config) -> bool:
+        """Whether it may be given to one that does not ask for it."""
+        return not self.pool.avoids(address) and config.reserved_at(address) is None
+
 
 class Supply:
-    """Free addresses per pool and family."""
+    """Free addresses per pool and family, and every namespace's share."""
 
     def __init__(self, config: Config | None = None, forbidden: Iterable[Forbidden] = ()) -> None:
         self.config = config
         self.forbidden = frozenset(forbidden)
-        self._used: set[Address] = set()
+        self._never: dict[int, Space] = {}
+        self._used: dict[Address, tuple[str, ...]] = {}
         self._cluster: Counter[Address] = Counter()  # ClusterIPs; how many Services have it
-        self._count: Counter[str] = Counter()
-        self._spaces: dict[tuple[str, int], Space] = {}
+        self._stocks: dict[str, _Stock] = {}
+        self._labels: dict[str, Mapping[str, str]] = {}
+        self._open: dict[tuple[str, int], tuple[_Stock, ...]] = {}
+        self.freed: set[Line] = set()  # since the allocator last looked
         self._build()
 
     def _build(self) -> None:
-        pools = self.config.pools if self.config else ()
-        self._spaces = {}
-        for pool in pools:
-            for part in pool.addresses:
-                space = self._spaces.setdefault((pool.name, part.version), Space())
-                space.add(int(part.first), int(part.last))
+        ranked = self.config.ranked if self.config else ()
+        self._stocks = {pool.name: _Stock(pool) for pool in ranked}
+        self._open.clear()
+        self._never = {4: Space(), 6: Space()}
         for item in self.forbidden:
             low, high = _ends(item)
-            for (_, version), space in self._spaces.items():
-                if version == item.version:
-                    space.remove(low, high)
+            self._never[item.version].add(low, high)
+            for stock in self._stocks.values():
+                if item.version in stock.spaces:
+                    stock.spaces[item.version].remove(low, high)
         for address in self._cluster:
             self._withhold(address)
-        self._count.clear()
-        for address in self._used:
-            self._take(address)
+        for address, namespaces in self._used.items():
+            self._take(address, namespaces, self._stock_of(address))
 
     def configure(self, config: Config | None, forbidden: Iterable[Forbidden]) -> bool:
         """Take a new configuration; True if anything differs from before."""
@@ -56,33 +99,73 @@ class Supply:
         self._build()
         return True
 
-    def pool_of(self, address: Address) -> str | None:
-        """Name of the pool that holds the address, None without one."""
-        pool = self.config.pool_of(address) if self.config else None
-        return pool.name if pool else None
+    def set_namespace(self, name: str, labels: Mapping[str, str] | None) -> bool:
+        """The labels of a namespace, None if it is gone; True if they differ from before."""
+        if self._labels.get(name) == labels:
+            return False
+        self._labels.pop(name, None)
+        if labels is not None:
+            self._labels[name] = labels
+        self._open.clear()
+        return True
 
-    def _take(self, address: Address) -> None:
+    def labels(self, namespace: str) -> Mapping[str, str]:
+        """The labels of a namespace, as far as they are known."""
+        return self._labels.get(namespace, _NO_LABELS)
+
+    def reserved_for(self, service: ObjectRef, version: int) -> Address | None:
+        """The address of a family that is reserved for a Service."""
+        config = self.config
+        if config is None or not config.has_owners:
+            return None
+        return config.reserved_for(service, version)
+
+    def pool_of(self, address: Address) -> Pool | None:
+        """The pool that holds the address, None without one."""
+        return self.config.pool_of(address) if self.config else None
+
+    def _stock_of(self, address: Address) -> _Stock | None:
         pool = self.pool_of(address)
-        if pool is not None:
-            self._count[pool] += 1
-            self._spaces[pool, address.version].remove(int(address), int(address))
+        return self._stocks[pool.name] if pool is not None else None
 
-    def use(self, address: Address) -> None:
-        """The address has an EIP object, or is about to."""
-        if address not in self._used:
-            self._used.add(address)
-            self._take(address)
+    def _take(self, address: Address, namespaces: tuple[str, ...], stock: _Stock | None) -> None:
+        if stock is None:
+            return
+        stock.used += 1
+        number = int(address)
+        stock.spaces[address.version].remove(number, number)
+        if stock.quota:
+            stock.by_namespace.update(namespaces)
+
+    def use(self, address: Address, namespaces: tuple[str, ...], pool: str | None = None) -> None:
+        """The address has an EIP object, or is about to; of which namespaces (sorted, once each)
+        its Services are. pool: its name, if it is known."""
+        before = self._used.get(address)
+        if before == namespaces:
+            return
+        if before is not None:
+            self.unuse(address)
+        self._used[address] = namespaces
+        self._take(address, namespaces, self._stocks[pool] if pool else self._stock_of(address))
 
     def unuse(self, address: Address) -> None:
         """The address has no EIP object any more."""
-        if address in self._used:
-            self._used.discard(address)
-            pool = self.pool_of(address)
-            if pool is None:
-                return
-            self._count[pool] -= 1
-            if not self.is_forbidden(address):
-                self._spaces[pool, address.version].add(int(address), int(address))
+        namespaces = self._used.pop(address, None)
+        stock = self._stock_of(address)
+        if namespaces is None or stock is None:
+            return
+        stock.used -= 1
+        if stock.quota:
+            stock.by_namespace.subtract(namespaces)
+            self.freed.update((stock.pool.name, namespace) for namespace in namespaces)
+        self._put_back(address, stock)
+
+    def _put_back(self, address: Address, stock: _Stock) -> None:
+        if self.config is None or self.is_forbidden(address):
+            return
+        if stock.gives(address, self.config):
+            stock.spaces[address.version].add(int(address), int(address))
+            self.freed.add((stock.pool.name, address.version))
 
     def forbid(self, address: Address) -> None:
         """A Service has it as its ClusterIP: it is not given out as long as that is so."""
@@ -96,59 +179,103 @@ class Supply:
         if self._cluster[address] > 0:
             return False
         del self._cluster[address]
-        pool = self.pool_of(address)
-        if pool is None or address in self._used or self.is_forbidden(address):
+        stock = self._stock_of(address)
+        if stock is None or address in self._used or self.is_forbidden(address):
             return False
-        self._spaces[pool, address.version].add(int(address), int(address))
+        self._put_back(address, stock)
         return True
 
     def _withhold(self, address: Address) -> None:
-        pool = self.pool_of(address)
-        if pool is not None:
-            self._spaces[pool, address.version].remove(int(address), int(address))
+        stock = self._stock_of(address)
+        if stock is not None:
+            stock.spaces[address.version].remove(int(address), int(address))
 
     def usage(self) -> tuple[tuple[str, int, int], ...]:
         """Name, size and addresses in use (in whatever phase) of each pool, in file order."""
         pools = self.config.pools if self.config else ()
-        return tuple((pool.name, pool.size, self._count[pool.name]) for pool in pools)
+        return tuple((pool.name, pool.size, self._stocks[pool.name].used) for pool in pools)
 
     def is_free(self, address: Address) -> bool:
-        """Whether the address can be given out now."""
-        pool = self.pool_of(address)
-        return pool is not None and int(address) in self._spaces[pool, address.version]
+        """Whether nobody has the address, it is in a pool, and is not the cluster's own."""
+        if address in self._used or self.pool_of(address) is None:
+            return False
+        return not self.is_forbidden(address)
 
     def is_forbidden(self, address: Address) -> bool:
         """Whether the address belongs to the cluster itself (a node, a peer, a ClusterIP …)."""
-        if address in self.forbidden or address in self._cluster:
-            return True
-        return any(
-            isinstance(item, IPv4Network | IPv6Network)
-            and item.version == address.version
-            and address in item
-            for item in self.forbidden
-        )
+        return address in self._cluster or int(address) in self._never[address.version]
 
-    def first(self, version: int) -> tuple[str, Address] | None:
-        """The next address of a family for a Service that asks for none: pools in file order."""
-        for pool in self.config.pools if self.config else ():
-            space = self._spaces.get((pool.name, version)) if pool.auto_assign else None
-            number = space.first() if space is not None else None
-            if number is not None:
-                return pool.name, to_address(version, number)
-        return None
+    def first(self, service: Service, version: int, pool: str = "") -> Free | tuple[Line, ...]:
+        """The next address of a family for a Service: its pool and itself, or what to wait for
+        (nothing, if no pool is for it).
 
-    def free(self, version: int) -> int:
-        """How many addresses `first` could give out."""
-        return sum(space.free for _, space in self._auto(version))
+        pool: only that one, whether it gives by itself or not.
+        """
+        lines: list[Line] = []
+        namespace = service.ref.namespace
+        for stock in self._candidates(service, version, pool):
+            number = stock.spaces[version].first()
+            if not self.has_room(stock.pool.name, namespace):
+                lines.append((stock.pool.name, namespace))
+            elif number is None:
+                lines.append((stock.pool.name, version))
+            else:
+                return Free(stock.pool.name, to_address(version, number))
+        return tuple(lines)
 
-    def auto_pools(self, version: int) -> tuple[str, ...]:
-        """Names of the pools that serve a family without being asked."""
-        return tuple(name for name, _ in self._auto(version))
+    def _candidates(self, service: Service, version: int, pool: str) -> Iterator[_Stock]:
+        if pool:
+            stock = self._stocks[pool]
+            if version in stock.spaces:
+                yield stock
+            return
+        for stock in self._opened(service.ref.namespace, version):
+            if not stock.pool.service_selectors or tenancy.serves(stock.pool, service):
+                yield stock
 
-    def _auto(self, version: int) -> list[tuple[str, Space]]:
-        pools = self.config.pools if self.config else ()
-        named = [p.name for p in pools if p.auto_assign and (p.name, version) in self._spaces]
-        return [(name, self._spaces[name, version]) for name in named]
+    def _opened(self, namespace: str, version: int) -> tuple[_Stock, ...]:
+        """Pools that give by themselves to a namespace; whom they select is not looked at."""
+        key = namespace, version
+        if key not in self._open:
+            labels = self.labels(namespace)
+            self._open[key] = tuple(
+                stock
+                for stock in self._stocks.values()
+                if version in stock.spaces
+                and stock.pool.gives
+                and tenancy.serves_namespace(stock.pool, namespace, labels)
+            )
+        return self._open[key]
+
+    def has_room(self, pool: str, namespace: str, credit: str = "") -> bool:
+        """Whether a namespace may have one more address of a pool. credit: name of a pool that the
+        same Service gives an address back to."""
+        stock = self._stocks[pool]
+        return not stock.quota or self._room(stock, namespace) + (credit == pool) > 0
+
+    def _room(self, stock: _Stock, namespace: str) -> int:
+        limit = stock.pool.quota_of(namespace)
+        return 1 << 30 if limit is None else limit - stock.by_namespace[namespace]
+
+    def capacity(self, line: Line) -> int:
+        """How many of those who wait in a line can be served."""
+        stock, what = self._stocks.get(line[0]), line[1]
+        if stock is None:
+            return 0
+        if isinstance(what, str):
+            return max(0, self._room(stock, what))
+        return stock.spaces[what].free if what in stock.spaces else 0
+
+
+def _runs(first: int, last: int, pool: Pool, version: int) -> Iterator[tuple[int, int]]:
+    """A range, without what `avoidBuggyIPs` keeps back."""
+    if version == 6 or not pool.avoid_buggy_ips:
+        yield first, last
+        return
+    for base in range(first & ~255, last + 1, 256):
+        start, end = max(first, base + 1), min(last, base + 254)
+        if start <= end:
+            yield start, end
 
 
 def _ends(item: Forbidden) -> tuple[int, int]:

@@ -53,6 +53,7 @@ class Resource:
 
 SERVICES: Final = Resource("v1", "services")
 NODES: Final = Resource("v1", "nodes", namespaced=False)
+NAMESPACES: Final = Resource("v1", "namespaces", namespaced=False)
 PODS: Final = Resource("v1", "pods")
 CONFIG_MAPS: Final = Resource("v1", "configmaps")
 SECRETS: Final = Resource("v1", "secrets")

@@ -19,7 +19,7 @@ import structlog
 from lbctl import errors
 from lbctl.core.model import ObjectRef
 from lbctl.kube import client as api
-from lbctl.kube.objects import timestamp
+from lbctl.kube.values import timestamp
 
 _log = structlog.get_logger()
 _REMEMBER: Final = 4096

@@ -19,7 +19,7 @@ import structlog
 from lbctl import errors
 from lbctl.core import names
 from lbctl.kube import client as api
-from lbctl.kube.objects import timestamp
+from lbctl.kube.values import timestamp
 
 _log = structlog.get_logger()
 _REQUEST_SHARE: Final = 0.4  # of the renew deadline: a hung request leaves time for another

@@ -7,10 +7,8 @@ and the cache skips it with a log line. Nothing here decides anything.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from ipaddress import ip_address, ip_network
 from typing import Any, Final, Generic, TypeVar
 
 import msgspec
@@ -21,18 +19,18 @@ from lbctl.core.model import (
     Address,
     Eip,
     Endpoint,
-    Network,
     Node,
     ObjectRef,
     Phase,
     PortEndpoints,
-    Protocol,
     Service,
     ServicePort,
+    Sharer,
     TrafficPolicy,
     eip_object_name,
 )
-from lbctl.kube import client
+from lbctl.kube import client, values
+from lbctl.kube.values import seconds
 
 T = TypeVar("T")
 _FAMILY: Final = {"IPv4": 4, "IPv6": 6}
@@ -90,6 +88,8 @@ class _ServiceSpec(msgspec.Struct):
     loadBalancerSourceRanges: list[str] | None = None
     externalTrafficPolicy: str | None = None
     ipFamilies: list[str] | None = None
+    ipFamilyPolicy: str | None = None
+    selector: dict[str, str] | None = None
     sessionAffinity: str | None = None
     sessionAffinityConfig: _AffinityConfig | None = None
 
@@ -180,6 +180,8 @@ class _EipSpec(msgspec.Struct):
     withdrawnBy: dict[str, str] | None = None
     releasedAt: str | None = None
     unforwardedAt: str | None = None
+    sharingKey: str = ""
+    sharers: list[_Owner] | None = None
 
 
 class _Eip(msgspec.Struct):
@@ -190,6 +192,10 @@ class _Eip(msgspec.Struct):
 class _Data(msgspec.Struct):
     metadata: Meta
     data: dict[str, str] | None = None
+
+
+class _Named(msgspec.Struct):
+    metadata: Meta
 
 
 class _PodSpec(msgspec.Struct):
@@ -245,6 +251,15 @@ class Pod:
 
 
 @dataclass(frozen=True, slots=True)
+class Namespace:
+    """A namespace and its labels."""
+
+    ref: ObjectRef
+    labels: tuple[tuple[str, str], ...] = ()
+    version: str = field(default="", compare=False)
+
+
+@dataclass(frozen=True, slots=True)
 class Kind(Generic[T]):
     """What a cache needs to know of a kind: where it is, and how one object is decoded."""
 
@@ -253,29 +268,15 @@ class Kind(Generic[T]):
     decode: Callable[[bytes | msgspec.Raw], T]
 
 
-def seconds(text: str | None) -> float | None:
-    """RFC 3339 → seconds since the epoch; None for None or nonsense."""
-    if not text:
-        return None
-    try:
-        return datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp()
-    except ValueError:
-        return None
-
-
-def timestamp(at_s: float, micro: bool = False) -> str:
-    """Seconds since the epoch → RFC 3339 in UTC; `micro` for MicroTime fields."""
-    made = datetime.fromtimestamp(at_s, UTC)
-    return made.strftime("%Y-%m-%dT%H:%M:%S.%fZ" if micro else "%Y-%m-%dT%H:%M:%SZ")
-
-
 def to_service(raw: bytes | msgspec.Raw) -> Service:
     """A Service. Raises `errors.KubeError` if a used field makes no sense."""
     found = _decoded(raw, _Service)
     meta, spec = found.metadata, found.spec
-    ports = [ServicePort(p.name or "", _protocol(p.protocol), p.port) for p in spec.ports or ()]
+    ports = [
+        ServicePort(p.name or "", values.protocol(p.protocol), p.port) for p in spec.ports or ()
+    ]
     balancer = found.status.loadBalancer if found.status else None
-    ingress = [_address(i.ip) for i in (balancer.ingress if balancer else None) or () if i.ip]
+    ingress = [values.address(i.ip) for i in (balancer.ingress if balancer else None) or () if i.ip]
     affinity = None
     if spec.sessionAffinity == "ClientIP":
         config = spec.sessionAffinityConfig
@@ -292,13 +293,16 @@ def to_service(raw: bytes | msgspec.Raw) -> Service:
         policy=TrafficPolicy.LOCAL if local else TrafficPolicy.CLUSTER,
         families=tuple(_FAMILY[f] for f in spec.ipFamilies or ("IPv4",) if f in _FAMILY) or (4,),
         affinity_s=affinity,
-        source_ranges=tuple(_network(text) for text in spec.loadBalancerSourceRanges or ()),
+        source_ranges=tuple(values.network(text) for text in spec.loadBalancerSourceRanges or ()),
         deleting=meta.deletionTimestamp is not None,
         finalizers=tuple(meta.finalizers or ()),
         ingress=tuple(ingress),
-        annotations=_pairs(meta.annotations),
+        annotations=values.pairs(meta.annotations),
         requested=spec.loadBalancerIP or None,
         cluster_ips=_cluster_ips(spec),
+        labels=values.pairs(meta.labels),
+        selector=values.pairs(spec.selector),
+        needs_both=spec.ipFamilyPolicy == "RequireDualStack",
         version=meta.resourceVersion,
         condition=_announced(found.status),
     )
@@ -307,7 +311,7 @@ def to_service(raw: bytes | msgspec.Raw) -> Service:
 def _cluster_ips(spec: _ServiceSpec) -> tuple[Address, ...]:
     """Headless Services have the word "None" there; ExternalName ones have nothing."""
     given = spec.clusterIPs or ([spec.clusterIP] if spec.clusterIP else [])
-    return tuple(_address(text) for text in given if text not in ("", "None"))
+    return tuple(values.address(text) for text in given if text not in ("", "None"))
 
 
 def to_endpoints(raw: bytes | msgspec.Raw) -> Slice:
@@ -320,7 +324,7 @@ def to_endpoints(raw: bytes | msgspec.Raw) -> Slice:
         if port.port is None or found.addressType == "FQDN":
             continue
         made = [_endpoint(e, port.port) for e in found.endpoints or () if e.addresses]
-        protocol = _protocol(port.protocol or "TCP")
+        protocol = values.protocol(port.protocol or "TCP")
         ports.append(PortEndpoints(port.name or "", protocol, tuple(sorted(made, key=_order))))
     ports.sort(key=lambda entry: (entry.name, entry.protocol))
     return Slice(found.metadata.ref, service, tuple(ports))
@@ -337,13 +341,13 @@ def to_node(raw: bytes | msgspec.Raw) -> Node:
     return Node(
         name=meta.name,
         uid=meta.uid,
-        addresses=tuple(_address(text) for text in internal),
-        pod_cidrs=tuple(_network(text) for text in cidrs),
+        addresses=tuple(values.address(text) for text in internal),
+        pod_cidrs=tuple(values.network(text) for text in cidrs),
         ready=any(c.type == "Ready" and c.status == "True" for c in found.status.conditions or ()),
         excluded=names.LABEL_EXCLUDE in labels,
         draining=annotations.get(names.ANNOTATION_DRAIN, "false") != "false",
         deleting=meta.deletionTimestamp is not None,
-        next_hops=tuple(_address(text) for text in hops),
+        next_hops=tuple(values.address(text) for text in hops),
     )
 
 
@@ -351,7 +355,7 @@ def to_eip(raw: bytes | msgspec.Raw) -> Eip:
     """An EIP object. Refused if it is not named after its address: the name is the lock."""
     found = _decoded(raw, _Eip)
     spec = found.spec
-    address = _address(spec.address)
+    address = values.address(spec.address)
     if found.metadata.name != eip_object_name(address):
         raise errors.KubeError(f"EIP {found.metadata.name} holds another address: {address}")
     try:
@@ -368,12 +372,21 @@ def to_eip(raw: bytes | msgspec.Raw) -> Eip:
         withdrawn_by=tuple(sorted(spec.withdrawnBy or {})),
         released_s=seconds(spec.releasedAt),
         unforwarded_s=seconds(spec.unforwardedAt),
+        sharing_key=spec.sharingKey,
+        sharers=tuple(Sharer(ObjectRef(s.namespace, s.name), s.uid) for s in spec.sharers or ()),
         version=found.metadata.resourceVersion,
     )
 
 
 def eip_body(eip: Eip) -> dict[str, Any]:
     """The EIP object of a new allocation, for `Client.create`."""
+    shared: dict[str, Any] = {}
+    if eip.sharing_key:
+        shared["sharingKey"] = eip.sharing_key
+    if eip.sharers:
+        shared["sharers"] = [
+            {"namespace": s.ref.namespace, "name": s.ref.name, "uid": s.uid} for s in eip.sharers
+        ]
     return {
         "apiVersion": f"{names.GROUP}/{names.EIP_VERSION}",
         "kind": names.EIP_KIND,
@@ -388,6 +401,7 @@ def eip_body(eip: Eip) -> dict[str, Any]:
             },
             "phase": str(eip.phase),
             "forwarding": eip.forwarding,
+            **shared,
         },
     }
 
@@ -396,8 +410,10 @@ def to_data(raw: bytes | msgspec.Raw) -> DataObject:
     """A ConfigMap or Secret."""
     found = _decoded(raw, _Data)
     meta = found.metadata
-    annotations = _pairs(meta.annotations)
-    return DataObject(meta.ref, meta.uid, _pairs(found.data), annotations, meta.resourceVersion)
+    annotations = values.pairs(meta.annotations)
+    return DataObject(
+        meta.ref, meta.uid, values.pairs(found.data), annotations, meta.resourceVersion
+    )
 
 
 def to_pod(raw: bytes | msgspec.Raw) -> Pod:
@@ -408,11 +424,17 @@ def to_pod(raw: bytes | msgspec.Raw) -> Pod:
         ref=meta.ref,
         uid=meta.uid,
         node=found.spec.nodeName or "",
-        address=_address(status.podIP) if status.podIP else None,
+        address=values.address(status.podIP) if status.podIP else None,
         app=(meta.labels or {}).get("app.kubernetes.io/name", ""),
         phase=status.phase,
         deleting=meta.deletionTimestamp is not None,
     )
+
+
+def to_namespace(raw: bytes | msgspec.Raw) -> Namespace:
+    """A Namespace."""
+    meta = _decoded(raw, _Named).metadata
+    return Namespace(meta.ref, values.pairs(meta.labels), meta.resourceVersion)
 
 
 SERVICE: Final = Kind("service", client.SERVICES, to_service)
@@ -422,6 +444,7 @@ EIP: Final = Kind("eip", client.EIPS, to_eip)
 CONFIG_MAP: Final = Kind("configmap", client.CONFIG_MAPS, to_data)
 SECRET: Final = Kind("secret", client.SECRETS, to_data)
 POD: Final = Kind("pod", client.PODS, to_pod)
+NAMESPACE: Final = Kind("namespace", client.NAMESPACES, to_namespace)
 
 S = TypeVar("S", bound=msgspec.Struct)
 
@@ -447,7 +470,7 @@ def _endpoint(entry: _Endpoint, port: int) -> Endpoint:
     serving = ready if conditions.serving is None else conditions.serving
     target = entry.targetRef
     return Endpoint(
-        address=_address((entry.addresses or [""])[0]),
+        address=values.address((entry.addresses or [""])[0]),
         port=port,
         node=entry.nodeName or "",
         pod=target.name if target and target.kind == "Pod" else "",
@@ -459,28 +482,3 @@ def _endpoint(entry: _Endpoint, port: int) -> Endpoint:
 
 def _order(entry: Endpoint) -> tuple[int, int, int]:
     return entry.address.version, int(entry.address), entry.port
-
-
-def _pairs(given: Mapping[str, str] | None) -> tuple[tuple[str, str], ...]:
-    return tuple(sorted((given or {}).items()))
-
-
-def _protocol(text: str) -> Protocol:
-    try:
-        return Protocol(text)
-    except ValueError as error:
-        raise errors.KubeError(f"unknown protocol {text!r}") from error
-
-
-def _address(text: str) -> Address:
-    try:
-        return ip_address(text)
-    except ValueError as error:
-        raise errors.KubeError(f"not an address: {text!r}") from error
-
-
-def _network(text: str) -> Network:
-    try:
-        return ip_network(text.strip(), strict=False)
-    except ValueError as error:
-        raise errors.KubeError(f"not a network: {text!r}") from error

@@ -90,7 +90,10 @@ class Server:
                 del self.eips[seen.address]
                 self._tell(seen.address)
                 return None
-            case actions.Refused():
+            case actions.LeaveEip(seen=seen, eip=eip):
+                self._check_eip(seen)
+                return self.put_eip(eip)
+            case actions.Refused() | actions.Told():
                 return None
             case _:
                 return self._service_write(action)
@@ -193,7 +196,10 @@ class Leader:
             if action.service in self.skip:
                 continue
             try:
-                if isinstance(action, actions.ReleaseEip) and self.checked is not action:
+                if (
+                    isinstance(action, actions.ReleaseEip | actions.LeaveEip)
+                    and self.checked is not action
+                ):
                     self._check(action)
                     continue
                 stored = self.server.carry_out(self._fresh(action))
@@ -209,7 +215,7 @@ class Leader:
             elif isinstance(action, actions.DeleteEip):
                 self.lose(action.seen.address)
 
-    def _check(self, action: actions.ReleaseEip) -> None:
+    def _check(self, action: actions.ReleaseEip | actions.LeaveEip) -> None:
         """The first half of a release: is the Service as it was? It can freeze in between."""
         because = self.fresh.get(action.service, action.because)
         if self.server.services.get(action.service) != because:
@@ -221,7 +227,7 @@ class Leader:
         """As the executor reads what is there instead of what was thought."""
         eip = getattr(action, "eip", None) or getattr(action, "seen", None)
         keys: list[ObjectRef | Address] = [eip.address] if isinstance(eip, Eip) else []
-        if not keys or isinstance(action, actions.ReleaseEip):
+        if not keys or isinstance(action, actions.ReleaseEip | actions.LeaveEip):
             keys.append(action.service)
         self.queue[:0] = keys
         for _ in keys:

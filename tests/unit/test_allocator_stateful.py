@@ -227,7 +227,7 @@ class World(RuleBasedStateMachine):
 
     def _check_service(self, service: Service, reason: Reason, given: set[Address]) -> None:
         if service.requested == "x":
-            assert reason is Reason.ADDRESS_OUTSIDE_POOLS
+            assert reason is Reason.REQUEST_INVALID
         elif service.requested is None:
             taken = [address for address in given if config(self.size).pool_of(address)]
             assert service.ingress or len(taken) == self.size, f"{service.ref} waits in vain"

@@ -1,0 +1,358 @@
+"""Which address a Service gets in one family: the rules of docs/addresses.md, in their order.
+
+An address asked for (or reserved for the Service), else the one that it has, else the one that it
+is giving back, else the one that its status shows, else one that it can share, else a free one.
+What is given stays until it is asked away, and then until the new one can be had.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import NamedTuple
+
+from lbctl.core import sharing, tenancy
+from lbctl.core.annotations import Asked, value_of
+from lbctl.core.config_pools import Pool
+from lbctl.core.holdings import Holdings, Record, namespaces
+from lbctl.core.model import Address, Eip, ObjectRef, Phase, Service, Sharer
+from lbctl.core.reasons import SENTENCE, Reason
+from lbctl.core.supply import Free, Line
+
+
+class Pick(NamedTuple):
+    """The answer for one family: an EIP (`seen` if it exists already), or why there is none.
+
+    refusal: why it is not what the Service asks for. lines, wish: what may change that. busy:
+    another Service's write to this address has to come first.
+    """
+
+    eip: Eip | None
+    seen: Eip | None = None
+    reason: Reason = Reason.RESTORED
+    refusal: str = ""
+    lines: tuple[Line, ...] = ()
+    wish: Address | None = None
+    busy: Address | None = None
+
+
+class Chooser:
+    """Decides upon `holdings`; changes nothing."""
+
+    def __init__(self, holdings: Holdings) -> None:
+        self._held = holdings
+        self._supply = holdings.supply
+
+    def pick(self, record: Record, service: Service, asked: Asked, family: int) -> Pick:
+        """The address of one family. `asked` has no problem."""
+        have = self.have(record, service, family) if record.eips else None
+        for address in asked.addresses:
+            if address.version not in service.families:
+                said = f"{address} is asked for, but the Service has no IPv{address.version} family"
+                return self._refuse(service, have, Reason.ADDRESS_OUTSIDE_POOLS, said)
+        wish, why = asked.address(family) if asked.addresses else None, "is asked for"
+        if wish is None and have is None and not asked.pool:
+            wish, why = self._supply.reserved_for(service.ref, family), "is reserved for it"
+        if wish is not None and (have is None or have.address != wish):
+            return self._wish(record, service, asked, wish, why, have)
+        if have is not None:
+            return self._keep(service, asked, have)
+        if record.eips or service.ingress:
+            found = self._restore(record, service, asked, family)
+            if found is not None:
+                return found
+        if asked.sharing:
+            for eip in self._held.shared(asked.sharing):
+                if eip.address.version == family and self._matches(asked, eip):
+                    joined = self._join(service, asked, eip)
+                    if isinstance(joined, Pick):
+                        return joined
+        return self._any(service, asked, family, None)
+
+    def keep(self, record: Record, service: Service, family: int, why: tuple[Reason, str]) -> Pick:
+        """What it has, when nothing that it asks for can be followed."""
+        return self._refuse(service, self.have(record, service, family), *why)
+
+    def have(self, record: Record, service: Service, family: int) -> Eip | None:
+        """The EIP of a family that is its own now."""
+        return min(
+            (
+                eip
+                for eip in record.eips
+                if eip.phase is Phase.BOUND
+                and eip.address.version == family
+                and self._stays(service, eip)
+            ),
+            key=lambda e: (e.address not in service.ingress, int(e.address)),
+            default=None,
+        )
+
+    def _stays(self, service: Service, eip: Eip) -> bool:
+        """Not so for what its pool gave up, and for one that nobody was told of and nobody will
+        announce: a frozen leader's, made by a configuration that is no longer in force."""
+        if self._supply.config is None or self._supply.pool_of(eip.address) is not None:
+            return True
+        return eip.address in service.ingress and not self.released(eip)
+
+    def released(self, eip: Eip) -> bool:
+        """Whether its pool gave it up."""
+        config = self._supply.config
+        if config is None or self._supply.pool_of(eip.address) is not None:
+            return False
+        return config.lets_go(eip.pool)
+
+    def _matches(self, asked: Asked, eip: Eip) -> bool:
+        pool = self._supply.pool_of(eip.address)
+        return pool is not None and asked.pool in ("", pool.name)
+
+    def _keep(self, service: Service, asked: Asked, have: Eip) -> Pick:
+        pool = self._supply.pool_of(have.address)
+        if self._supply.config is not None:
+            if pool is None:
+                said = f"it has {have.address}, which is in none of the accepted pools"
+                return self._refuse(service, have, Reason.ADDRESS_OUTSIDE_POOLS, said)
+            if asked.pool and asked.pool != pool.name:
+                return self._any(service, asked, have.address.version, have)
+        kept = self._own(service, have, asked)
+        if have.sharers:
+            said = sharing.clash(self._before(service, have), service)
+            if asked.sharing != have.sharing_key:
+                said = "its sharing key changed, but others are on the address, which it keeps"
+            if said:
+                sentence = f"Service {service.ref} on {have.address}: {said}"
+                return Pick(kept, have, Reason.SHARING_REFUSED, sentence)
+        return Pick(kept, have, Reason.SHARED if have.sharers else Reason.RESTORED)
+
+    def _before(self, service: Service, eip: Eip) -> list[Service]:
+        """The members that came before a Service: it gives way to them."""
+        found = self._held.members(eip)
+        at = [member.ref for member in found].index(service.ref)
+        return found[:at]
+
+    def _own(self, service: Service, have: Eip, asked: Asked | None = None) -> Eip:
+        """The EIP with what may have changed about this member."""
+        eip = have
+        if eip.uid_of(service.ref) != service.uid:
+            eip = _with_uid(eip, service)
+        pool = self._supply.pool_of(eip.address)
+        if pool is not None and pool.name != eip.pool:
+            eip = replace(eip, pool=pool.name)
+        if asked is not None and not eip.sharers and eip.sharing_key != asked.sharing:
+            eip = replace(eip, sharing_key=asked.sharing)
+        return eip
+
+    def _restore(self, record: Record, service: Service, asked: Asked, family: int) -> Pick | None:
+        """What it had a moment ago, or what its status shows: as far as it may still have it."""
+        own = [eip for eip in record.eips if eip.address.version == family]
+        for eip in sorted(own, key=lambda e: (e.address not in service.ingress, int(e.address))):
+            pool = self._supply.pool_of(eip.address)
+            if pool is None or asked.pool not in ("", pool.name):
+                continue
+            if self._may_return(service, pool, eip.address):
+                return self._rebound(service, asked, eip)
+        for address in sorted(service.ingress, key=int):
+            if address.version == family and self._claims(service, asked, address):
+                holder = self._held.eips.get(address)
+                if holder is None:
+                    return self._new(service, asked, address, Reason.RESTORED)
+                joined = self._join(service, asked, holder)
+                if isinstance(joined, Pick):
+                    return joined
+        return None
+
+    def _may_return(self, service: Service, pool: Pool, address: Address) -> bool:
+        config = self._supply.config
+        if config is None or (pool.drain and address not in service.ingress):
+            return False
+        labels = self._supply.labels(service.ref.namespace)
+        return tenancy.may_have(config, pool, service, labels, address) is None
+
+    def _claims(self, service: Service, asked: Asked, address: Address) -> bool:
+        """Whether a status is believed: then nobody moves in a cluster restored without `eips`."""
+        pool = self._supply.pool_of(address)
+        if pool is None or asked.pool not in ("", pool.name):
+            return False
+        if not self._may_return(service, pool, address):
+            return False
+        if self._held.eips.get(address) is not None:
+            return bool(asked.sharing)
+        free = self._supply.is_free(address)
+        return free and self._supply.has_room(pool.name, service.ref.namespace)
+
+    def _wish(
+        self,
+        record: Record,
+        service: Service,
+        asked: Asked,
+        wish: Address,
+        why: str,
+        have: Eip | None,
+    ) -> Pick:
+        """An address asked for. The old one is kept until the new one can be had."""
+        config, pool = self._supply.config, self._supply.pool_of(wish)
+        if config is None:
+            return self._refuse(service, have, Reason.WAITING_FOR_CONFIG, "")
+        mine = next((eip for eip in record.eips if eip.address == wish), None)
+        if pool is None or (mine is None and self._supply.is_forbidden(wish)):
+            said = f"{wish} {why}, but it is in none of the accepted pools"
+            if pool is not None:
+                said = f"{wish} {why}, but it belongs to the cluster itself"
+            return self._refuse(service, have, Reason.ADDRESS_OUTSIDE_POOLS, said)
+        if asked.pool not in ("", pool.name):
+            said = f"{wish} {why}, but it is not in pool {value_of(asked.pool)}, asked for as well"
+            return self._refuse(service, have, Reason.ADDRESS_OUTSIDE_POOLS, said)
+        labels = self._supply.labels(service.ref.namespace)
+        if mine is not None and self._may_return(service, pool, wish):
+            return self._rebound(service, asked, mine)
+        denial = tenancy.may_ask(config, pool, service, labels, wish)
+        if denial is not None:
+            return self._refuse(service, have, *denial)
+        holder = self._held.eips.get(wish)
+        if holder is not None:
+            return self._wish_held(service, asked, holder, why, have)
+        credit = have.pool if have is not None else ""
+        if not self._supply.has_room(pool.name, service.ref.namespace, credit):
+            refused = self._refuse(service, have, Reason.QUOTA_EXCEEDED, self._quota(pool, service))
+            return refused._replace(lines=((pool.name, service.ref.namespace),))
+        return self._new(service, asked, wish, Reason.ALLOCATED)
+
+    def _wish_held(
+        self, service: Service, asked: Asked, holder: Eip, why: str, have: Eip | None
+    ) -> Pick:
+        """An address asked for that somebody has: joined if it is shared, else waited for."""
+        address, reason = holder.address, Reason.ADDRESS_TAKEN
+        said = f"{address} {why}, but Service {holder.owner} holds it"
+        if holder.phase is Phase.RELEASING:
+            said = f"{address} {why}, but Service {holder.owner} is still giving it back"
+        elif asked.sharing and holder.sharing_key:
+            joined = self._join(service, asked, holder)
+            if isinstance(joined, Pick):
+                return joined
+            reason, said = joined[0], f"{address} {why}, but {joined[1]}"
+        return self._refuse(service, have, reason, said)._replace(wish=address)
+
+    def _join(self, service: Service, asked: Asked, eip: Eip) -> Pick | tenancy.Denial:
+        """Onto an address that others have, or why not."""
+        config, pool = self._supply.config, self._supply.pool_of(eip.address)
+        if config is None or pool is None or eip.phase is not Phase.BOUND:
+            return Reason.ADDRESS_TAKEN, "it is not in use"
+        if eip.sharing_key != asked.sharing:
+            return Reason.SHARING_REFUSED, "it is shared under another key"
+        space = service.ref.namespace
+        apart = [name for name in namespaces(eip) if name != space]
+        if apart and not {space, *apart} <= set(pool.share_across_namespaces):
+            said = f"pool {pool.name} does not let namespace {space} share with others"
+            return Reason.SHARING_REFUSED, said
+        if denial := tenancy.may_have(
+            config, pool, service, self._supply.labels(space), eip.address
+        ):
+            return denial
+        if pool.drain and eip.address not in service.ingress:
+            return Reason.POOL_DRAINING, f"pool {pool.name} is being drained"
+        if space not in namespaces(eip) and not self._supply.has_room(pool.name, space):
+            return Reason.QUOTA_EXCEEDED, self._quota(pool, service)
+        if said := sharing.clash(self._held.members(eip), service):
+            return Reason.SHARING_REFUSED, said
+        if self._held.busy(eip.address, service.ref):
+            return Pick(None, busy=eip.address)
+        joined = replace(eip, sharers=(*eip.sharers, Sharer(service.ref, service.uid)))
+        return Pick(joined, eip, Reason.SHARED)
+
+    def _any(self, service: Service, asked: Asked, family: int, have: Eip | None) -> Pick:
+        """A free address of the pool asked for, or of the pools that give by themselves."""
+        config = self._supply.config
+        if config is None:
+            return self._refuse(service, have, Reason.WAITING_FOR_CONFIG, "")
+        if asked.pool and (denial := self._pool_denied(service, asked.pool)):
+            return self._refuse(service, have, *denial)
+        found = self._supply.first(service, family, asked.pool)
+        if isinstance(found, Free):
+            return self._new(service, asked, found.address, Reason.ALLOCATED, found.pool)
+        reason, said = self._none_free(service, asked, family, found)
+        return self._refuse(service, have, reason, said)._replace(lines=found)
+
+    def _pool_denied(self, service: Service, name: str) -> tenancy.Denial | None:
+        config = self._supply.config
+        pool = config.by_name.get(name) if config is not None else None
+        if pool is None:
+            return Reason.POOL_UNKNOWN, f"pool {value_of(name)} is asked for, but there is none"
+        if pool.drain:
+            return Reason.POOL_DRAINING, f"pool {name} is asked for, but it is being drained"
+        return tenancy.admits(pool, service, self._supply.labels(service.ref.namespace))
+
+    def _none_free(
+        self, service: Service, asked: Asked, family: int, lines: tuple[Line, ...]
+    ) -> tenancy.Denial:
+        """Why no pool has an address for it."""
+        config = self._supply.config
+        assert config is not None
+        full = [pool for pool, what in lines if what == family]
+        if full:
+            return Reason.POOL_EXHAUSTED, f"every IPv{family} address of {', '.join(full)} is taken"
+        if lines:
+            return Reason.QUOTA_EXCEEDED, self._quota(config.by_name[lines[0][0]], service)
+        if asked.pool:
+            return Reason.NO_POOL, f"pool {asked.pool} has no IPv{family} addresses"
+        labels = self._supply.labels(service.ref.namespace)
+        for pool in config.ranked:
+            if pool.gives and any(part.version == family for part in pool.addresses):
+                denial = tenancy.admits(pool, service, labels)
+                if denial is not None:
+                    return denial
+        said = f"no pool gives out IPv{family} addresses without being asked for one"
+        return Reason.NO_POOL, said
+
+    def _quota(self, pool: Pool, service: Service) -> str:
+        limit = pool.quota_of(service.ref.namespace)
+        return (
+            f"namespace {service.ref.namespace} has as many addresses of pool {pool.name}"
+            f" as its quota allows ({limit})"
+        )
+
+    def _new(
+        self, service: Service, asked: Asked, address: Address, reason: Reason, pool: str = ""
+    ) -> Pick:
+        if not pool:
+            found = self._supply.pool_of(address)
+            pool = found.name if found is not None else ""
+        eip = Eip(address, pool, service.ref, service.uid, sharing_key=asked.sharing)
+        return Pick(eip, None, reason)
+
+    def _rebound(self, service: Service, asked: Asked, seen: Eip) -> Pick:
+        if seen.sharers:
+            return Pick(self._own(service, seen), seen, Reason.SHARED)
+        pool = self._supply.pool_of(seen.address)
+        eip = Eip(
+            seen.address,
+            pool.name if pool is not None else seen.pool,
+            service.ref,
+            service.uid,
+            sharing_key=asked.sharing,
+            version=seen.version,
+        )
+        same = seen.owner_uid == service.uid
+        return Pick(eip, seen, Reason.RESTORED if same else Reason.RECREATED)
+
+    def _refuse(self, service: Service, have: Eip | None, reason: Reason, said: str) -> Pick:
+        kept = self._own(service, have) if have is not None else None
+        return Pick(kept, have, reason, f"Service {service.ref}: {said or SENTENCE[reason]}")
+
+
+def _with_uid(eip: Eip, service: Service) -> Eip:
+    if eip.owner == service.ref:
+        return replace(eip, owner_uid=service.uid)
+    return replace(
+        eip,
+        sharers=tuple(
+            replace(sharer, uid=service.uid) if sharer.ref == service.ref else sharer
+            for sharer in eip.sharers
+        ),
+    )
+
+
+def without(eip: Eip, ref: ObjectRef) -> Eip:
+    """A shared EIP after a member has left it; the next one owns it."""
+    if eip.owner != ref:
+        rest = tuple(sharer for sharer in eip.sharers if sharer.ref != ref)
+        return replace(eip, sharers=rest)
+    first, *others = eip.sharers
+    return replace(eip, owner=first.ref, owner_uid=first.uid, sharers=tuple(others))

@@ -1,0 +1,159 @@
+"""Who has what: every Service that is known, its EIPs, and what is planned but not yet answered.
+
+Rules: bookkeeping for the allocator, which decides; an EIP belongs to all of its members. One
+record per namespace/name, so that a change costs one look-up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from lbctl.core.model import Address, Eip, ObjectRef, Service
+from lbctl.core.reasons import SENTENCE, Reason
+from lbctl.core.supply import Supply
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What was decided about a Service; `said` is "" where the reason says it all."""
+
+    ref: ObjectRef
+    reason: Reason
+    said: str = ""
+    addresses: tuple[Address, ...] = ()
+
+    @property
+    def sentence(self) -> str:
+        """For people."""
+        if self.said or not self.addresses:
+            return self.said or f"Service {self.ref}: {SENTENCE[self.reason]}"
+        had = ", ".join(str(address) for address in self.addresses)
+        return f"Service {self.ref} has {had}: {SENTENCE[self.reason]}"
+
+
+class Record:
+    """What is known of one namespace/name. `eips` are sorted by address; `planned` are the
+    addresses whose EIP it is about to write."""
+
+    __slots__ = ("decision", "dirty", "eips", "planned", "ref", "refused", "service")
+
+    def __init__(self, ref: ObjectRef) -> None:
+        self.ref = ref
+        self.service: Service | None = None
+        self.eips: tuple[Eip, ...] = ()
+        self.planned: tuple[Address, ...] = ()
+        self.decision: Decision | None = None
+        self.refused = False
+        self.dirty = False
+
+
+class Holdings:
+    """All records and EIPs.
+
+    pending: what a Service of ours is about to write to an address; `in_flight` are those of them
+    that do not exist yet. wishes: who wants to hear when something about an address changes.
+    """
+
+    def __init__(self, supply: Supply) -> None:
+        self.supply = supply
+        self.records: dict[ObjectRef, Record] = {}
+        self.eips: dict[Address, Eip] = {}
+        self.pending: dict[Address, ObjectRef] = {}
+        self.in_flight: set[Address] = set()
+        self.wishes: dict[Address, set[ObjectRef]] = {}
+        self._keys: dict[str, set[Address]] = {}
+
+    def record(self, ref: ObjectRef) -> Record:
+        """The record of a namespace/name, made if there is none."""
+        found = self.records.get(ref)
+        if found is None:
+            found = self.records[ref] = Record(ref)
+        return found
+
+    def service(self, ref: ObjectRef) -> Service | None:
+        """A Service, None if it is gone."""
+        found = self.records.get(ref)
+        return found.service if found is not None else None
+
+    def members(self, eip: Eip) -> list[Service]:
+        """The Services on an address that exist, in the order in which they came."""
+        found = (self.service(ref) for ref in eip.members)
+        return [service for service in found if service is not None]
+
+    def put(self, eip: Eip) -> None:
+        """An EIP as it is now, or is about to be."""
+        before = self.eips.get(eip.address)
+        self.eips[eip.address] = eip
+        if before is not None:
+            self._unlink(before)
+        for ref in eip.members:
+            record = self.record(ref)
+            record.eips = tuple(sorted((*record.eips, eip), key=by_address))
+        if eip.sharing_key:
+            self._keys.setdefault(eip.sharing_key, set()).add(eip.address)
+        self.supply.use(eip.address, namespaces(eip))
+
+    def create(self, record: Record, eip: Eip) -> None:
+        """An EIP of one Service that is planned."""
+        self.expect(record, eip.address)
+        self.in_flight.add(eip.address)
+        self.eips[eip.address] = eip
+        mine = (*record.eips, eip)
+        record.eips = mine if len(mine) == 1 else tuple(sorted(mine, key=by_address))
+        if eip.sharing_key:
+            self._keys.setdefault(eip.sharing_key, set()).add(eip.address)
+        self.supply.use(eip.address, (eip.owner.namespace,), eip.pool)
+
+    def drop(self, address: Address) -> Eip | None:
+        """The EIP of an address is gone; what it was."""
+        before = self.eips.pop(address, None)
+        if before is not None:
+            self._unlink(before)
+            self.supply.unuse(address)
+        return before
+
+    def _unlink(self, eip: Eip) -> None:
+        for ref in eip.members:
+            record = self.records[ref]
+            record.eips = tuple(e for e in record.eips if e.address != eip.address)
+        if eip.sharing_key:
+            shared = self._keys[eip.sharing_key]
+            shared.discard(eip.address)
+            if not shared:
+                del self._keys[eip.sharing_key]
+
+    def shared(self, key: str) -> Iterable[Eip]:
+        """The EIPs of a sharing key, by address."""
+        return sorted((self.eips[a] for a in self._keys.get(key, ())), key=by_address)
+
+    def answered(self, address: Address) -> set[ObjectRef]:
+        """Nothing about an address is under way any more; who wanted to hear of it."""
+        ref = self.pending.pop(address, None)
+        if ref is not None:
+            record = self.records[ref]
+            record.planned = tuple(a for a in record.planned if a != address)
+            self.in_flight.discard(address)
+        return self.wishes.pop(address, set()) if self.wishes else set()
+
+    def expect(self, record: Record, address: Address) -> None:
+        """A Service is about to write the EIP of an address."""
+        if self.pending.get(address) != record.ref:
+            self.pending[address] = record.ref
+            record.planned = (*record.planned, address)
+
+    def busy(self, address: Address, ref: ObjectRef) -> bool:
+        """Whether another Service's write to the EIP of an address is under way."""
+        return self.pending.get(address, ref) != ref
+
+
+def namespaces(eip: Eip) -> tuple[str, ...]:
+    """The namespaces of its Services, sorted."""
+    if not eip.sharers:
+        return (eip.owner.namespace,)
+    return tuple(sorted({ref.namespace for ref in eip.members}))
+
+
+def by_address(eip: Eip) -> tuple[int, int]:
+    """Order of EIPs."""
+    return eip.address.version, int(eip.address)

@@ -1,0 +1,54 @@
+"""Single values of API objects: times, addresses, labels.
+
+Rule: nonsense raises `errors.KubeError`; for a time it is None.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from ipaddress import ip_address, ip_network
+
+from lbctl import errors
+from lbctl.core.model import Address, Network, Protocol
+
+
+def seconds(text: str | None) -> float | None:
+    """RFC 3339 → seconds since the epoch; None for None or nonsense."""
+    if not text:
+        return None
+    try:
+        return datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp()
+    except ValueError:
+        return None
+
+
+def timestamp(at_s: float, micro: bool = False) -> str:
+    """Seconds since the epoch → RFC 3339 in UTC; `micro` for MicroTime fields."""
+    made = datetime.fromtimestamp(at_s, UTC)
+    return made.strftime("%Y-%m-%dT%H:%M:%S.%fZ" if micro else "%Y-%m-%dT%H:%M:%SZ")
+
+
+def pairs(given: Mapping[str, str] | None) -> tuple[tuple[str, str], ...]:
+    return tuple(sorted((given or {}).items()))
+
+
+def protocol(text: str) -> Protocol:
+    try:
+        return Protocol(text)
+    except ValueError as error:
+        raise errors.KubeError(f"unknown protocol {text!r}") from error
+
+
+def address(text: str) -> Address:
+    try:
+        return ip_address(text)
+    except ValueError as error:
+        raise errors.KubeError(f"not an address: {text!r}") from error
+
+
+def network(text: str) -> Network:
+    try:
+        return ip_network(text.strip(), strict=False)
+    except ValueError as error:
+        raise errors.KubeError(f"not a network: {text!r}") from error
