@@ -36,6 +36,8 @@ from lbctl.core.model import (
     Service,
     ServiceEndpoints,
     ServicePort,
+    Sharer,
+    TrafficPolicy,
 )
 from lbctl.core.nodeview import PortView
 from lbctl.core.pmap import PMap, changed
@@ -182,7 +184,9 @@ class _Parts:
 
 
 def _eip(eip: Eip) -> list[Any]:
-    return [str(eip.address), eip.pool, eip.owner.namespace, eip.owner.name, eip.owner_uid]
+    sharers = [[sharer.ref.namespace, sharer.ref.name, sharer.uid] for sharer in eip.sharers]
+    owner = eip.owner
+    return [str(eip.address), eip.pool, owner.namespace, owner.name, eip.owner_uid, sharers]
 
 
 def _unpacked(found: Mapping[str, Any]) -> State:
@@ -215,8 +219,9 @@ def _unpacked(found: Mapping[str, Any]) -> State:
 
 
 def _eip_of(packed: list[Any]) -> Eip:
-    address, pool, namespace, name, uid = packed
-    return Eip(ip_address(address), pool, ObjectRef(namespace, name), uid)
+    address, pool, namespace, name, uid, sharers = packed
+    others = tuple(Sharer(ObjectRef(space, other), its) for space, other, its in sharers)
+    return Eip(ip_address(address), pool, ObjectRef(namespace, name), uid, sharers=others)
 
 
 def _view(table: Table, before: Mapping[Address, list[Any]]) -> nodeview.View:
@@ -265,17 +270,20 @@ def _node_of(packed: list[Any]) -> Node:
 def _service(service: Service) -> list[Any]:
     ports = [[p.name, p.protocol.value, p.port] for p in service.ports]
     sources = [str(network) for network in service.source_ranges]
-    return [service.ref.namespace, service.ref.name, ports, service.affinity_s, sources]
+    chosen = [service.policy.value, service.selector]  # what sharers have to agree on
+    return [service.ref.namespace, service.ref.name, ports, service.affinity_s, sources, chosen]
 
 
 def _service_of(packed: list[Any]) -> Service:
-    namespace, name, ports, affinity_s, sources = packed
+    namespace, name, ports, affinity_s, sources, (policy, selector) = packed
     return Service(
         ObjectRef(namespace, name),
         "",
         0.0,
         tuple(ServicePort(n, Protocol(protocol), int(port)) for n, protocol, port in ports),
         True,
+        policy=TrafficPolicy(policy),
+        selector=tuple((key, value) for key, value in selector),
         affinity_s=affinity_s,
         source_ranges=tuple(map(ip_network, sources)),
     )

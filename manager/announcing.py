@@ -160,14 +160,16 @@ class Announcing:
         if old is not None:
             self._eips.pop(old.address, None)
             self._releasing.discard(old.address)
-            owned = self._owned[old.owner]
-            owned.discard(old.address)
-            if not owned:
-                del self._owned[old.owner]
+            for ref in old.members:
+                owned = self._owned[ref]
+                owned.discard(old.address)
+                if not owned:
+                    del self._owned[ref]
             self._touch((old.address,))
         if new is not None:
             self._eips[new.address] = new
-            self._owned.setdefault(new.owner, set()).add(new.address)
+            for ref in new.members:
+                self._owned.setdefault(ref, set()).add(new.address)
             if new.phase is Phase.RELEASING:
                 self._releasing.add(new.address)
             self._touch((new.address,))
@@ -236,11 +238,11 @@ class Announcing:
         eips = [self._eips[address] for address in touched if address in self._eips]
         services: dict[ObjectRef, Service] = {}
         endpoints: dict[ObjectRef, ServiceEndpoints] = {}
-        for eip in eips:
-            service = self._inputs.services.cache.get(eip.owner)
+        for ref in (ref for eip in eips for ref in eip.members):
+            service = self._inputs.services.cache.get(ref)
             if service is not None:
-                services[eip.owner] = service
-                endpoints[eip.owner] = self._inputs.index.of(eip.owner)
+                services[ref] = service
+                endpoints[ref] = self._inputs.index.of(ref)
         found = select(
             rules,
             eips,
@@ -265,7 +267,8 @@ class Announcing:
                 gone.update(() if after else (prefix,))
                 self._count(address.version, before, after)
             if new is not None and (old is None or old.reason is not new.reason):
-                self._on_selected(self._eips[address].owner)
+                for ref in self._eips[address].members:
+                    self._on_selected(ref)
         self._paths = self._paths.updated(fresh, gone)
 
     def _count(self, version: int, before: frozenset[Path], after: frozenset[Path]) -> None:

@@ -24,7 +24,8 @@ from lbctl.kube import accepted
 from lbctl.kube import client as api
 from lbctl.kube.accepted import Entry, entry_of
 from lbctl.kube.events import EventRecorder, Subject
-from lbctl.kube.objects import DataObject, timestamp
+from lbctl.kube.objects import DataObject
+from lbctl.kube.values import timestamp
 from manager.history import History
 from manager.metrics import Metrics
 

@@ -205,7 +205,8 @@ class Manager:
     def _sessions_changed(self) -> None:
         self.readiness.look()
         for eip in self.inputs.eips.cache.items.values() if self._session_flip() else ():
-            self._selected(eip.owner)
+            for ref in eip.members:
+                self._selected(ref)
 
     def _session_flip(self) -> bool:
         up = any(session.up for session in self.speaker.sessions())

@@ -40,6 +40,7 @@ from lbctl.core.reasons import Reason
 from lbctl.core.supply import Forbidden, Supply
 from lbctl.core.waiting import Key, Waiting
 
+_HOW_IT_CAME: Final = (Reason.ALLOCATED, Reason.RECREATED)
 ANY_CLASS_RULE: Final = Services()  # before there is a configuration
 
 
@@ -422,8 +423,8 @@ class Allocator:
             missing = []
         if not missing:
             reason = picks[0].reason if picks[0].eip is not None else Reason.ALLOCATED
-            if before is not None and before.addresses == addresses:
-                reason = before.reason if before.reason is Reason.ALLOCATED else reason
+            if reason is Reason.RESTORED and before is not None and before.addresses == addresses:
+                reason = before.reason if before.reason in _HOW_IT_CAME else reason
             record.decision = Decision(ref, reason, "", addresses)
             return []
         record.refused = True

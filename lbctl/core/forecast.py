@@ -10,8 +10,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 
-from lbctl.core.allocator import Allocator, Decision
+from lbctl.core.allocator import Allocator
 from lbctl.core.config import Config, shrink_conflicts
+from lbctl.core.holdings import Decision
 from lbctl.core.model import Address, Eip, Node, ObjectRef, Phase, Service
 from lbctl.core.reasons import Reason
 from lbctl.core.supply import Forbidden

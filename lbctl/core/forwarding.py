@@ -34,6 +34,7 @@ from lbctl.core.model import (
     ServiceEndpoints,
 )
 from lbctl.core.pmap import PMap, changed, persistent
+from lbctl.core.sharing import served
 
 _WORD: Final = 1 << 64
 _CARRIED: Final = (Protocol.TCP, Protocol.UDP)
@@ -218,9 +219,11 @@ def _owned(
     for address in touched:
         was, now = previous.sources.eips.get(address), sources.eips.get(address)
         if was is not None:
-            of(was.owner).discard(address)
+            for ref in was.members:
+                of(ref).discard(address)
         if now is not None:
-            of(now.owner).add(address)
+            for ref in now.members:
+                of(ref).add(address)
     put = {ref: frozenset(mine) for ref, mine in owners.items() if mine}
     return previous.owned.updated(put, owners.keys() - put.keys())
 
@@ -229,18 +232,19 @@ def _entry(address: Address, sources: Sources, previous: Table) -> EipTable | No
     eip = sources.eips.get(address)
     if eip is None or not eip.forwarding:
         return None
-    service, known = sources.services.get(eip.owner), sources.endpoints.get(eip.owner)
-    inputs = (eip.owner, service, known, sources.locator.key)
+    members = tuple(
+        (ref, sources.services.get(ref), sources.endpoints.get(ref)) for ref in eip.members
+    )
+    inputs = (members, sources.locator.key)
     old = previous.eips.get(address)
     if old is not None and old.down == sources.down & old.nodes and old.inputs == inputs:
         return old
-    return _eip(eip, service, known, sources.locator, sources.down, inputs)
+    return _eip(eip, members, sources.locator, sources.down, inputs)
 
 
 def _eip(
     eip: Eip,
-    service: Service | None,
-    known: ServiceEndpoints | None,
+    members: tuple[tuple[ObjectRef, Service | None, ServiceEndpoints | None], ...],
     locator: Locator,
     down: frozenset[str],
     inputs: object,
@@ -248,18 +252,22 @@ def _eip(
     ports: list[PortTable] = []
     refused: list[Refusal] = []
     nodes: set[str] = set()
-    by_port = {(p.name, p.protocol): p.endpoints for p in known.ports} if known else {}
-    by_client = service is not None and service.affinity_s is not None
-    for port in sorted(service.ports) if service else ():
-        if port.protocol in _CARRIED:
+    behind = {ref: known.ports for ref, _, known in members if known is not None}
+    shown = served([service for _, service, _ in members if service is not None])
+    for service, own in shown:
+        by_port = {(p.name, p.protocol): p.endpoints for p in behind.get(service.ref, ())}
+        for port in sorted(own):
+            if port.protocol not in _CARRIED:
+                continue
             given = by_port.get((port.name, port.protocol), ())
             located, odd = _located(eip.address, given, locator)
             refused += odd
             nodes.update(endpoint.node for endpoint in located)
+            by_client = service.affinity_s is not None
             table = _port(port.protocol, port.port, by_client, located, down)
             if table is not None:
                 ports.append(table)
-    sources = _sources(eip.address, service)
+    sources = _sources(eip.address, shown[0][0] if shown else None)
     return EipTable(
         eip.address,
         eip.owner,

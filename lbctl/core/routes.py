@@ -228,7 +228,7 @@ def select(
     selections: dict[Address, EipSelection] = {}
     facts: dict[Address, tuple[object, ...]] = {}
     for eip in sorted(eips, key=lambda eip: (eip.address.version, eip.address)):
-        service, behind = services.get(eip.owner), endpoints.get(eip.owner)
+        service, behind = standing(eip, services, endpoints)
         confirmed, local = evidence(eip.address)
         fact = (common, eip, service, behind, confirmed, local)
         facts[eip.address] = fact
@@ -238,6 +238,24 @@ def select(
         selections[eip.address] = _select(rules, eip, service, behind, verdicts, confirmed, local)
     paths = frozenset().union(*(selection.paths for selection in selections.values()))
     return Selection(paths, selections, facts)
+
+
+def standing(
+    eip: Eip,
+    services: Mapping[ObjectRef, Service],
+    endpoints: Mapping[ObjectRef, ServiceEndpoints],
+) -> tuple[Service | None, ServiceEndpoints | None]:
+    """The Service that speaks for an EIP, and the endpoints behind all Services on it.
+
+    Those that share one agree on what a route depends on (`lbctl.core.sharing`).
+    """
+    if not eip.sharers:
+        return services.get(eip.owner), endpoints.get(eip.owner)
+    every = [services[ref] for ref in eip.members if ref in services]
+    here = [service for service in every if not service.deleting] or every
+    behind = [endpoints[service.ref] for service in here if service.ref in endpoints]
+    ports = tuple(port for known in behind for port in known.ports)
+    return here[0] if here else None, ServiceEndpoints(eip.owner, ports)
 
 
 def select_eip(
