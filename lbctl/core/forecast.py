@@ -66,7 +66,7 @@ def forecast(
 ) -> tuple[Forecast, ...]:
     """Every Service that is ours or has an EIP, sorted."""
     known = {service.ref: service for service in services}
-    owners = {eip.owner for eip in eips if eip.phase is Phase.BOUND}
+    owners = {ref for eip in eips if eip.phase is Phase.BOUND for ref in eip.members}
     allocator = Allocator(config, forbidden)
     for eip in eips:
         allocator.set_eip(eip)
@@ -104,7 +104,7 @@ def refusals(config: Config, forecasts: Iterable[Forecast], eips: Iterable[Eip])
         conflict.service: f"{conflict}, which would fall out of the pools"
         for conflict in shrink_conflicts(held, config)
     }
-    free = {eip.owner for eip in held if config.lets_go(eip.pool)}
+    free = {ref for eip in held if config.lets_go(eip.pool) for ref in eip.members}
     for one in forecasts:
         if one.outlook is Outlook.LOSES and one.service not in free:
             lost = ", ".join(str(address) for address in one.before)

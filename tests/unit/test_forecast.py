@@ -81,8 +81,15 @@ def test_a_pool_that_lets_go_is_not_refused() -> None:
     assert refusals(new, forecast(new, services, eips), eips) == ()
 
 
-def test_a_service_that_is_no_longer_ours_would_lose_its_address() -> None:
+def test_a_change_of_the_class_rule_takes_nothing() -> None:
+    """A class cannot change while the status stands: what was given under another rule stays."""
     services = (service("web", "198.51.100.2", load_balancer_class="example.com/other"),)
+    (found,) = forecast(config(), services, (eip("198.51.100.2"),))
+    assert found.outlook is Outlook.KEEPS
+
+
+def test_a_service_that_is_no_longer_ours_would_lose_its_address() -> None:
+    services = (service("web", "198.51.100.2", is_load_balancer=False),)
     eips = (eip("198.51.100.2"),)
     (said,) = refusals(config(), forecast(config(), services, eips), eips)
     assert "default/web would lose 198.51.100.2" in said
