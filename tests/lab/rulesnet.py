@@ -49,6 +49,7 @@ NODE = {4: "192.0.2.2{}", 6: "2001:db8:1::2{}"}
 POD = {4: "10.244.{}.2", 6: "fd00:10:244:{}::2"}
 MAC = "02:00:00:00:00:2{}"
 ROUTER_MAC = "02:00:00:00:00:01"
+GATE_MAC = "02:00:00:00:00:0c"  # of the router towards the client
 POOLS = (
     (ip_address("198.51.100.0"), ip_address("198.51.100.127")),
     (ip_address("2001:db8:100::"), ip_address("2001:db8:100::ffff")),
@@ -118,7 +119,7 @@ class RulesNet:
         self.ip(
             "r",
             f"link add br0 address {ROUTER_MAC} type bridge\nlink set br0 up\n"
-            "link add c0 "
+            f"link add c0 address {GATE_MAC} "
             + peer.format("", "c", "c0")
             + "".join(
                 f"link add n{n} {peer.format(f'address {MAC.format(n)} ', f'n{n}', f'n{n}')}"

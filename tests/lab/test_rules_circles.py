@@ -14,7 +14,7 @@ from lbctl.core import maglev, nft, nftrules, nodeview
 
 from . import frames
 from .agentnet import wait_for
-from .rulesnet import CLIENT, EIP, PORT, ROUTER_MAC, RulesNet, made, rules, table
+from .rulesnet import CLIENT, EIP, GATE_MAC, PORT, ROUTER_MAC, RulesNet, made, rules, table
 
 PACKETS = 300
 SOURCES = itertools.count(20000)
@@ -35,11 +35,10 @@ def sent(net: RulesNet, entry: int, version: int, flags: int) -> dict[str, tuple
     """Send packets of as many flows in by one node; what both counted of them, once all ended."""
     net.enter(entry)
     wire = net.link("c", "eth0")
-    mac = net.run("r", "cat", "/sys/class/net/c0/address").strip()
     for _ in range(PACKETS):
         source = next(SOURCES)  # none that conntrack may still know
         packet = frames.tcp(CLIENT[version], source, EIP[version], PORT, flags)
-        wire.send(frames.frame(packet, mac, ROUTER_MAC))
+        wire.send(frames.frame(packet, GATE_MAC, ROUTER_MAC))
 
     def ended() -> dict[str, tuple[int, int]] | None:
         now = [net.counters(n) for n in (1, 2)]
