@@ -300,7 +300,7 @@ class Trial:
         idle = (_cpu_s(program.pid) - before) / idle_s
         before, began = _cpu_s(program.pid), time.monotonic()
         self._site.call("patch", path, {"endpoints": body["endpoints"]})
-        last = float(watch.hear("a change of nftables", lambda at: at > began))
+        last = float(watch.hear("a change of nftables", lambda at: at > began, LIMIT_S))
         end = last + 2.0
         while time.monotonic() < end:
             while not watch.said.empty():
