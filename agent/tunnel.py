@@ -6,8 +6,10 @@ Rules:
 - What is right is not touched: a restarted agent interrupts nothing.
 - A device that is not as wanted and cannot be changed in place is replaced.
 - Multicast entries are the kernel's own.
+- It has the IPv4 dummy address: with rp_filter on, loose too, the kernel drops every IPv4 packet
+  that comes in by an interface without any (fib_validate_source, fib_frontend.c).
 
-Source: ip-link(8), bridge(8), networking/vxlan.rst of the kernel; RFC 7348.
+Source: ip-link(8), bridge(8), networking/vxlan.rst of the kernel; RFC 7348; RFC 7600 section 4.8.
 """
 
 from __future__ import annotations
@@ -31,6 +33,8 @@ _AF_BRIDGE: Final = 7
 _SELF: Final = 0x02  # NTF_SELF
 _GONE: Final = {2, 19}  # ENOENT, ENODEV
 _NOWHERE: Final = "00:00:00:00:00:00"
+_DUMMY: Final = "192.0.0.8"
+_SCOPE_HOST: Final = 254  # no source of anything that leaves the host
 
 _Neighbours = Mapping[Address, tuple[str, bool]]  # address → MAC, permanent
 
@@ -59,6 +63,7 @@ async def ensure(link: Any, wanted: Tunnel) -> tuple[int, int]:
     if found.get_attr("IFLA_MTU") != wanted.mtu or not found["flags"] & _UP:
         await link.link("set", index=number, mtu=wanted.mtu, state="up")
         changes += 1
+    changes += await _address(link, number)
     known = await _neighbours(link, number)
     for address, mac in wanted.gateways:
         if known.get(address) != (mac, True):
@@ -132,6 +137,15 @@ async def _device(link: Any) -> Any | None:
         if error.code in _GONE:
             return None
         raise
+
+
+async def _address(link: Any, number: int) -> int:
+    """Give the device its IPv4 address unless it has one; how many changes it took."""
+    dump = await link.addr("dump", family=socket.AF_INET)
+    if number in {int(message["index"]) async for message in dump}:
+        return 0
+    await link.addr("add", index=number, address=_DUMMY, prefixlen=32, scope=_SCOPE_HOST)
+    return 1
 
 
 async def _create(link: Any, wanted: Tunnel) -> None:
