@@ -32,7 +32,6 @@ _UP: Final = 0x1
 _AF_BRIDGE: Final = 7
 _SELF: Final = 0x02  # NTF_SELF
 _GONE: Final = {2, 19}  # ENOENT, ENODEV
-_NOWHERE: Final = "00:00:00:00:00:00"
 _DUMMY: Final = "192.0.0.8"
 _SCOPE_HOST: Final = 254  # no source of anything that leaves the host
 

@@ -1,7 +1,8 @@
 """Runs the agent's engine in a namespace, fed by JSON lines instead of an API server.
 
 {"eips": {ADDRESS: NAME}, "services": {NAME: {"ports": [[NAME, PROTO, PORT]], "affinity": bool,
-"endpoints": [[ADDRESS, PORT, FLAGS]]}}, "nodes": N, "ranges": [[FIRST, LAST]], "down": [NAME]}
+"endpoints": [[ADDRESS, PORT, FLAGS]]}}, "nodes": N, "ranges": [[FIRST, LAST]], "down": [NAME]};
+"racks": each node's subnet, "ipv6": bool and "steering" if not as usual.
 FLAGS are letters: r ready, s serving, t terminating. Prints one line for each confirmed table, and
 {"counters": …} for {"counters": true}.
 """
@@ -22,6 +23,7 @@ from lbctl import log
 from lbctl.core.model import (
     Eip,
     Endpoint,
+    ForwardingOptions,
     Node,
     ObjectRef,
     PortEndpoints,
@@ -60,16 +62,23 @@ def inputs_of(spec: dict[str, Any]) -> Inputs:
         },
         services=services,
         endpoints=endpoints,
-        nodes=tuple(
-            Node(
-                f"n{n}",
-                addresses=(ip_address(f"192.0.2.{20 + n}"),),
-                pod_cidrs=(ip_network(f"10.244.{n}.0/24"),),
-            )
-            for n in range(1, spec["nodes"] + 1)
-        ),
+        nodes=tuple(node_of(n, spec) for n in range(1, spec["nodes"] + 1)),
+        forwarding=ForwardingOptions(steering=spec.get("steering", "auto")),
         ranges=tuple((ip_address(a), ip_address(b)) for a, b in spec["ranges"]),
         config_generation=1,
+    )
+
+
+def node_of(n: int, spec: dict[str, Any]) -> Node:
+    rack = spec["racks"][n - 1] if "racks" in spec else 2
+    addresses, cidrs = [f"192.0.{rack}.{20 + n}"], [f"10.244.{n}.0/24"]
+    if spec.get("ipv6"):
+        addresses.append(f"2001:db8:{rack}::2{n}")
+        cidrs.append(f"fd00:10:244:{n}::/64")
+    return Node(
+        f"n{n}",
+        addresses=tuple(map(ip_address, addresses)),
+        pod_cidrs=tuple(map(ip_network, cidrs)),
     )
 
 
@@ -95,7 +104,13 @@ async def main() -> None:
         while line := await reader.readline():
             spec = json.loads(line)
             if "counters" in spec:
-                say({"counters": dataplane.counters(), "repairs": engine.repairs})
+                say(
+                    {
+                        "counters": dataplane.counters(),
+                        "repairs": engine.repairs,
+                        "unreachable": engine.unreachable,
+                    }
+                )
                 continue
             engine.set_down(frozenset(spec.get("down", ())))
             engine.feed(inputs_of(spec))

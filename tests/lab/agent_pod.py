@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import sys
 from typing import cast
 
@@ -30,8 +31,12 @@ class Echo(asyncio.DatagramProtocol):
 
 async def main() -> None:
     loop = asyncio.get_running_loop()
-    server = await asyncio.start_server(serve, "0.0.0.0", 8080, backlog=4096)
+    server = await asyncio.start_server(serve, None, 8080, backlog=4096)
     await loop.create_datagram_endpoint(Echo, ("0.0.0.0", 8080))
+    six = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
+    six.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+    six.bind(("::", 8080))
+    await loop.create_datagram_endpoint(Echo, sock=six)
     print(json.dumps({"ready": True}), flush=True)
     async with server:
         await server.serve_forever()

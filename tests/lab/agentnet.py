@@ -1,5 +1,5 @@
-"""A small network of the agent's own tests: three nodes on one segment, a router with layer-4 ECMP,
-a client, and pods behind each node. Namespaces bear the prefix that the caller gives.
+"""A small network of the agent's own tests: nodes on one segment or on several, a router with
+layer-4 ECMP, a client, and pods behind each node. Namespaces bear the prefix that the caller gives.
 
 Every process started here is stopped by pid in `close`, and every namespace is removed.
 """
@@ -21,6 +21,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 LIMIT_S = 60.0
 POOL = "198.51.100.0/25"
+POOL6 = "2001:db8:100::/64"
 
 
 def sh(*command: str, text: str | None = None) -> str:
@@ -90,11 +91,23 @@ class Helper:
 
 
 class Net:
-    """Router `r` (192.0.2.1, 203.0.113.1), client `c` (203.0.113.10), nodes `n1` … (192.0.2.2N)."""
+    """Router `r` (192.0.2.1, 203.0.113.1), client `c` (203.0.113.10), nodes `n1` … (192.0.2.2N).
 
-    def __init__(self, prefix: str, nodes: int = 3, pods: int = 2) -> None:
+    racks: each node's subnet, 192.0.RACK.0/24 and, with ipv6, 2001:db8:RACK::/64.
+    """
+
+    def __init__(
+        self,
+        prefix: str,
+        nodes: int = 3,
+        pods: int = 2,
+        racks: tuple[int, ...] = (),
+        ipv6: bool = False,
+    ) -> None:
         self.prefix = prefix
         self.nodes = nodes
+        self.racks = racks or (2,) * nodes
+        self.ipv6 = ipv6
         self.pods = pods
         self.helpers: list[Helper] = []
         self.names = ["r", "c"]
@@ -131,8 +144,12 @@ class Net:
         self.helpers.append(helper)
         return helper
 
-    def pod_address(self, node: int, pod: int) -> str:
-        return f"10.244.{node}.{pod + 1}"
+    def pod_address(self, node: int, pod: int, version: int = 4) -> str:
+        return f"10.244.{node}.{pod + 1}" if version == 4 else f"fd00:10:244:{node}::{pod + 1}"
+
+    def address(self, node: int, version: int = 4) -> str:
+        rack = self.racks[node - 1]
+        return f"192.0.{rack}.{20 + node}" if version == 4 else f"2001:db8:{rack}::2{node}"
 
     def _build(self) -> None:
         pods = [(n, p) for n in range(1, self.nodes + 1) for p in range(1, self.pods + 1)]
@@ -140,31 +157,38 @@ class Net:
         self.names += [f"p{n}{p}" for n, p in pods]
         for name in self.names:
             sh("ip", "netns", "add", self.ns(name))
-        self.ip(
-            "r",
-            "link set lo up\nlink add br0 type bridge\nlink set br0 up\n"
-            "addr add 192.0.2.1/24 dev br0\n",
-        )
+            if self.ipv6:
+                self.sysctl(name, "net.ipv6.conf.default.accept_dad=0")
+        self.ip("r", "link set lo up\n")
+        for rack in sorted(set(self.racks)):
+            self.ip(
+                "r",
+                f"link add br{rack} type bridge\nlink set br{rack} up\n"
+                f"addr add 192.0.{rack}.1/24 dev br{rack}\n",
+            )
         self._link("r", "c0", "c", "eth0")
         self.ip("r", "addr add 203.0.113.1/24 dev c0\n")
         self.ip("c", "addr add 203.0.113.10/24 dev eth0\nroute add default via 203.0.113.1\n")
         # Else a retransmission takes another path: the switch hashes by the client socket's hash.
         self.sysctl("c", "net.core.txrehash=0", "net.ipv4.tcp_timestamps=2")
         self.sysctl("r", "net.ipv4.ip_forward=1", "net.ipv4.fib_multipath_hash_policy=1")
-        for n in range(1, self.nodes + 1):
+        for n, rack in enumerate(self.racks, 1):
             self._link("r", f"n{n}", f"n{n}", "eth0")
-            self.ip("r", f"link set n{n} master br0\n")
+            self.ip("r", f"link set n{n} master br{rack}\n")
             self.ip(
-                f"n{n}", f"addr add 192.0.2.{20 + n}/24 dev eth0\nroute add default via 192.0.2.1\n"
+                f"n{n}",
+                f"addr add {self.address(n)}/24 dev eth0\nroute add default via 192.0.{rack}.1\n",
             )
             self.sysctl(f"n{n}", "net.ipv4.ip_forward=1")
             routes = "".join(
-                f"route add 10.244.{m}.0/24 via 192.0.2.{20 + m}\n"
-                for m in range(1, self.nodes + 1)
-                if m != n
+                f"route add 10.244.{m}.0/24 via {self.address(m)}\n"
+                for m, other in enumerate(self.racks, 1)
+                if m != n and other == rack
             )
             self.ip(f"n{n}", routes)
         self._build_pods(pods)
+        if self.ipv6:
+            self._build_ipv6(pods)
         self.ecmp(list(range(1, self.nodes + 1)))
 
     def _build_pods(self, pods: list[tuple[int, int]]) -> None:
@@ -180,6 +204,28 @@ class Net:
                 f"route add default via 169.254.{n}.{p} dev eth0\n",
             )
 
+    def _build_ipv6(self, pods: list[tuple[int, int]]) -> None:
+        """The same again in IPv6."""
+        racks = sorted(set(self.racks))
+        lines = "".join(f"addr add 2001:db8:{rack}::1/64 dev br{rack}\n" for rack in racks)
+        self.ip("r", f"addr add 2001:db8:ff::1/64 dev c0\n{lines}")
+        self.ip("c", "addr add 2001:db8:ff::10/64 dev eth0\nroute add default via 2001:db8:ff::1\n")
+        self.sysctl("r", "net.ipv6.conf.all.forwarding=1", "net.ipv6.fib_multipath_hash_policy=1")
+        for n, rack in enumerate(self.racks, 1):
+            self.sysctl(f"n{n}", "net.ipv6.conf.all.forwarding=1")
+            self.ip(
+                f"n{n}",
+                f"addr add {self.address(n, 6)}/64 dev eth0\n"
+                f"route add default via 2001:db8:{rack}::1\n",
+            )
+        for n, p in pods:
+            address = self.pod_address(n, p, 6)
+            self.ip(f"n{n}", f"addr add fe80::1/64 dev pod{p}\nroute add {address} dev pod{p}\n")
+            self.ip(
+                f"p{n}{p}",
+                f"addr add {address}/128 dev eth0\nroute add default via fe80::1 dev eth0\n",
+            )
+
     def _link(self, a: str, in_a: str, b: str, in_b: str) -> None:
         self.ip(
             a,
@@ -189,7 +235,8 @@ class Net:
 
     def ecmp(self, nodes: list[int], prefix: str = POOL) -> None:
         """Let the router spread the pool's packets over these nodes."""
-        hops = "".join(f" nexthop via 192.0.2.{20 + n}" for n in nodes)
+        version = 6 if ":" in prefix else 4
+        hops = "".join(f" nexthop via {self.address(n, version)}" for n in nodes)
         if nodes:
             self.ip("r", f"route replace {prefix}{hops}\n")
         else:
