@@ -19,6 +19,8 @@ import structlog
 from lbctl import errors
 from lbctl.core.actions import Action, CreateEip, DeleteEip, RebindEip, Refused, ReleaseEip
 from lbctl.core.allocator import Allocator
+from lbctl.core.config import Config
+from lbctl.core.forecast import cluster_addresses
 from lbctl.core.holdings import Decision
 from lbctl.core.model import Address, Eip, Node, ObjectRef, Service
 from lbctl.core.release import Facts
@@ -32,6 +34,7 @@ from manager.executor import Executor, Sink
 from manager.gateways import gateways
 from manager.inputs import Inputs
 from manager.metrics import Metrics
+from manager.rehearsal import Rehearsal
 from manager.releasing import Releasing
 
 RESYNC_S: Final = 60.0
@@ -63,6 +66,7 @@ class Allocating:
         self._on_decided = on_decided
         self._accepted: Accepted | None = None
         self._reign: _Reign | None = None
+        self._rehearsal = Rehearsal(inputs, on_written, on_decided)
         sink = Sink(
             self._service_written, self._service_gone, self._eip_written, self._eip_gone, on_written
         )
@@ -87,7 +91,17 @@ class Allocating:
 
     def decision(self, ref: ObjectRef) -> Decision | None:
         """What was last decided about a Service; None while not leading."""
-        return self._reign.allocator.decision(ref) if self._reign is not None else None
+        if self._reign is None:
+            return None
+        if self._observed is not None:
+            return self._rehearsal.decision(ref)
+        return self._reign.allocator.decision(ref)
+
+    @property
+    def _observed(self) -> Config | None:
+        """The configuration, if it says that nothing is to be written."""
+        config = self._accepted.config if self._accepted is not None else None
+        return config if config is not None and config.takeover == "observe" else None
 
     def release(self, address: Address) -> str | None:
         """What the release of an address waits for; None if it is not on its way or not leading."""
@@ -101,7 +115,10 @@ class Allocating:
             async with asyncio.TaskGroup() as group:
                 dispatcher = Dispatcher(group, self._executor, reign.undone)
                 while True:
-                    reign.work(dispatcher)
+                    if (observed := self._observed) is not None:
+                        await self._rehearsal.look(observed, self._forbidden())
+                    else:
+                        reign.work(dispatcher)
                     self._metrics.queue.set(dispatcher.busy)
                     await self._pause(reign)
         except* errors.NotLeader as lost:
@@ -141,13 +158,9 @@ class Allocating:
     def _forbidden(self) -> tuple[Forbidden, ...]:
         """Addresses of the cluster and its switches; the allocator knows ClusterIPs itself."""
         found: set[Forbidden] = set(gateways())
-        for node in self._inputs.nodes.cache.items.values():
-            found.update(node.addresses, node.next_hops, node.pod_cidrs)
         if self._accepted is not None:
-            for peer in self._accepted.config.bgp.peers:
-                found.add(peer.address)
-                if peer.local_address is not None:
-                    found.add(peer.local_address)
+            nodes = self._inputs.nodes.cache.items.values()
+            found |= cluster_addresses(nodes, self._accepted.config)
         return tuple(found)
 
     # What the watches and the writes say

@@ -65,7 +65,8 @@ class Conditions:
     def written(self, action: Action) -> None:
         """An action was carried out: the Event that goes with it."""
         if isinstance(action, Refused | Told):
-            self._say(action.service, action.seen.uid, action.reason, action.sentence, warning=True)
+            uid, warning = action.seen.uid, action.reason is not Reason.OBSERVING
+            self._say(action.service, uid, action.reason, action.sentence, warning)
         elif isinstance(action, CreateEip | RebindEip):
             eip = action.eip
             text = f"{eip.address} of pool {eip.pool}: {SENTENCE[action.reason]}"
@@ -125,10 +126,12 @@ class Conditions:
     def _wanted(self, ref: ObjectRef) -> tuple[str, str, str] | None:
         decision = self._decision(ref)
         service = self._services.get(ref)
-        if decision is None or service is None:
+        if decision is None or service is None or decision.reason is Reason.OBSERVING:
             return None
         foreign = (Reason.NOT_LOAD_BALANCER, Reason.OTHER_CLASS)
-        if decision.reason in foreign and service.condition is None:
+        # Not written before there is a configuration either: it may say `takeover: observe`.
+        silent = (*foreign, Reason.WAITING_FOR_CONFIG)
+        if decision.reason in silent and service.condition is None:
             return None
         if decision.reason in foreign or not decision.addresses:
             return "False", str(decision.reason), decision.sentence

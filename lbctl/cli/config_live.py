@@ -51,6 +51,7 @@ class Site:
     services: tuple[Service, ...]
     eips: tuple[Eip, ...]
     nodes: tuple[Node, ...]
+    labels: dict[str, dict[str, str]]  # of the namespaces
     accepted: Entry | None
     wanted: DataObject | None
 
@@ -69,7 +70,7 @@ def judge(site: Site, text: str, source: str) -> Verdict:
     """Pure. Raises ConfigError if the configuration is not even valid."""
     config = parse(text, source)
     forbidden = outlooks.cluster_addresses(site.nodes, config)
-    told = outlooks.forecast(config, site.services, site.eips, forbidden)
+    told = outlooks.forecast(config, site.services, site.eips, forbidden, site.labels)
     old: Config | None = None
     if site.accepted is not None:
         try:
@@ -109,14 +110,16 @@ async def _eips(client: Client) -> tuple[Eip, ...]:
 
 async def read_site(client: Client) -> Site:
     """Everything that `judge` needs."""
-    services, nodes, eips, accepted, wanted = await asyncio.gather(
+    services, nodes, spaces, eips, accepted, wanted = await asyncio.gather(
         _all(client, objects.SERVICE),
         _all(client, objects.NODE),
+        _all(client, objects.NAMESPACE),
         _eips(client),
         _map(client, names.ACCEPTED_CONFIG_MAP),
         _map(client, names.CONFIG_MAP),
     )
-    return Site(services, eips, nodes, entry_of(accepted), wanted)
+    labels = {space.ref.name: dict(space.labels) for space in spaces}
+    return Site(services, eips, nodes, labels, entry_of(accepted), wanted)
 
 
 async def read_history(client: Client) -> tuple[Entry, ...]:

@@ -31,7 +31,7 @@ from lbctl.core.actions import (
     Told,
     WriteStatus,
 )
-from lbctl.core.annotations import asked
+from lbctl.core.annotations import Asked, asked
 from lbctl.core.choosing import Chooser, Pick, without
 from lbctl.core.config import Config, Services
 from lbctl.core.holdings import Decision, Holdings, Record
@@ -99,7 +99,8 @@ class Allocator:
         if not self._supply.configure(config, forbidden):
             return
         self._mark_all(self._refused)
-        if before is None or config is None or before.services != config.services:
+        before_rule = (before.services, before.takeover) if before is not None else None
+        if config is None or before_rule != (config.services, config.takeover):
             self._mark_all(self._held.records)
         if before != config:
             for eip in self._held.eips.values():
@@ -255,6 +256,12 @@ class Allocator:
         config = self._supply.config
         return config.services if config is not None else ANY_CLASS_RULE
 
+    @property
+    def _adopting(self) -> bool:
+        """`takeover: adopt`: what a status shows is somebody's in use, ours or not."""
+        config = self._supply.config
+        return config is not None and config.takeover == "adopt"
+
     def _was_ours(self, record: Record, service: Service) -> bool:
         """Only the configuration can have changed: the class cannot, and a change of type clears
         the status. What was given stays."""
@@ -268,6 +275,8 @@ class Allocator:
     def _key(self, service: Service) -> Key:
         """Order of a batch. An address in the status is a claim too: a restored cluster's."""
         ref = service.ref
+        if self._adopting:
+            return not service.ingress, service.created_s, ref.namespace, ref.name
         named = bool(service.ingress) and any(map(self._supply.pool_of, service.ingress))
         if not named and (service.requested or service.annotations):
             named = bool(asked(service).addresses)
@@ -332,11 +341,7 @@ class Allocator:
         """Everything for one Service that is ours, in an order that is safe to stop in."""
         self._settle(record)
         wanted = asked(service)
-        problem = wanted.problem
-        if problem is not None:
-            picks = [self._chooser.keep(record, service, f, problem) for f in service.families]
-        else:
-            picks = [self._chooser.pick(record, service, wanted, f) for f in service.families]
+        picks = [self._pick(record, service, wanted, family) for family in service.families]
         for pick in picks:
             busy = self._busy(service, pick)
             if busy is not None:
@@ -354,6 +359,13 @@ class Allocator:
             if eip.address not in addresses:
                 actions += self._give_up(record, eip, service)
         return actions + self._decide(record, service, picks, addresses)
+
+    def _pick(self, record: Record, service: Service, wanted: Asked, family: int) -> Pick:
+        if adopted := self._chooser.adopt(record, service, wanted, family):
+            return adopted
+        if wanted.problem is not None:
+            return self._chooser.keep(record, service, family, wanted.problem)
+        return self._chooser.pick(record, service, wanted, family)
 
     def _busy(self, service: Service, pick: Pick) -> Address | None:
         """The address whose EIP another Service is about to write: that comes first."""
@@ -379,6 +391,8 @@ class Allocator:
         self, record: Record, service: Service, addresses: tuple[Address, ...], kept: list[Pick]
     ) -> list[Action]:
         ref, shown = service.ref, service.ingress
+        if self._adopting and not set(shown) <= set(addresses):
+            return []
         if addresses:
             if len(addresses) == len(shown) and set(addresses) == set(shown):
                 return []

@@ -72,6 +72,36 @@ class Chooser:
         """What it has, when nothing that it asks for can be followed."""
         return self._refuse(service, self.have(record, service, family), *why)
 
+    def adopt(self, record: Record, service: Service, asked: Asked, family: int) -> Pick | None:
+        """`takeover: adopt`: what the status shows stays, whatever the rules of giving say.
+
+        None if that is not so, or the status shows nothing of this family.
+        """
+        config = self._supply.config
+        shown = sorted((a for a in service.ingress if a.version == family), key=int)
+        if not shown or config is None or config.takeover != "adopt":
+            return None
+        for eip in record.eips:
+            if eip.address in shown and eip.phase is Phase.BOUND:
+                kept = self._own(service, eip, asked)
+                return Pick(kept, eip, Reason.SHARED if eip.sharers else Reason.RESTORED)
+        address, holder = shown[0], self._held.eips.get(shown[0])
+        if self._supply.pool_of(address) is None:
+            why = "which is in no pool"
+        elif self._supply.is_forbidden(address):
+            why = "which belongs to the cluster itself"
+        elif holder is None:
+            return self._new(service, asked, address, Reason.ADOPTED)
+        elif holder in record.eips:
+            return self._rebound(service, asked, holder)
+        else:
+            joined = self._join(service, asked, holder) if asked.sharing else None
+            if isinstance(joined, Pick):
+                return joined
+            why = f"which Service {holder.owner} holds"
+        said = f"its status shows {address}, {why}; it is left as it is"
+        return self._refuse(service, None, Reason.NOT_ADOPTED, said)._replace(wish=address)
+
     def have(self, record: Record, service: Service, family: int) -> Eip | None:
         """The EIP of a family that is its own now."""
         return min(

@@ -113,7 +113,11 @@ class Services(Model):
 
 
 class Config(Model):
-    """A whole, valid configuration. Frozen and comparable."""
+    """A whole, valid configuration. Frozen and comparable.
+
+    `takeover`: while another controller's Services become ours; docs/migrating.md. "observe": say
+    what would be done, write nothing to Services and EIPs. "adopt": what a Service has, it keeps.
+    """
 
     version: Annotated[int, BeforeValidator(values.parse_version)]
     pools: tuple[Pool, ...]
@@ -123,6 +127,7 @@ class Config(Model):
     forwarding: Annotated[Forwarding, BeforeValidator(given)] = Forwarding()
     endpoints: Annotated[Endpoints, BeforeValidator(given)] = Endpoints()
     services: Annotated[Services, BeforeValidator(given)] = Services()
+    takeover: Literal["none", "observe", "adopt"] = "none"
 
     @property
     def forwarding_options(self) -> ForwardingOptions:

@@ -6,10 +6,11 @@ do if it saw exactly this. `lbctl config diff` and `takeover: observe` tell it t
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
+from lbctl.core.actions import CreateEip, LeaveEip, RebindEip, WriteStatus
 from lbctl.core.allocator import Allocator
 from lbctl.core.config import Config, shrink_conflicts
 from lbctl.core.holdings import Decision
@@ -26,6 +27,7 @@ class Outlook(StrEnum):
     MOVES = "moves"
     LOSES = "loses"
     WAITS = "waits"  # it has none and gets none
+    STAYS = "stays"  # what it shows is not ours and is left as it is (`takeover: adopt`)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,16 +65,19 @@ def forecast(
     services: Iterable[Service],
     eips: Iterable[Eip],
     forbidden: Iterable[Forbidden] = (),
+    labels: Mapping[str, Mapping[str, str]] | None = None,
 ) -> tuple[Forecast, ...]:
-    """Every Service that is ours or has an EIP, sorted."""
+    """Every Service that is ours or has an EIP, sorted. labels: of the namespaces."""
     known = {service.ref: service for service in services}
     owners = {ref for eip in eips if eip.phase is Phase.BOUND for ref in eip.members}
     allocator = Allocator(config, forbidden)
+    for name, found_labels in (labels or {}).items():
+        allocator.set_namespace(name, found_labels)
     for eip in eips:
         allocator.set_eip(eip)
     for service in known.values():
         allocator.set_service(service)
-    allocator.plan()
+    _play(allocator, dict(known))
     found = []
     for ref, service in sorted(known.items()):
         decision = allocator.decision(ref)
@@ -81,10 +86,27 @@ def forecast(
     return tuple(found)
 
 
+def _play(allocator: Allocator, services: dict[ObjectRef, Service]) -> None:
+    """Let every write succeed at once: who shares an address waits for the write before its own."""
+    for _ in range(len(services) + 1):
+        actions = allocator.plan()
+        if not actions:
+            return
+        for action in actions:
+            if isinstance(action, CreateEip | RebindEip | LeaveEip):
+                allocator.set_eip(action.eip)
+            elif isinstance(action, WriteStatus):
+                shown = replace(services[action.service], ingress=action.addresses)
+                services[action.service] = shown
+                allocator.set_service(shown)
+
+
 def _of(service: Service, decision: Decision) -> Forecast:
     before, after = service.ingress, decision.addresses
     if not before:
         outlook = Outlook.GETS if after else Outlook.WAITS
+    elif decision.reason is Reason.NOT_ADOPTED:
+        outlook = Outlook.STAYS
     elif set(before) <= set(after):
         outlook = Outlook.KEEPS
     else:
@@ -92,6 +114,24 @@ def _of(service: Service, decision: Decision) -> Forecast:
     return Forecast(
         service.ref, outlook, before, after, decision.reason, decision.sentence.rstrip(".")
     )
+
+
+def told(one: Forecast) -> str:
+    """A forecast as a sentence."""
+    now = ", ".join(str(address) for address in one.before)
+    then = ", ".join(str(address) for address in one.after)
+    match one.outlook:
+        case Outlook.KEEPS:
+            return f"Service {one.service} would keep {then}"
+        case Outlook.GETS:
+            return f"Service {one.service} would get {then}"
+        case Outlook.MOVES:
+            return f"Service {one.service} would move from {now} to {then}"
+        case Outlook.LOSES:
+            return f"Service {one.service} would lose {now}: {one.sentence}"
+        case Outlook.STAYS:
+            return f"Service {one.service} would stay at {now}, which is not ours: {one.sentence}"
+    return f"Service {one.service} would get no address: {one.sentence}"
 
 
 def refusals(config: Config, forecasts: Iterable[Forecast], eips: Iterable[Eip]) -> tuple[str, ...]:

@@ -41,6 +41,10 @@ class Reason(StrEnum):
     ANNOTATIONS_CONFLICT = "AnnotationsConflict"
     CLAIM_LOST = "ClaimLost"
     STATUS_OVERWRITTEN = "StatusOverwritten"
+    # takeover
+    OBSERVING = "Observing"
+    ADOPTED = "Adopted"
+    NOT_ADOPTED = "NotAdopted"
     # configuration
     CONFIG_ACCEPTED = "ConfigAccepted"
     CONFIG_REJECTED = "ConfigRejected"
@@ -105,6 +109,9 @@ SENTENCE: Final[dict[Reason, str]] = {
     Reason.ANNOTATIONS_CONFLICT: "its annotations ask for different things",
     Reason.CLAIM_LOST: "its status showed an address that another Service has",
     Reason.STATUS_OVERWRITTEN: "its status showed an address that it does not have",
+    Reason.OBSERVING: "takeover: observe: nothing is written to Services and EIPs",
+    Reason.ADOPTED: "the address that another controller gave it was kept",
+    Reason.NOT_ADOPTED: "it has an address that cannot become ours, so it was left as it is",
     Reason.CONFIG_ACCEPTED: "the configuration is in force",
     Reason.CONFIG_REJECTED: "the configuration has errors; the last accepted one stays in force",
     Reason.POOL_SHRINK_REFUSED: "addresses that Services use would fall out of the pools",

@@ -19,6 +19,7 @@ import yaml
 
 from lbctl import errors
 from lbctl.core import names
+from lbctl.core.actions import Action
 from lbctl.core.model import Eip, ObjectRef, Service
 from lbctl.core.release import Facts
 from lbctl.kube import client as api
@@ -196,8 +197,14 @@ class Replica:
         self.inputs = Inputs(self.client, site.namespace)
         self.events = EventRecorder(self.client, "lbctl-manager", name)
         self.elector = LeaderElector(self.client, name, namespace=site.namespace, **lease)
+        self.told: list[Action] = []
         self.allocating = Allocating(
-            self.writer, self.inputs, self.elector.is_leader, self.metrics, self._facts
+            self.writer,
+            self.inputs,
+            self.elector.is_leader,
+            self.metrics,
+            self._facts,
+            self.told.append,
         )
         self.configuration = Configuration(
             self.client,

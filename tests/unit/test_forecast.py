@@ -97,6 +97,20 @@ def test_a_service_that_is_no_longer_ours_would_lose_its_address() -> None:
     assert refusals(free, forecast(free, services, eips), eips) == ()
 
 
+def test_an_address_that_the_rules_deny_would_be_lost_and_that_is_refused() -> None:
+    services = (service("web", "198.51.100.2"),)
+    new = config(pool=", namespaces: [elsewhere]")
+    (said,) = refusals(new, forecast(new, services, ()), ())
+    assert "default/web would lose 198.51.100.2" in said and "does not serve namespace" in said
+
+
+def test_labels_of_namespaces_count() -> None:
+    new = config(pool=", namespaceSelectors: [{matchLabels: {team: web}}]")
+    assert forecast(new, (service(),), ())[0].outlook is Outlook.WAITS
+    labels = {"default": {"team": "web"}}
+    assert forecast(new, (service(),), (), (), labels)[0].outlook is Outlook.GETS
+
+
 def test_services_that_are_nobodys_are_not_spoken_of() -> None:
     foreign = service("theirs", "203.0.113.9", load_balancer_class="example.com/other")
     plain = service("plain", is_load_balancer=False)
