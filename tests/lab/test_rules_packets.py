@@ -7,7 +7,6 @@ from __future__ import annotations
 import contextlib
 import socket
 from collections.abc import Iterator
-from dataclasses import replace
 from ipaddress import ip_address
 
 import pytest
@@ -24,6 +23,7 @@ from .rulesnet import (
     EIP,
     GATE_MAC,
     NODE,
+    POD,
     POD_PORT,
     PORT,
     ROUTER_MAC,
@@ -168,20 +168,10 @@ def test_an_endpoint_on_no_node_sees_the_node(net: RulesNet, version: int) -> No
     server = net.opened("r", version, socket.SOCK_STREAM)
     server.bind((host, POD_PORT))
     server.listen()
-    of = table()
     policy = Policy(external=(ip_address(host),))
     for node in (1, 2):
-        ruleset = rules(of, node, policy)
-        ports = {
-            key: replace(
-                port,
-                steer={},
-                deliver=dict.fromkeys(range(port.size), (ip_address(host), POD_PORT)),
-            )
-            for key, port in ruleset.ports.items()
-            if key[0].version == version
-        }
-        net.load(node, *nft.full(replace(ruleset, ports=ports)))
+        for text in nft.full(rules(table((node,)), node, policy)):
+            net.load(node, text.replace(f": {POD[version].format(node)} .", f": {host} ."))
     try:
         for node in (1, 2):
             net.enter(node)
