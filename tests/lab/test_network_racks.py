@@ -1,6 +1,6 @@
 """Two racks behind a spine: all machines reach each other, flows spread over racks and nodes.
 
-The EIPs are announced by hand, from where the managers would.
+First the fabric alone, with an EIP announced by hand; then with everything of ours on it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,9 @@ from functools import partial
 
 import pytest
 
+from lbctl.lab import workload
+from lbctl.lab.api import Api, wait
+from lbctl.lab.bringup import KUBECONFIG, bring_up
 from lbctl.lab.lab import Lab, take_down
 
 from .rack import ROOT, pings, poll, vrrp
@@ -99,3 +102,42 @@ for number in range(300):
         sock.send(b"x")
 END
 """
+
+
+def test_every_pod_answers_whichever_rack_its_packets_enter(racks: Lab) -> None:
+    """In both families; between the racks they go through the nodes' tunnel."""
+    bring_up(racks, "embedded", print)
+    with Api(racks.directory / KUBECONFIG) as api:
+        api.apply(
+            workload.deployment("web", 3), workload.service("web", families="RequireDualStack")
+        )
+        wait("a pod on each node", lambda: len(api.ready_pods("web")) == 3)
+        assert len(set(api.pod_nodes("web").values())) == 3
+        eips = wait("both EIPs", lambda: found if len(found := api.eips_of("web")) == 2 else None)
+        pods = set(api.ready_pods("web"))
+    for eip in eips:
+        hops_1, hops_2 = own_rack(racks, eip)
+        poll(f"rack 1's way to {eip}", partial(hops, racks, "tor-1b", eip, hops_1))
+        poll(f"rack 2's way to {eip}", partial(hops, racks, "tor-2b", eip, hops_2))
+        poll(f"the spine's ways to {eip}", partial(ways, racks, eip, 4))
+        host = f"[{eip}]" if ":" in eip else eip
+        script = f"for i in $(seq 40); do curl -s -m 20 http://{host}/; done"
+        done = racks.machine("client").run("sh", "-c", script, timeout_s=240)
+        lines = [line.split() for line in done.stdout.splitlines()]
+        assert len(lines) == 40, f"{eip}: {len(lines)} of 40 answered"
+        assert {pod for pod, _, _ in lines} == pods
+        assert {peer for _, peer, _ in lines} <= set(racks.machine("client").addresses)
+
+
+def own_rack(lab: Lab, eip: str) -> tuple[list[str], list[str]]:
+    """The next hops that the switches of each rack take: their own nodes' of the EIP's family."""
+    six = ":" in eip
+    found = [
+        next(a for a in lab.machine(f"node-{number}").addresses if (":" in a) == six)
+        for number in (1, 2, 3)
+    ]
+    return found[:2], found[2:]
+
+
+def ways(lab: Lab, eip: str, count: int) -> bool:
+    return len(lab.kernel_routes("spine", eip)) == count
