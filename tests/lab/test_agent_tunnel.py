@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from lbctl.core.names import TUNNEL_DEVICE, TUNNEL_PORT, TUNNEL_VNI
+from lbctl.core.names import NFT_TABLE, RULE_PRIORITY, TUNNEL_DEVICE, TUNNEL_PORT, TUNNEL_VNI
 
 from .agentnet import POOL6, Helper, Net, sh, wait_for
 
@@ -234,3 +234,49 @@ def test_what_others_did_to_it_is_repaired(site: Site) -> None:
     wait_for("the entries to be as they were", mended, 30)
     assert site.told(1)["repairs"]["routes"] > 0
     wait_for("every pod to answer", lambda: site.all_answer(6), 30)
+
+
+def test_a_restart_touches_nothing(site: Site) -> None:
+    before = site.device(2), site.forwards(2)
+    site.engines.pop(2).stop(9)
+    assert site.all_answer(4)
+    site.start(2)
+    site.apply((2,))
+    assert (site.device(2), site.forwards(2)) == before
+    assert site.told(2)["repairs"]["routes"] == 0
+
+
+def test_steering_as_configured(site: Site) -> None:
+    site.steering = "tunnel"
+    site.apply()
+    wait_for("n2 in the tunnel", lambda: "192.0.2.22" in site.forwards(1))
+    for version in (4, 6):
+        wait_for("every pod to answer", lambda v=version: site.all_answer(v), 30)
+    site.steering = "direct"
+    site.apply()
+    for n in (1, 2, 3):
+        wait_for(f"n{n}'s tunnel to be gone", lambda n=n: site.device(n) == "")
+    assert site.told(1)["unreachable"] == ["n3"]
+    site.steering = "auto"
+    site.apply()
+    wait_for("every pod to answer", lambda: site.all_answer(4), 30)
+
+
+def test_nothing_stays(site: Site) -> None:
+    """Without the node in the other subnet there is no tunnel; uninstalled, there is nothing."""
+    site.nodes = 2
+    site.apply((1, 2))
+    wait_for("n1's tunnel to be gone", lambda: site.device(1) == "")
+    site.nodes = 3
+    site.apply((1, 2))
+    wait_for("n1's tunnel to be back", lambda: site.device(1) != "")
+    site.engines.pop(1).stop()
+    for _ in range(2):
+        arguments = ("--uninstall", "--snapshot-dir", "/nonexistent")
+        site.net.run("n1", sys.executable, "-m", "agent.main", *arguments)
+    left = site.ip(1, "rule") + site.ip(1, "-6", "rule")
+    assert f"\n{RULE_PRIORITY}:" not in left
+    routes = site.ip(1, "route", "show", "table", "all", "proto", "76")
+    routes += site.ip(1, "-6", "route", "show", "table", "all", "proto", "76")
+    assert routes == "" and site.device(1) == ""
+    assert NFT_TABLE not in site.net.run("n1", "nft", "list", "tables")
