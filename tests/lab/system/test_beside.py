@@ -146,7 +146,9 @@ def test_open_connections_are_never_invalid_to_kube_proxy(beside: Beside) -> Non
     system, eip = beside.system, beside.eips["Cluster"]
     before = invalid_drops(beside)
     system.watch_entries(eip)
-    with Load.start(system.lab.machine("client"), eip, 80, flows=80, probes_per_s=20) as load:
+    with Load.start(
+        system.lab.machine("client"), eip, 80, flows=80, probes_per_s=20, timeout_s=5
+    ) as load:
         entered = system.entries(eip)
         at = load.mark("grow")
         system.api.scale(APP, 3)

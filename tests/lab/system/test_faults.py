@@ -114,8 +114,9 @@ def test_a_rebooted_node_with_pods_takes_nobodys_connections(system: System) -> 
     others = ("node-1", "node-2")
     system.lab.power_cut("node-3")
     system.wait_routed(eip, to=others)
-    with Load.start(system.lab.machine("client"), eip, 80, flows=150) as load:
+    with Load.start(system.lab.machine("client"), eip, 80, flows=150, timeout_s=5) as load:
         system.lab.power_on("node-3")
+        system.wait_system_ready()
         system.wait_routed(eip)
         at = load.mark("back")
         report = drive_on(load, at, seconds=5.0)
