@@ -19,6 +19,7 @@ import structlog
 
 from lbctl import errors
 from lbctl.core.announce import Paths
+from lbctl.core.forwarding import Locator
 from lbctl.core.model import (
     Address,
     Eip,
@@ -105,12 +106,12 @@ class Announcing:
         self._releasing: set[Address] = set()
         self._owned: dict[ObjectRef, set[Address]] = {}
         self._nodes: dict[str, Node] = {}
+        self._locator: Locator | None = None  # of these
         self._ids = PathIds()
         self._paths: PMap[Network, frozenset[Path]] = PMap()
         self._hops: Counter[str] = Counter()  # paths by node
         self._counts: tuple[Counter[int], Counter[int]] = Counter(), Counter()  # by family
-        self._all = True
-        self._touched: set[Address] = set()
+        self._all, self._touched = True, set[Address]()
         self._wake, self._leaving = asyncio.Event(), asyncio.Event()
         self.selections: dict[Address, EipSelection] = {}
         self.number: int | None = None  # of the last set; None before the first
@@ -186,6 +187,7 @@ class Announcing:
             self._nodes[new.name] = new
         elif old is not None:
             self._nodes.pop(old.name, None)
+        self._locator = None
         self._touch_all()
 
     # What people ask
@@ -243,6 +245,7 @@ class Announcing:
             if service is not None:
                 services[ref] = service
                 endpoints[ref] = self._inputs.index.of(ref)
+        self._locator = self._locator or Locator(self._nodes.values())
         found = select(
             rules,
             eips,
@@ -253,6 +256,7 @@ class Announcing:
             self._ids,
             None,
             self._confirmations,
+            self._locator,
         )
         fresh: dict[Network, frozenset[Path]] = {}
         gone: set[Network] = set()

@@ -160,7 +160,7 @@ class Executor:
                 meta["finalizers"] = others
             case WriteStatus():
                 sub = "status"
-                ingress = [{"ip": str(address)} for address in action.addresses]
+                ingress = [{"ip": str(a), "ipMode": "VIP"} for a in action.addresses]
                 body["status"] = {"loadBalancer": {"ingress": ingress}}
             case ClearStatus():
                 sub = "status"

@@ -68,6 +68,14 @@ def _carries(session: SessionState, eip: EipState) -> bool:
     return session.up and (not session.families or eip.address.version in session.families)
 
 
+def _nobody(eip: EipState) -> str:
+    if eip.phase is Phase.RELEASING:
+        return "It is announced no more."
+    if eip.reason is None:
+        return "No node is judged for it yet."
+    return f"None: {SENTENCE[eip.reason]}. [{eip.reason.value}]"
+
+
 class Story:
     """What all managers say about one Service."""
 
@@ -159,10 +167,7 @@ class Story:
                 for line in lines:
                     out.print(f"  {clean(node)}: {clean(line)}")
             if not found:
-                back = eip.phase is Phase.RELEASING
-                out.print(
-                    f"  {'It is announced no more.' if back else 'No node is judged for it yet.'}"
-                )
+                out.print(f"  {clean(_nobody(eip))}")
         out.print("Sessions", style="bold")
         for line in self.sessions() or ["No switch is configured."]:
             out.print(f"  {clean(line)}")

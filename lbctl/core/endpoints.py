@@ -6,7 +6,7 @@ An endpoint on no node is left out first: nothing could deliver to it.
 
 from __future__ import annotations
 
-from lbctl.core.model import Endpoint, ServiceEndpoints
+from lbctl.core.model import Endpoint
 
 
 def eligible(endpoints: tuple[Endpoint, ...]) -> tuple[Endpoint, ...]:
@@ -16,13 +16,3 @@ def eligible(endpoints: tuple[Endpoint, ...]) -> tuple[Endpoint, ...]:
     return ready or tuple(
         endpoint for endpoint in placed if endpoint.serving and endpoint.terminating
     )
-
-
-def serving_nodes(service: ServiceEndpoints) -> frozenset[str]:
-    """Return the names of the nodes that have an eligible endpoint of any port."""
-    nodes: set[str] = set()
-    for port in service.ports:
-        placed = [endpoint for endpoint in port.endpoints if endpoint.node]
-        ready = {endpoint.node for endpoint in placed if endpoint.ready}
-        nodes |= ready or {e.node for e in placed if e.serving and e.terminating}
-    return frozenset(nodes)

@@ -121,10 +121,14 @@ class PortEndpoints:
 
 @dataclass(frozen=True, slots=True)
 class ServiceEndpoints:
-    """The merged EndpointSlices of a Service, sorted by (name, protocol)."""
+    """The merged EndpointSlices of a Service, sorted by (name, protocol).
+
+    hosts: some are of addressType FQDN; their endpoints are left out, for nobody resolves names.
+    """
 
     service: ObjectRef
     ports: tuple[PortEndpoints, ...] = ()
+    hosts: bool = False
 
 
 @dataclass(frozen=True, slots=True)

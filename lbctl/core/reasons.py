@@ -52,6 +52,8 @@ class Reason(StrEnum):
     # a node as next hop of an EIP
     ANNOUNCED = "Announced"
     NO_ENDPOINTS = "NoReadyEndpoints"
+    HOST_ENDPOINTS = "HostNameEndpoints"
+    ENDPOINTS_ON_NO_NODE = "EndpointsOnNoNode"
     NO_LOCAL_ENDPOINT = "NoLocalEndpoint"
     NODE_SUSPECT = "NodeSuspect"
     NODE_DOWN = "NodeDown"
@@ -117,6 +119,8 @@ SENTENCE: Final[dict[Reason, str]] = {
     Reason.POOL_SHRINK_REFUSED: "addresses that Services use would fall out of the pools",
     Reason.ANNOUNCED: "the node is a next hop",
     Reason.NO_ENDPOINTS: "no endpoint of the Service is ready",
+    Reason.HOST_ENDPOINTS: "its EndpointSlices hold host names (addressType FQDN): not resolved",
+    Reason.ENDPOINTS_ON_NO_NODE: "its endpoints are on no node, which endpoints.external refuses",
     Reason.NO_LOCAL_ENDPOINT: "externalTrafficPolicy is Local and the node has no ready endpoint",
     Reason.NODE_SUSPECT: "the node has stopped answering probes",
     Reason.NODE_DOWN: "the node is down: two witnesses agree",

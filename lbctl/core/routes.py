@@ -1,7 +1,8 @@
 """Which nodes are announced as next hops of which EIP, and why (not).
 
 Pure and incremental: `select` remembers, through `previous`, what did not change. Rules:
-- Only Bound EIPs inside the accepted pools whose Service has an eligible endpoint have paths. The
+- Only Bound EIPs inside the accepted pools whose Service has something behind it
+  (`lbctl.core.serving`) have paths. The
   pool check is made here on its own, whatever the allocator believes.
 - A next hop is a node that is Up (or AgentSilent, or held by panic) and has confirmed the EIP, with
   an address of the EIP's family, neither excluded nor draining; with policy Local it has a ready
@@ -23,7 +24,7 @@ from ipaddress import IPv4Network, IPv6Network
 from typing import Final, TypeAlias
 
 from lbctl.core.config import Config
-from lbctl.core.endpoints import serving_nodes
+from lbctl.core.forwarding import Locator
 from lbctl.core.health import AT_ONCE_S
 from lbctl.core.model import (
     Address,
@@ -41,6 +42,7 @@ from lbctl.core.model import (
 )
 from lbctl.core.pmap import differing
 from lbctl.core.reasons import Reason
+from lbctl.core.serving import serving
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,13 +215,15 @@ def select(
     ids: PathIds,
     previous: Selection | None = None,
     evidence: Evidence | None = None,
+    locator: Locator | None = None,
 ) -> Selection:
     """Select the paths of all EIPs; one whose facts are those of `previous` costs a comparison.
 
-    evidence: what the views say of each EIP, if somebody keeps it.
+    evidence: what the views say of each EIP, and locator: of these nodes, if somebody keeps them.
     """
     verdicts = {name: _verdict(nodes[name], views.get(name), ids) for name in sorted(nodes)}
-    common = (rules, tuple(verdicts.items()))
+    locator = locator or Locator(nodes.values())
+    common = (rules, tuple(verdicts.items()), locator.key)
     if previous is not None and previous.facts:
         # Tuples compare by identity first: one comparison here makes all those below cheap.
         old = next(iter(previous.facts.values()))[0]
@@ -235,7 +239,8 @@ def select(
         if previous is not None and previous.facts.get(eip.address) == fact:
             selections[eip.address] = previous.eips[eip.address]
             continue
-        selections[eip.address] = _select(rules, eip, service, behind, verdicts, confirmed, local)
+        found = _Candidates(verdicts, locator, confirmed, local)
+        selections[eip.address] = _select(rules, eip, service, behind, found)
     paths = frozenset().union(*(selection.paths for selection in selections.values()))
     return Selection(paths, selections, facts)
 
@@ -273,29 +278,40 @@ def select_eip(
     return select(rules, (eip,), services, behind, nodes, views, ids).eips[eip.address]
 
 
+@dataclass(frozen=True, slots=True)
+class _Candidates:
+    """The nodes in view of one EIP: `confirmed` forward it, `local` have a ready endpoint of it."""
+
+    verdicts: Mapping[str, _Verdict]
+    locator: Locator
+    confirmed: frozenset[str]
+    local: frozenset[str]
+
+
 def _select(
     rules: Rules,
     eip: Eip,
     service: Service | None,
     endpoints: ServiceEndpoints | None,
-    verdicts: Mapping[str, _Verdict],
-    confirmed: frozenset[str],
-    local: frozenset[str],
+    candidates: _Candidates,
 ) -> EipSelection:
     refusal = _refusal(rules.config, eip, service)
-    if refusal is not None:
-        return EipSelection(frozenset(), refusal, {})
-    serving = serving_nodes(endpoints) if endpoints else frozenset()
-    if not serving:
-        return EipSelection(frozenset(), Reason.NO_ENDPOINTS, {})
-    is_local = service is not None and service.policy is TrafficPolicy.LOCAL
+    if refusal is not None or service is None:
+        return EipSelection(frozenset(), refusal or Reason.NO_ENDPOINTS, {})
+    external = rules.config.endpoints.external
+    alone = None if eip.sharers else service
+    behind = serving(alone, endpoints, eip.address.version, candidates.locator, external)
+    if behind.reason is not None:
+        return EipSelection(frozenset(), behind.reason, {})
+    only = behind.nodes if service.policy is TrafficPolicy.LOCAL else None
+    verdicts = candidates.verdicts
     reasons: dict[str, Reason] = {}
     tiers: dict[_Tier, list[str]] = {tier: [] for tier in _Tier}
     for name, verdict in verdicts.items():
         tier, reasons[name] = verdict.tier, verdict.reason
         if tier is _Tier.NEVER:
             continue
-        obstacle = _obstacle(name, eip, verdict, confirmed, serving if is_local else None, local)
+        obstacle = _obstacle(name, eip, verdict, candidates, only)
         if obstacle is None:
             tiers[tier].append(name)
         elif tier is not _Tier.SUSPECT:
@@ -313,9 +329,7 @@ def _refusal(config: Config, eip: Eip, service: Service | None) -> Reason | None
         return Reason.ADDRESS_OUTSIDE_POOLS
     if eip.phase is not Phase.BOUND or not eip.forwarding:
         return Reason.RELEASING
-    if service is not None and service.deleting:
-        return Reason.RELEASING
-    return Reason.NO_ENDPOINTS if service is None else None
+    return Reason.RELEASING if service is not None and service.deleting else None
 
 
 def _verdict(node: Node, view: NodeView | None, ids: PathIds) -> _Verdict:
@@ -355,16 +369,15 @@ def _obstacle(
     name: str,
     eip: Eip,
     verdict: _Verdict,
-    confirmed: frozenset[str],
-    serving: frozenset[str] | None,
-    local: frozenset[str],
+    candidates: _Candidates,
+    only: frozenset[str] | None,
 ) -> Reason | None:
-    """Why this EIP in particular does not go through the node. serving: with policy Local only."""
+    """Why this EIP in particular does not go through the node. only: with policy Local."""
     if verdict.hops[eip.address.version == 6] is None:
         return Reason.NODE_NO_ADDRESS
-    if serving is not None and name not in serving:
+    if only is not None and name not in only:
         return Reason.NO_LOCAL_ENDPOINT
-    if name not in confirmed or (serving is not None and name not in local):
+    if name not in candidates.confirmed or (only is not None and name not in candidates.local):
         return Reason.NOT_CONFIRMED
     return None
 

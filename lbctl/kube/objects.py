@@ -215,11 +215,15 @@ class _Pod(msgspec.Struct):
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """One EndpointSlice. `service` is None if it belongs to none. `ports` are sorted."""
+    """One EndpointSlice. `service` is None if it belongs to none. `ports` are sorted.
+
+    hosts: its addressType is FQDN, so it has no ports here.
+    """
 
     ref: ObjectRef
     service: ObjectRef | None
     ports: tuple[PortEndpoints, ...]
+    hosts: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -320,14 +324,15 @@ def to_endpoints(raw: bytes | msgspec.Raw) -> Slice:
     owner = (found.metadata.labels or {}).get("kubernetes.io/service-name")
     service = ObjectRef(found.metadata.namespace, owner) if owner else None
     ports = []
+    hosts = found.addressType == "FQDN"
     for port in found.ports or ():
-        if port.port is None or found.addressType == "FQDN":
+        if port.port is None or hosts:
             continue
         made = [_endpoint(e, port.port) for e in found.endpoints or () if e.addresses]
         protocol = values.protocol(port.protocol or "TCP")
         ports.append(PortEndpoints(port.name or "", protocol, tuple(sorted(made, key=_order))))
     ports.sort(key=lambda entry: (entry.name, entry.protocol))
-    return Slice(found.metadata.ref, service, tuple(ports))
+    return Slice(found.metadata.ref, service, tuple(ports), hosts)
 
 
 def to_node(raw: bytes | msgspec.Raw) -> Node:

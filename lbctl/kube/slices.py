@@ -29,7 +29,7 @@ def merge(service: ObjectRef, slices: list[Slice]) -> ServiceEndpoints:
         PortEndpoints(name, protocol, tuple(end for _, end in sorted(known.items())))
         for (name, protocol), known in sorted(found.items())
     )
-    return ServiceEndpoints(service, tuple(ports))
+    return ServiceEndpoints(service, tuple(ports), any(part.hosts for part in slices))
 
 
 class SliceIndex:

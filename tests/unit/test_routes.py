@@ -254,6 +254,40 @@ def test_eips_that_are_not_announced(changes: dict[str, object], reason: Reason)
     assert result.eips[eip.address].reason is reason
 
 
+def external(*addresses: str) -> ServiceEndpoints:
+    ends = tuple(Endpoint(ip_address(a), 80) for a in addresses)
+    return ServiceEndpoints(WEB, (PortEndpoints("", Protocol.TCP, ends),))
+
+
+def test_external_endpoints_are_served_by_every_node_that_confirmed() -> None:
+    world = World(3, "endpoints: {external: masquerade}\n")
+    world.endpoints[WEB] = external("203.0.113.200")
+    world.view("n3", confirmed=frozenset())
+    assert world.hops() == ["n1", "n2"]
+    world.services[WEB] = service(WEB, TrafficPolicy.LOCAL)
+    assert set(world.one().reasons.values()) == {Reason.NO_LOCAL_ENDPOINT}
+
+
+def test_external_endpoints_are_refused_by_default_and_with_a_reason() -> None:
+    world = World()
+    world.endpoints[WEB] = external("203.0.113.200")
+    assert (world.hops(), world.one().reason) == ([], Reason.ENDPOINTS_ON_NO_NODE)
+    world.endpoints[WEB] = ServiceEndpoints(WEB, hosts=True)
+    assert (world.hops(), world.one().reason) == ([], Reason.HOST_ENDPOINTS)
+    world.endpoints[WEB] = external("192.0.2.22")
+    assert world.hops() == ["n1", "n2", "n3"]
+
+
+def test_local_goes_by_where_an_endpoint_is_not_by_its_nodename() -> None:
+    world = World()
+    world.services[WEB] = service(WEB, TrafficPolicy.LOCAL)
+    world.node("n1", pod_cidrs=(ip_network("10.244.1.0/24"),))
+    liar = Endpoint(ip_address("10.244.1.9"), 80, "n2", "pod-9")
+    world.endpoints[WEB] = ServiceEndpoints(WEB, (PortEndpoints("", Protocol.TCP, (liar,)),))
+    assert world.hops() == ["n1"]
+    assert world.one().reasons["n2"] is Reason.NO_LOCAL_ENDPOINT
+
+
 def test_deleted_service_is_withdrawn_before_the_leader_acts() -> None:
     world = World()
     world.services[WEB] = replace(world.services[WEB], deleting=True)
@@ -266,6 +300,12 @@ def test_next_hop_annotation_and_family() -> None:
     world.node("n1", next_hops=(ip_address("192.0.2.99"),))
     world.node("n2", addresses=(*world.nodes["n2"].addresses, v6))
     world.eips[V6] = Eip(V6, "public", WEB, "web")
+    assert world.select().eips[V6].reason is Reason.NO_ENDPOINTS, "its pods have no IPv6 address"
+    six = Endpoint(ip_address("fd00::1"), 80, "n1", "pod-1")
+    (port,) = world.endpoints[WEB].ports
+    world.endpoints[WEB] = replace(
+        world.endpoints[WEB], ports=(replace(port, endpoints=(*port.endpoints, six)),)
+    )
     result = world.select()
     by_node = {p.node: str(p.next_hop) for p in result.eips[A].paths}
     assert by_node == {"n1": "192.0.2.99", "n2": "192.0.2.22", "n3": "192.0.2.23"}
