@@ -25,7 +25,7 @@ from lbctl.core.exabgp import BarrierAnswer
 from lbctl.core.model import Peer
 from lbctl.errors import SpeakerError
 from lbctl.log import setup as log_setup
-from manager.speaker import messages, process
+from manager.speaker import alive, messages, process
 from manager.speaker.ears import Ears
 from manager.speaker.keeper import SILENCE_S, Keeper
 
@@ -80,6 +80,7 @@ class Launcher:
         for name, serve in (
             (messages.MANAGER_SOCKET, self.keeper.serve_manager),
             (messages.RELAY_SOCKET, self.keeper.serve_relay),
+            (alive.HEALTH_SOCKET, _answer),
         ):
             path = self._directory / name
             try:
@@ -239,6 +240,12 @@ class Launcher:
         if self._process is not None:
             log.error("exabgp_killed", pid=self._process.pid, why=why)
             self._process.kill()
+
+
+async def _answer(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """To the liveness probe: this loop comes round."""
+    writer.write(alive.ANSWER)
+    writer.close()
 
 
 async def serve(directory: Path, peer_port: int) -> None:

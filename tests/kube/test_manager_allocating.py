@@ -76,6 +76,19 @@ async def test_pool_full_then_served_when_an_address_is_freed(cluster: Cluster, 
         assert names.FINALIZER in found.finalizers
 
 
+async def test_sctp_without_node_ports_gets_an_address_that_kube_proxy_takes(
+    cluster: Cluster, site: Site
+) -> None:
+    """And ipMode VIP is written, so that pods inside reach the EIP through kube-proxy."""
+    async with leader(cluster, site):
+        ports = [{"port": 80, "targetPort": 8080, "protocol": "SCTP"}]
+        await site.add("a", ports=ports, allocateLoadBalancerNodePorts=False)
+        address = await site.address("a")
+        found = await site.client.get(api.SERVICES.path(site.namespace, "a"))
+        assert found["status"]["loadBalancer"]["ingress"] == [{"ip": address, "ipMode": "VIP"}]
+        assert not found["spec"]["ports"][0].get("nodePort")
+
+
 async def test_nothing_is_released_before_every_manager_has_withdrawn(
     cluster: Cluster, site: Site
 ) -> None:

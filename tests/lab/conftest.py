@@ -16,8 +16,11 @@ from .rack import BARE, SMALL, settled
 _numbers = itertools.count(1)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Without root, FRR or a kernel feature these tests cannot run: say which, and skip."""
+    for item in items:
+        if "chaos_run" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.timeout(config.getoption("--chaos-s") + 540))
     lines = preflight.missing()
     if lines:
         for item in items:

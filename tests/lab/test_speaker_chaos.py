@@ -1,9 +1,9 @@
 """Chaos: whatever happens to the speaker and its sessions, the switch ends with what is desired.
 
-Real ExaBGP through launcher, relay and port; real bgpd and zebra. The seed is fixed; a variable
-lengthens the run and another changes it:
+Real ExaBGP through launcher, relay and port; real bgpd and zebra; both address families. The seed
+is fixed; an option lengthens the run and another changes it:
 
-    LBCTL_CHAOS_S=600 LBCTL_CHAOS_SEED=7 .venv/bin/pytest -s tests/lab/test_speaker_chaos.py
+    .venv/bin/pytest -s tests/lab/test_speaker_chaos.py --chaos-s 600 --chaos-seed 7
 """
 
 from __future__ import annotations
@@ -26,9 +26,7 @@ from manager.speaker.port import ExabgpSpeaker
 from . import speaker_bed
 from .speaker_bed import Bed, expected, peer
 
-SECONDS = float(os.environ.get("LBCTL_CHAOS_S", "0"))
 EPISODES = 10  # at least, however slow the machine
-SEED = int(os.environ.get("LBCTL_CHAOS_SEED", "5"))
 EIPS, NODES = 120, 6
 QUIET_S = 90.0
 
@@ -88,7 +86,8 @@ class Chaos:
     def _path(self, eip: int, node: int) -> Path:
         med = self.random.choice((None, None, 10, 20))
         words = self.random.choice(((), ("64512:1",), ("64512:1", "64512:2")))
-        return speaker_bed.path(eip, node, med, words)
+        make = speaker_bed.path6 if eip % 3 == 0 else speaker_bed.path
+        return make(eip, node, med, words)
 
     def set(self) -> None:
         """Hand the desired state to the port, if there is one."""
@@ -137,14 +136,18 @@ class Chaos:
         self.bed.stop("speaker", signal.SIGKILL)
         self.bed.start_speaker()
 
+    def _seen(self) -> set[speaker_bed.Seen]:
+        return self.bed.routes(4) | self.bed.routes(6)
+
     async def quiet(self) -> None:
         """Nothing happens: the switch must come to what is desired, and stay."""
-        desired = expected(frozenset(self.wanted.values()), self.bed.add_path)
+        wanted = frozenset(self.wanted.values())
+        desired = {one for v in (4, 6) for one in expected(wanted, self.bed.add_path, v)}
         until = time.monotonic() + QUIET_S
-        seen = await asyncio.to_thread(self.bed.routes)
+        seen = await asyncio.to_thread(self._seen)
         while seen != desired and time.monotonic() < until:
             await asyncio.sleep(0.2)
-            seen = await asyncio.to_thread(self.bed.routes)
+            seen = await asyncio.to_thread(self._seen)
         missing, stale = len(desired - seen), len(seen - desired)
         self.counts["quiet periods"] += 1
         self.counts["missing"] += missing
@@ -171,11 +174,17 @@ class Chaos:
                 await self.quiet()
 
 
-@pytest.mark.timeout(SECONDS + 6 * QUIET_S)
-async def test_the_switch_ends_with_what_is_desired(bed: Bed) -> None:
+@pytest.fixture
+def chaos_run(request: pytest.FixtureRequest) -> tuple[float, int]:
+    """How long in seconds, and the seed; `tests/lab/conftest.py` sets the timeout by the first."""
+    return request.config.getoption("--chaos-s"), request.config.getoption("--chaos-seed")
+
+
+async def test_the_switch_ends_with_what_is_desired(bed: Bed, chaos_run: tuple[float, int]) -> None:
     """Operations and faults at random; after each quiet period 0 missing and 0 stale."""
-    chaos = Chaos(bed, SEED)
-    until = time.monotonic() + SECONDS
+    seconds, seed = chaos_run
+    chaos = Chaos(bed, seed)
+    until = time.monotonic() + seconds
     while time.monotonic() < until or chaos.counts["manager starts"] < EPISODES:
         await chaos.episode()
     async with ExabgpSpeaker(bed.speaker_directory, "chaos") as chaos.speaker:
@@ -186,6 +195,6 @@ async def test_the_switch_ends_with_what_is_desired(bed: Bed) -> None:
         await chaos.quiet()
     flaps = sum(chaos.counts[name] for name in chaos.faults)
     counts = dict(sorted(chaos.counts.items()))
-    print(f"\nseed {SEED}, ADD-PATH {bed.add_path}: {flaps} faults, {counts}")
+    print(f"\nseed {seed}, ADD-PATH {bed.add_path}: {flaps} faults, {counts}")
     assert chaos.counts["quiet periods"] >= 3
     assert flaps >= 3

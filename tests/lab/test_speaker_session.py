@@ -9,6 +9,7 @@ import os
 import secrets
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -298,6 +299,25 @@ def alive(pid: int) -> bool:
         return FilePath(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except OSError:
         return False
+
+
+async def test_the_liveness_probe_tells_a_frozen_launcher(bed: Bed) -> None:
+    """No socket: dead. Running: alive, without a manager too. Stopped: dead, though it listens."""
+
+    def ask() -> int:
+        command = (sys.executable, "-m", "manager.speaker.alive", str(bed.speaker_directory))
+        return subprocess.run(command, cwd=speaker_bed.CHECKOUT, check=False).returncode
+
+    assert await asyncio.to_thread(ask) == 1
+    bed.start_speaker()
+    await until(lambda: ask() == 0, "the launcher to answer")
+    launcher = bed.processes["speaker"]
+    launcher.send_signal(signal.SIGSTOP)
+    try:
+        assert await asyncio.to_thread(ask) == 1
+    finally:
+        launcher.send_signal(signal.SIGCONT)
+    await until(lambda: ask() == 0, "the launcher to answer again")
 
 
 async def test_a_frozen_exabgp_is_replaced(bed: Bed) -> None:

@@ -196,6 +196,22 @@ def end(address: str, ready: bool | None = True, pod: str = "p") -> dict[str, An
     }
 
 
+def test_host_names_are_left_out_and_remembered() -> None:
+    labels = {"labels": {"kubernetes.io/service-name": "web"}}
+    ports = [{"name": None, "port": 8080, "protocol": "TCP"}]
+    ends = [{"addresses": ["db.example.org"], "conditions": {}}]
+    named = objects.to_endpoints(
+        raw("named", metadata=labels, addressType="FQDN", ports=ports, endpoints=ends)
+    )
+    index = SliceIndex()
+    (ref,) = index.change(None, named)
+    assert index.of(ref).hosts and not index.of(ref).ports
+    index.change(None, part("one", end("10.244.1.2")))
+    assert index.of(ref).hosts and len(index.of(ref).ports) == 1
+    index.change(named, None)
+    assert not index.of(ref).hosts
+
+
 def test_slices_of_a_service_are_merged_and_sorted() -> None:
     index = SliceIndex()
     web = ObjectRef("default", "web")
