@@ -4,7 +4,7 @@ Rules: it asks the launcher's event loop over a unix socket, so the host gets no
 imports next to nothing, for it starts anew at every probe. Whether ExaBGP hangs is the launcher's
 own to see: this only tells of a launcher that does not come round any more.
 
-Usage: python -m manager.speaker.alive [DIRECTORY]. Exit code 0: it answered, 1: not within ANSWER_S.
+Usage: python -m manager.speaker.alive [DIRECTORY]. Exit code 0: it answered, 1: it did not.
 """
 
 from __future__ import annotations

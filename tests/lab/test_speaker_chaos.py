@@ -1,7 +1,7 @@
 """Chaos: whatever happens to the speaker and its sessions, the switch ends with what is desired.
 
-Real ExaBGP through launcher, relay and port; real bgpd and zebra; both address families. The seed
-is fixed; an option lengthens the run and another changes it:
+Real ExaBGP through launcher, relay and port; real bgpd and zebra. The seed is fixed; an option
+lengthens the run and another changes it:
 
     .venv/bin/pytest -s tests/lab/test_speaker_chaos.py --chaos-s 600 --chaos-seed 7
 """
@@ -86,8 +86,7 @@ class Chaos:
     def _path(self, eip: int, node: int) -> Path:
         med = self.random.choice((None, None, 10, 20))
         words = self.random.choice(((), ("64512:1",), ("64512:1", "64512:2")))
-        make = speaker_bed.path6 if eip % 3 == 0 else speaker_bed.path
-        return make(eip, node, med, words)
+        return speaker_bed.path(eip, node, med, words)
 
     def set(self) -> None:
         """Hand the desired state to the port, if there is one."""
@@ -136,18 +135,14 @@ class Chaos:
         self.bed.stop("speaker", signal.SIGKILL)
         self.bed.start_speaker()
 
-    def _seen(self) -> set[speaker_bed.Seen]:
-        return self.bed.routes(4) | self.bed.routes(6)
-
     async def quiet(self) -> None:
         """Nothing happens: the switch must come to what is desired, and stay."""
-        wanted = frozenset(self.wanted.values())
-        desired = {one for v in (4, 6) for one in expected(wanted, self.bed.add_path, v)}
+        desired = expected(frozenset(self.wanted.values()), self.bed.add_path)
         until = time.monotonic() + QUIET_S
-        seen = await asyncio.to_thread(self._seen)
+        seen = await asyncio.to_thread(self.bed.routes)
         while seen != desired and time.monotonic() < until:
             await asyncio.sleep(0.2)
-            seen = await asyncio.to_thread(self._seen)
+            seen = await asyncio.to_thread(self.bed.routes)
         missing, stale = len(desired - seen), len(seen - desired)
         self.counts["quiet periods"] += 1
         self.counts["missing"] += missing
