@@ -259,12 +259,11 @@ def path(eip: int, node: int, med: int | None = None, communities: tuple[str, ..
     )
 
 
-def path6(eip: int, node: int, med: int | None = None, communities: tuple[str, ...] = ()) -> Path:
+def path6(eip: int, node: int, med: int | None = None) -> Path:
     """As `path`, an IPv6 EIP over the node's IPv6 address."""
     prefix = ipaddress.ip_network((int(ipaddress.ip_address("2001:db8:100::")) + eip, 128))
     hop = ipaddress.ip_address(f"fd99::{20 + node}")
-    four = path(eip, node, med, communities)
-    return dataclasses.replace(four, prefix=prefix, next_hop=hop)
+    return dataclasses.replace(path(eip, node, med), prefix=prefix, next_hop=hop)
 
 
 def wait_for(condition: Callable[[], bool], what: str, limit_s: float = 60.0) -> None:
