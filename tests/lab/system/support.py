@@ -60,6 +60,7 @@ class System:
     lab: Lab
     api: Api
     made: list[str] = field(default_factory=list)
+    switches: tuple[str, ...] = SWITCHES  # that the nodes' packets come from
 
     def deploy(
         self,
@@ -109,7 +110,7 @@ class System:
         """Next hops of an EIP in each living switch's kernel."""
         return {
             name: self.lab.kernel_routes(name, eip)
-            for name in SWITCHES
+            for name in self.switches
             if self.lab.machine(name).alive
         }
 
@@ -176,9 +177,9 @@ class System:
         """
         macs = [
             self.lab.machine(name).run("cat", "/sys/class/net/eth1/address").stdout.strip()
-            for name in SWITCHES
+            for name in self.switches
         ]
-        macs += ["00:00:5e:00:01:0a", "00:00:5e:00:02:0a"]
+        macs += [f"00:00:5e:00:0{version}:{group}" for version in (1, 2) for group in ("0a", "14")]
         script = _WATCH.format(family=_family(eip), table=table, eip=eip, macs=", ".join(macs))
         for node in self.lab.of_role("node"):
             if node.alive:
