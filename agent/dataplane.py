@@ -1,7 +1,8 @@
 """The port to nftables: the whole desired ruleset goes in, the kernel's difference goes out.
 
-Rules: what is confirmed is what the kernel took. Several pieces are several transactions; the
-generation that the last one writes tells a complete table from a half-written one. After an error
+Rules: what is confirmed is what the kernel took. nft gets the text of chains and small sets, the
+big maps are written by netlink. Several steps are several transactions; the generation that the
+last one writes tells a complete table from a half-written one. After an error
 the kernel's state counts as unknown and the next attempt writes everything anew. What others did to
 our table is seen by its handles and its element counts, never by reading all elements.
 """
@@ -16,9 +17,9 @@ from typing import Final
 
 import structlog
 
-from agent.nfnetlink import Fingerprint, Nfnetlink
+from agent.nfnetlink import BatchWriter, Fingerprint, Nfnetlink
 from lbctl.core import nft
-from lbctl.core.nft import Ruleset, SetKey
+from lbctl.core.nft import Ruleset, SetKey, Step
 from lbctl.core.nftrules import FAMILIES
 from lbctl.errors import DataplaneError
 
@@ -42,6 +43,7 @@ class Dataplane:
 
     def __init__(self) -> None:
         self._netlink = Nfnetlink()
+        self._writer = BatchWriter()
         self._kernel: Ruleset | None = None  # None: unknown
         self._counted: tuple[Ruleset, dict[SetKey, int]] = (Ruleset(), {})
         self._shape: tuple[object, ...] | None = None
@@ -54,8 +56,9 @@ class Dataplane:
         return self._kernel
 
     def close(self) -> None:
-        """Close the netlink socket; the table stays."""
+        """Close the netlink sockets; the tables stay."""
         self._netlink.close()
+        self._writer.close()
 
     @property
     def shape(self) -> str:
@@ -84,13 +87,16 @@ class Dataplane:
         """
         started = time.monotonic()
         known = self._kernel
-        pieces = await asyncio.to_thread(_pieces, known, rules)
-        if not pieces:
+        steps = nft.steps(known, rules)
+        # A big load is made step by step: what is not made yet takes no memory.
+        step = await asyncio.to_thread(next, steps, None)
+        if step is None:
             return False
         self._kernel = None
         try:
-            for piece in pieces:
-                await run_nft(piece)
+            while step is not None:
+                await self._take(step)
+                step = await asyncio.to_thread(next, steps, None)
             self._remember(rules, fresh=known is None or nft.reshapes(known, rules))
         except DataplaneError:
             self.figures.failed += 1
@@ -99,6 +105,12 @@ class Dataplane:
         self.figures.rewritten += known is None
         self.figures.last_s = time.monotonic() - started
         return True
+
+    async def _take(self, step: Step) -> None:
+        if isinstance(step, str):
+            await run_nft(step)
+        else:
+            await asyncio.to_thread(self._writer.send, step)
 
     def _remember(self, rules: Ruleset, fresh: bool) -> None:
         self._seen = self._netlink.generation()
@@ -149,10 +161,6 @@ class Dataplane:
 
 def _shape(found: _Found) -> tuple[object, ...]:
     return tuple(one and one.shape() for _, one in sorted(found.items()))
-
-
-def _pieces(known: Ruleset | None, rules: Ruleset) -> list[str]:
-    return nft.full(rules) if known is None else nft.difference(known, rules)
 
 
 async def run_nft(text: str) -> None:

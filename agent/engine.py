@@ -27,7 +27,7 @@ from agent.rendering import State, render
 from agent.routes import Routes
 from lbctl.core import forwarding, nodeview
 from lbctl.core.clash import Clash
-from lbctl.core.forwarding import Locator, Sources, Table
+from lbctl.core.forwarding import EVERYWHERE, Locator, Sources, Table
 from lbctl.core.model import Address, Node
 from lbctl.core.pmap import PMap, changed, persistent
 from lbctl.core.ways import assign, current_macs
@@ -209,12 +209,13 @@ class Engine:
         self, before: State, inputs: Inputs, down: frozenset[str], index: Mapping[str, int]
     ) -> State:
         """Runs in a thread: pure, and at the cost of what differs from `before`."""
+        locator = self._located(inputs.nodes)
         sources = Sources(
-            inputs.eips, inputs.services, inputs.endpoints, self._located(inputs.nodes), down
+            inputs.eips, inputs.services, inputs.endpoints, locator, down, inputs.forwarding
         )
         table = forwarding.revise(before.table, sources)
         past = before if before.rules.generation else self._others(table, sources)
-        view = nodeview.advance(past.view, table, past.table)
+        view = nodeview.advance(past.view, table, self._node, past.table)
         state = State(
             inputs,
             down,
@@ -235,7 +236,7 @@ class Engine:
         A node that boots has no past of its own, but its pods' buckets had other owners.
         """
         others = forwarding.revise(table, replace(sources, down=sources.down | {self._node}))
-        return State(table=others, view=nodeview.advance({}, others))
+        return State(table=others, view=nodeview.advance({}, others, self._node))
 
     def _located(self, nodes: tuple[Node, ...]) -> Locator:
         if self._locator[0] != nodes:
@@ -343,7 +344,7 @@ def confirmed_eips(me: str, last: Confirmed, table: Table) -> PMap[Address, bool
             gone.append(address)
         else:
             fresh[address] = any(
-                not port.closed and any(e.node == me for e in port.endpoints)
+                not port.closed and any(e.node in (me, EVERYWHERE) for e in port.endpoints)
                 for port in entry.ports
             )
     return persistent(last.eips).updated(fresh, gone)

@@ -1,9 +1,9 @@
-"""Reading back from nftables by netlink: small questions with small answers.
+"""nftables by netlink: small questions with small answers, and batches of elements.
 
 `nft list` reads and parses the whole ruleset (24 s and 930 MiB beside 610,000 elements), and
 pyroute2 knows neither objects nor element counts; these few messages are all that the agent needs.
-Rules: nothing here changes the kernel; a dump is always of one of our tables only. Calls are
-synchronous: each is answered at once by the kernel.
+Rules: a dump is always of one of our tables only. A batch is given to the kernel whole, in one
+send, and is one transaction. Calls are synchronous: each is answered at once by the kernel.
 
 Source: include/uapi/linux/netfilter/nf_tables.h; NFTA_SET_COUNT since Linux 6.17, absent before.
 """
@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from lbctl.core.names import MARK_BASE, MARK_MASK, NFT_TABLE
+from lbctl.core.nfbatch import Batch, framed
 from lbctl.errors import DataplaneError
 
 _NETLINK_NETFILTER: Final = 12
@@ -28,6 +29,9 @@ _ERROR, _DONE = 0x2, 0x3
 _NF_FAMILY: Final = {4: 2, 6: 10}  # by IP version: NFPROTO_IPV4, NFPROTO_IPV6
 _GET_CHAIN, _NF_FORWARD, _NF_DROP = 4, 2, 0
 _GET_TABLE, _GET_RULE, _GET_SET, _GET_ELEMENT, _GET_GENERATION, _GET_OBJECT = 1, 7, 10, 13, 16, 19
+_SOL_NETLINK, _CAP_ACK, _SNDBUFFORCE = 270, 10, 32
+_SPARE: Final = 1 << 16
+_BATCH_LIMIT_S: Final = 60.0
 _NAME: Final = NFT_TABLE.encode() + b"\0"
 
 
@@ -167,6 +171,68 @@ class Nfnetlink:
                 found.append(dict(_nested(message[4:])))
                 if not dump:
                     return (yield from found)
+
+
+class BatchWriter:
+    """A netlink socket that takes batches of elements. Needs CAP_NET_ADMIN."""
+
+    def __init__(self) -> None:
+        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_NETFILTER)
+        self._socket.bind((0, 0))
+        self._socket.settimeout(_BATCH_LIMIT_S)
+        # An answer then holds the header of what it speaks of, and not the whole message.
+        self._socket.setsockopt(_SOL_NETLINK, _CAP_ACK, 1)
+        self._room = 0
+        self._sequence = 0
+
+    def close(self) -> None:
+        """Close the socket."""
+        self._socket.close()
+
+    def send(self, batch: Batch) -> None:
+        """Give one transaction to the kernel.
+
+        Raises DataplaneError with the first message that it refused; then nothing was changed.
+        """
+        first = self._sequence = (self._sequence + 1) & 0x7FFFFFFF
+        data = framed(batch, first)
+        self._sequence += len(batch.messages) + 1
+        try:
+            self._make_room(len(data))
+            self._socket.send(data)
+            self._await_answer(batch, first)
+        except OSError as error:
+            raise DataplaneError(f"nftables by netlink: {error}") from error
+
+    def _make_room(self, size: int) -> None:
+        # The kernel takes a batch only as one buffer.
+        if size + _SPARE > self._room:
+            self._room = 2 * (size + _SPARE)
+            self._socket.setsockopt(socket.SOL_SOCKET, _SNDBUFFORCE, self._room)
+
+    def _await_answer(self, batch: Batch, first: int) -> None:
+        messages = batch.messages
+        last = first + len(messages)
+        while True:
+            for sequence, code in _errors(self._socket.recv(1 << 18)):
+                number = sequence - first
+                if not 0 <= number <= len(messages):
+                    continue  # the rest of an earlier batch's answers
+                if code:
+                    what = messages[number - 1].what if number else "the transaction"
+                    raise DataplaneError(f"nftables refused: {what}: {os.strerror(-code)}")
+                if sequence == last:
+                    return
+
+
+def _errors(data: bytes) -> Iterator[tuple[int, int]]:
+    """Sequence number and error of each answer; the error is 0 or negative."""
+    offset = 0
+    while offset + 20 <= len(data):
+        length, kind, _, sequence, _ = struct.unpack_from("=IHHII", data, offset)
+        if kind == _ERROR:
+            yield sequence, struct.unpack_from("=i", data, offset + 16)[0]
+        offset += max(16, (length + 3) & ~3)
 
 
 _LITTLE: Final = struct.pack("=H", 1) == b"\x01\0"

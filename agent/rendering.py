@@ -11,10 +11,11 @@ from dataclasses import dataclass, field, replace
 
 from agent.inputs import Inputs
 from lbctl.core import forwarding, nft, nodeview
+from lbctl.core.elements import PortKey
 from lbctl.core.forwarding import Table
 from lbctl.core.model import Address, Network
 from lbctl.core.names import TUNNEL_DEVICE
-from lbctl.core.nft import PortKey, Ruleset
+from lbctl.core.nft import Ruleset
 from lbctl.core.nftsets import Policy
 from lbctl.core.nodeview import PortElements, PortView
 from lbctl.core.pmap import PMap, changed, persistent

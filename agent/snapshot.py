@@ -12,6 +12,7 @@ import asyncio
 import os
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Any, Final
@@ -22,7 +23,7 @@ import structlog
 from agent.inputs import Inputs
 from agent.rendering import State, render
 from lbctl.core import forwarding, nodeview
-from lbctl.core.forwarding import Locator, Sources, Table
+from lbctl.core.forwarding import Holder, Locator, Sources, Table
 from lbctl.core.maglev import FORMAT, SIZES
 from lbctl.core.model import (
     Address,
@@ -200,13 +201,16 @@ def _unpacked(found: Mapping[str, Any]) -> State:
         config_generation=int(found["config_generation"]),
     )
     down = frozenset(found["down"])
-    sources = Sources(inputs.eips, inputs.services, inputs.endpoints, Locator(inputs.nodes), down)
+    locator = Locator(inputs.nodes)
+    sources = Sources(
+        inputs.eips, inputs.services, inputs.endpoints, locator, down, inputs.forwarding
+    )
     table = forwarding.revise(forwarding.EMPTY, sources)
     bare = State(
         inputs,
         down,
         table,
-        _view(table, {ip_address(a): past for a, past in found["before"]}),
+        _view(table, found["node"], {ip_address(a): past for a, past in found["before"]}),
         {str(name): int(number) for name, number in found["index"].items()},
         {ip_address(a): str(mac) for a, mac in found["macs"].items()},
         usable=tuple(found["usable"]),
@@ -224,28 +228,29 @@ def _eip_of(packed: list[Any]) -> Eip:
     return Eip(ip_address(address), pool, ObjectRef(namespace, name), uid, sharers=others)
 
 
-def _view(table: Table, before: Mapping[Address, list[Any]]) -> nodeview.View:
+def _view(table: Table, me: str, before: Mapping[Address, list[Any]]) -> nodeview.View:
     """The table with the past of its buckets; what does not fit any more has none."""
     view: dict[Address, tuple[PortView, ...]] = {}
     for address, entry in table.eips.items():
+        packed = before.get(address, [])
         ports = []
-        for number, port in enumerate(entry.ports):
-            size = len(port.owners)
-            past: tuple[Endpoint | None, ...] = (None,) * size
-            packed = before.get(address, [])
-            if number < len(packed) and len(packed[number][1]) in SIZES[SIZES.index(size) :]:
-                known = [Endpoint(ip_address(a), p, node) for a, p, node in packed[number][0]]
-                past = tuple(known[i] if i >= 0 else None for i in packed[number][1])
-            ports.append(PortView(port, past))
+        for number, made in enumerate(nodeview.fresh_view(port, me) for port in entry.ports):
+            size = len(made.table.owners)
+            past = packed[number] if number < len(packed) else [[], []]
+            if size and len(past[1]) in SIZES[SIZES.index(size) :]:
+                former = tuple(Holder(ip_address(a), p, node) for a, p, node in past[0])
+                row = nodeview.past_row(former, past[1])
+                ports.append(replace(made, former=former, before=row))
+            else:
+                ports.append(made)
         view[address] = tuple(ports)
     return view
 
 
 def _before(view: PortView) -> list[Any]:
-    """Past owners as a list of endpoints and an index into it for each bucket, -1 for none."""
-    known: dict[Endpoint, int] = {}
-    places = [-1 if e is None else known.setdefault(e, len(known)) for e in view.before]
-    return [[[str(e.address), e.port, e.node] for e in known], places]
+    """Former owners, and a place among them plus one for each bucket, 0 for none."""
+    places = list(view.before) if view.former else []
+    return [[[str(e.address), e.port, e.node] for e in view.former], places]
 
 
 def _node(node: Node) -> list[Any]:

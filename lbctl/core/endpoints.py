@@ -11,7 +11,11 @@ from lbctl.core.model import Endpoint
 
 def eligible(endpoints: tuple[Endpoint, ...]) -> tuple[Endpoint, ...]:
     """Return the endpoints of one port that take traffic, sorted and without duplicates."""
-    placed = sorted({endpoint for endpoint in endpoints if endpoint.node})
+    return taking(tuple(sorted({endpoint for endpoint in endpoints if endpoint.node})))
+
+
+def taking(placed: tuple[Endpoint, ...]) -> tuple[Endpoint, ...]:
+    """Return those of endpoints on nodes that take traffic, in their order."""
     ready = tuple(endpoint for endpoint in placed if endpoint.ready)
     return ready or tuple(
         endpoint for endpoint in placed if endpoint.serving and endpoint.terminating

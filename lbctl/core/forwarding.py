@@ -18,26 +18,39 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from ipaddress import IPv4Network, IPv6Network, collapse_addresses
-from typing import Final
+from typing import Final, NamedTuple
 
 from lbctl.core import maglev
-from lbctl.core.endpoints import eligible
+from lbctl.core.endpoints import taking
 from lbctl.core.model import (
     Address,
     Eip,
     Endpoint,
+    ForwardingOptions,
     Network,
     Node,
     ObjectRef,
     Protocol,
     Service,
     ServiceEndpoints,
+    ServicePort,
+    TrafficPolicy,
 )
 from lbctl.core.pmap import PMap, changed, persistent
+from lbctl.core.reasons import Reason
 from lbctl.core.sharing import served
 
 _WORD: Final = 1 << 64
-_CARRIED: Final = (Protocol.TCP, Protocol.UDP)
+DEFAULTS: Final = ForwardingOptions()
+EVERYWHERE: Final = "*"  # the node of an endpoint that every node delivers itself
+
+
+class Holder(NamedTuple):
+    """An endpoint as far as packets go: a bucket's owner is equal to itself in any condition."""
+
+    address: Address
+    port: int
+    node: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,29 +58,30 @@ class PortTable:
     """The buckets of one EIP:protocol:port.
 
     `owners[b]` indexes `endpoints`; `members` are all living endpoints, also those without a
-    bucket, with address, port and node only. `by_client`: the hash takes the client's address
-    alone (session affinity).
+    bucket. `by_client`: the hash takes the client's address alone (session affinity). `strict`: a
+    node delivers to its own endpoints only, by a table of its own (`restricted`).
     """
 
     protocol: Protocol
     port: int
     by_client: bool
     closed: bool
-    endpoints: tuple[Endpoint, ...]
-    owners: tuple[int, ...]
-    members: frozenset[Endpoint]
+    endpoints: tuple[Holder, ...]
+    owners: maglev.Row
+    members: tuple[Holder, ...]
+    strict: bool = False
 
-    def owner(self, bucket: int) -> Endpoint:
+    def owner(self, bucket: int) -> Holder:
         """The endpoint that a bucket belongs to."""
         return self.endpoints[self.owners[bucket]]
 
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """An endpoint that no node may deliver to, and why, in words."""
+    """An endpoint that no node may deliver to, and why."""
 
     endpoint: Endpoint
-    why: str
+    why: Reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +121,7 @@ class Locator:
     def locate(self, endpoint: Endpoint) -> str | None:
         """The node's name; None if the address is on no node."""
         address = endpoint.address
-        if address.is_loopback or address.is_multicast or address.is_unspecified:
+        if not deliverable(address):
             return None
         if name := self._addresses.get(address):
             return name
@@ -119,6 +133,14 @@ class Locator:
         if not self._cidrs and endpoint.pod and endpoint.node in self._names:
             return endpoint.node
         return None
+
+
+def deliverable(address: Address) -> bool:
+    """Whether packets can be sent to it at all: not loopback, multicast or unspecified."""
+    number = int(address)  # by numbers: the address's own properties are slow
+    if address.version == 4:
+        return 0 < number >> 24 != 127 and number >> 28 != 0xE
+    return number > 1 and number >> 120 != 0xFF
 
 
 def _place(address: Address, length: int) -> tuple[int, int, int]:
@@ -134,6 +156,12 @@ class Sources:
     endpoints: Mapping[ObjectRef, ServiceEndpoints]
     locator: Locator
     down: frozenset[str] = frozenset()
+    options: ForwardingOptions = DEFAULTS
+
+    @property
+    def common(self) -> object:
+        """What every EIP depends on; compared to see that nothing changed."""
+        return self.locator.key, self.options.local_delivery, self.options.external
 
 
 _NO_SOURCES: Final = Sources(PMap(), PMap(), PMap(), Locator(()))
@@ -164,10 +192,11 @@ def build(
     locator: Locator,
     down: frozenset[str] = frozenset(),
     previous: Table = EMPTY,
+    options: ForwardingOptions = DEFAULTS,
 ) -> Table:
     """Return the tables of all EIPs that are to be forwarded: `revise` for plain collections."""
     known = {eip.address: eip for eip in eips}
-    return revise(previous, Sources(known, services, endpoints, locator, down))
+    return revise(previous, Sources(known, services, endpoints, locator, down, options))
 
 
 def revise(previous: Table, sources: Sources) -> Table:
@@ -186,11 +215,15 @@ def revise(previous: Table, sources: Sources) -> Table:
     touched = changed(previous.sources.eips, sources.eips)
     owned = _owned(previous, sources, touched)
     old = previous.sources
-    if old.down != sources.down or old.locator.key != sources.locator.key:
+    if old.common != sources.common:
         touched = set(sources.eips) | set(previous.eips)
     else:
         refs = changed(old.services, sources.services) | changed(old.endpoints, sources.endpoints)
         touched = touched.union(*(owned.get(ref, ()) for ref in refs))
+        judged = old.down ^ sources.down
+        if judged:
+            every = previous.eips.items()
+            touched |= {a for a, entry in every if not judged.isdisjoint(entry.nodes)}
     fresh: dict[Address, EipTable] = {}
     gone: list[Address] = []
     digest = previous.digest
@@ -235,50 +268,54 @@ def _entry(address: Address, sources: Sources, previous: Table) -> EipTable | No
     members = tuple(
         (ref, sources.services.get(ref), sources.endpoints.get(ref)) for ref in eip.members
     )
-    inputs = (members, sources.locator.key)
+    inputs = (members, sources.common)
     old = previous.eips.get(address)
     if old is not None and old.down == sources.down & old.nodes and old.inputs == inputs:
         return old
-    return _eip(eip, members, sources.locator, sources.down, inputs)
+    return _eip(eip, members, sources, inputs, old)
 
 
 def _eip(
     eip: Eip,
     members: tuple[tuple[ObjectRef, Service | None, ServiceEndpoints | None], ...],
-    locator: Locator,
-    down: frozenset[str],
+    sources: Sources,
     inputs: object,
+    old: EipTable | None,
 ) -> EipTable:
     ports: list[PortTable] = []
     refused: list[Refusal] = []
     nodes: set[str] = set()
     behind = {ref: known.ports for ref, _, known in members if known is not None}
     shown = served([service for _, service, _ in members if service is not None])
+    before = {(p.protocol, p.port): p for p in old.ports} if old else {}
     for service, own in shown:
         by_port = {(p.name, p.protocol): p.endpoints for p in behind.get(service.ref, ())}
         for port in sorted(own):
-            if port.protocol not in _CARRIED:
-                continue
             given = by_port.get((port.name, port.protocol), ())
-            located, odd = _located(eip.address, given, locator)
+            located, odd = _located(eip.address, given, sources)
             refused += odd
-            nodes.update(endpoint.node for endpoint in located)
-            by_client = service.affinity_s is not None
-            table = _port(port.protocol, port.port, by_client, located, down)
-            if table is not None:
-                ports.append(table)
-    sources = _sources(eip.address, shown[0][0] if shown else None)
+            nodes.update(holder.node for holder, _ in located)
+            made = _port(port, _way(service, sources.options), located, sources.down)
+            if made is not None:
+                ports.append(_filled(made, before.get((port.protocol, port.port))))
+    allowed = _sources(eip.address, shown[0][0] if shown else None)
     return EipTable(
         eip.address,
         eip.owner,
         tuple(ports),
         tuple(refused),
-        _digest(eip.address, sources, ports),
-        sources,
+        _digest(eip.address, allowed, ports),
+        allowed,
         inputs,
         frozenset(nodes),
-        down & nodes,
+        sources.down & nodes,
     )
+
+
+def _way(service: Service, options: ForwardingOptions) -> tuple[bool, bool]:
+    """Whether a Service hashes by client alone, and whether nodes keep to their own endpoints."""
+    local = service.policy is TrafficPolicy.LOCAL and options.local_delivery == "strict"
+    return service.affinity_s is not None, local
 
 
 def _sources(eip: Address, service: Service | None) -> tuple[Network, ...]:
@@ -294,69 +331,89 @@ def _sources(eip: Address, service: Service | None) -> tuple[Network, ...]:
     )
 
 
+_Located = tuple[Holder, Endpoint]
+
+
 def _located(
-    eip: Address, given: Iterable[Endpoint], locator: Locator
-) -> tuple[list[Endpoint], list[Refusal]]:
-    """Endpoints with the node that they are really on, one per address and port; and the rest."""
-    found: dict[tuple[int, int], Endpoint] = {}
+    eip: Address, given: Iterable[Endpoint], sources: Sources
+) -> tuple[list[_Located], list[Refusal]]:
+    """Endpoints with the node that they are really on, one per address and port; and the rest.
+
+    In the order of their identities.
+    """
+    found: dict[str, _Located] = {}
     refused: list[Refusal] = []
-    for endpoint in sorted(
-        (e for e in given if e.address.version == eip.version),
-        key=lambda e: (int(e.address), e.port, not e.ready),
-    ):
-        node = locator.locate(endpoint)
+    for endpoint in given:
+        if endpoint.address.version != eip.version:
+            continue
+        node = sources.locator.locate(endpoint) or _elsewhere(endpoint, sources)
         if node is None:
-            refused.append(Refusal(endpoint, "its address is on no node"))
-        elif (int(endpoint.address), endpoint.port) not in found:
-            found[int(endpoint.address), endpoint.port] = replace(endpoint, node=node)
-    return list(found.values()), refused
+            refused.append(Refusal(endpoint, Reason.ENDPOINT_ON_NO_NODE))
+            continue
+        holder = Holder(endpoint.address, endpoint.port, node)
+        name = identity(holder)
+        if name not in found or (endpoint.ready and not found[name][1].ready):
+            found[name] = holder, endpoint
+    return [found[name] for name in sorted(found)], refused
+
+
+def _elsewhere(endpoint: Endpoint, sources: Sources) -> str | None:
+    """Where an endpoint on no node is delivered. One of a Pod belongs to a node we do not know."""
+    if sources.options.external != "masquerade" or endpoint.pod:
+        return None
+    return EVERYWHERE if deliverable(endpoint.address) else None
 
 
 def _port(
-    protocol: Protocol,
-    port: int,
-    by_client: bool,
-    located: list[Endpoint],
-    down: frozenset[str],
+    port: ServicePort, way: tuple[bool, bool], located: list[_Located], down: frozenset[str]
 ) -> PortTable | None:
-    alive = tuple(e for e in located if e.node not in down)
-    chosen = eligible(alive)
-    closed = not chosen
+    """The port's table but for its buckets."""
+    alive = [(holder, endpoint) for holder, endpoint in located if holder.node not in down]
+    takers = {id(endpoint) for endpoint in taking(tuple(endpoint for _, endpoint in alive))}
+    chosen = tuple(holder for holder, endpoint in alive if id(endpoint) in takers)
+    members = tuple(holder for holder, _ in alive)
     # With nowhere to send new flows, established ones stay where they are, on down nodes too:
     # should the judgement be wrong, nothing was lost by it.
-    holders = chosen or alive or tuple(located)
+    holders = chosen or members or tuple(holder for holder, _ in located)
     if not holders:
         return None
-    by_identity = {identity(e): _bare(e) for e in holders}
-    names = sorted(by_identity)
-    index = {name: number for number, name in enumerate(names)}
-    return PortTable(
-        protocol,
-        port,
-        by_client,
-        closed,
-        tuple(by_identity[name] for name in names),
-        tuple(index[name] for name in maglev.table(names)),
-        frozenset(_bare(e) for e in alive),
-    )
+    by_client, strict = way
+    members = holders if members == holders else members
+    return PortTable(port.protocol, port.port, by_client, not chosen, holders, b"", members, strict)
 
 
-def _bare(endpoint: Endpoint) -> Endpoint:
-    # A bucket's owner stays equal to itself however its conditions change.
-    return Endpoint(endpoint.address, endpoint.port, endpoint.node)
+def _filled(table: PortTable, old: PortTable | None) -> PortTable:
+    """The table with its buckets; the old one if it says the same."""
+    if old is not None and old.endpoints == table.endpoints:
+        made = replace(table, endpoints=old.endpoints, owners=old.owners)
+        return old if made == old else made
+    return replace(table, owners=_owners(table.endpoints))
 
 
-def identity(endpoint: Endpoint) -> str:
+def _owners(holders: Iterable[Holder]) -> maglev.Row:
+    return maglev.table([identity(holder) for holder in holders])
+
+
+def restricted(table: PortTable, node: str) -> PortTable:
+    """A strict port's table on one node: its own endpoints alone."""
+    own = tuple(e for e in table.endpoints if e.node in (node, EVERYWHERE))
+    members = tuple(e for e in table.members if e.node in (node, EVERYWHERE))
+    return replace(table, endpoints=own, owners=_owners(own), members=members)
+
+
+def identity(holder: Holder) -> str:
     """What an endpoint is hashed by: its address and port, never its name or its node."""
-    return f"{endpoint.address}|{endpoint.port}"
+    return f"{holder.address}|{holder.port}"
 
 
 def _digest(address: Address, sources: tuple[Network, ...], ports: Iterable[PortTable]) -> int:
     total = blake2b(f"{maglev.FORMAT}|{maglev.SEED}|{address}".encode(), digest_size=8)
     total.update(",".join(map(str, sources)).encode())
     for table in ports:
-        total.update(f"\n{table.protocol}|{table.port}|{table.by_client}|{table.closed}".encode())
-        for endpoint in table.endpoints:
-            total.update(f"\n{identity(endpoint)}|{endpoint.node}".encode())
-        total.update(repr(table.owners).encode())
+        lines = [f"\n{table.protocol}|{table.port}"]
+        lines.append(f"{table.by_client}|{table.closed}|{table.strict}")
+        lines += [f"{identity(endpoint)}|{endpoint.node}" for endpoint in table.endpoints]
+        total.update("\n".join(lines).encode())
+        owners = table.owners
+        total.update(owners if isinstance(owners, bytes) else repr(owners).encode())
     return int.from_bytes(total.digest(), "big")

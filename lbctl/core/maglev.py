@@ -5,7 +5,8 @@ in changes nothing), of `SEED` and of `FORMAT`; adding or removing one endpoint 
 the others. Sizes are powers of two, each a multiple of the smaller ones, and skips are odd: so
 every permutation is complete without the sizes being prime, and when a Service outgrows a size the
 old bucket of a packet is its new bucket shifted right (nft's `jhash … mod M` is floor(h·M / 2^32)),
-which keeps the second chance exact over the change.
+which keeps the second chance exact over the change. With 10,000 Services a table must be small: a
+row of buckets is bytes.
 
 Source: Eisenbud et al., "Maglev: A Fast and Reliable Software Network Load Balancer", NSDI 2016,
 section 3.4.
@@ -13,52 +14,71 @@ section 3.4.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterator, Sequence
 from hashlib import blake2b
-from typing import Final
+from itertools import count
+from typing import Final, TypeAlias
 
 FORMAT: Final = 1  # part of every digest; raise it whenever the same input gives another table
 SEED: Final = 0x6C626374  # of the permutations here and of the packet hash in nftables
 SIZES: Final = (64, 256, 1024, 4096)
+Row: TypeAlias = bytes | tuple[int, ...]  # a small number for each bucket
+_BUCKETS: Final = bytes(range(256))
 _PER_ENDPOINT: Final = 20  # buckets: the spread is then within 1/20
 
 
-def size_for(count: int) -> int:
-    """Return the number of buckets for `count` endpoints, one of SIZES.
+def row(numbers: Sequence[int]) -> Row:
+    """Return the numbers as a row: bytes if each fits into one, so that equal rows are equal."""
+    return bytes(numbers) if max(numbers, default=0) < 256 else tuple(numbers)
+
+
+def translated(numbers: Row, names: Sequence[int]) -> Row:
+    """Return the row with names[n] in place of each n."""
+    if isinstance(numbers, bytes) and max(names) < 256:
+        return numbers.translate(bytes(names[:256]).ljust(256, b"\0"))
+    return row([names[number] for number in numbers])
+
+
+def size_for(endpoints: int) -> int:
+    """Return the number of buckets for so many endpoints, one of SIZES.
 
     Up to 204 endpoints the largest share is within 5 % of the smallest; beyond, 4096 it stays.
     """
     for size in SIZES:
-        if count * _PER_ENDPOINT <= size:
+        if endpoints * _PER_ENDPOINT <= size:
             return size
     return SIZES[-1]
 
 
-def table(identities: Iterable[str]) -> tuple[str, ...]:
-    """Return the owner of every bucket; () without identities.
+def table(identities: Sequence[str]) -> Row:
+    """Return the owner of every bucket, as its place in `identities`; empty without any.
 
-    In: unique strings that identify an endpoint on every node alike. Out: `size_for` entries.
+    In: strings that identify an endpoint on every node alike, sorted and unique. Out: `size_for`
+    entries.
     """
-    walkers = sorted((_hash(identity), identity) for identity in set(identities))
-    if not walkers:
-        return ()
-    size = size_for(len(walkers))
-    mask = size - 1
-    positions = [value & mask for value, _ in walkers]
-    skips = [(value >> 32) & mask | 1 for value, _ in walkers]
+    if not identities:
+        return b""
+    size = size_for(len(identities))
+    hashes = sorted((_hash(identity), place) for place, identity in enumerate(identities))
+    walks = [(_walk(value, size), place) for value, place in hashes]
     owners = [-1] * size
-    left = size
-    while True:
-        for index, skip in enumerate(skips):
-            position = positions[index]
-            while owners[position] >= 0:
-                position = (position + skip) & mask
-            owners[position] = index
-            positions[index] = (position + skip) & mask
-            left -= 1
-            if not left:
-                names = [identity for _, identity in walkers]
-                return tuple(names[owner] for owner in owners)
+    for left in range(size, 0, -len(walks)):
+        # In the last round there is a bucket for the first few only.
+        for walk, place in walks if left >= len(walks) else walks[:left]:
+            for position in walk:
+                if owners[position] < 0:
+                    owners[position] = place
+                    break
+    return row(owners)
+
+
+def _walk(value: int, size: int) -> Iterator[int]:
+    """The buckets in an endpoint's order, each once."""
+    mask = size - 1
+    position, skip = value & mask, (value >> 32) & mask | 1
+    if size <= 256:  # cut from the numbers 0, 1, … repeated: twice as fast
+        return iter((_BUCKETS[:size] * (skip + 1))[position::skip])
+    return map(mask.__and__, count(position, skip))
 
 
 def _hash(identity: str) -> int:

@@ -1,15 +1,16 @@
-"""The nftables text of a node's forwarding. Pure: what goes in is data, what comes out is text.
+"""The whole state of a node's two tables, and the steps from one to the next. Pure.
 
 Rules:
-- The chains and rules are `nftrules`'s; here are the elements, and what changes between two states.
+- The chains and rules are `nftrules`'s. Text is for them and for small sets; the elements of the
+  big maps go as netlink messages (`nfbatch`), and as text for tests and people only.
 - Only numbers, addresses and checked interface names get into the text.
 - Second chance: a packet of an established flow that conntrack does not know here goes to the
   bucket's last owner, and the flow's conntrack entry remembers that: later changes of the table
   lead it through the same nodes. `late` is for new flows that a node with an older table sent here.
 - ICMP errors go where the connection goes that they speak of, and there conntrack takes them to the
   pod.
-- A change is a list of pieces, each one transaction; an EIP's elements never span two pieces. The
-  last piece writes the generation into the set `gen`: a kernel that shows it has all of it.
+- A change is a list of steps, each one transaction; a port's elements never span two. The last one
+  writes the generation into the set `gen`: a kernel that shows it has all of it.
 
 Source: nft(8), libnftables of nftables 1.0.6; FACTS.md, "Forwarding, tried beside real kube-proxy".
 """
@@ -17,32 +18,27 @@ Source: nft(8), libnftables of nftables 1.0.6; FACTS.md, "Forwarding, tried besi
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv6Address
-from typing import Any, Final, TypeAlias
+from operator import itemgetter
+from typing import Final, TypeAlias
 
-from lbctl.core import maglev, nftsets
+from lbctl.core import elements, maglev, nfbatch, nftsets
+from lbctl.core.elements import Delta, PortKey, Value, deltas
 from lbctl.core.model import Address, Network
 from lbctl.core.names import MARK_BASE
-from lbctl.core.nftrules import (
-    BUCKET_BASE,
-    FAMILIES,
-    Family,
-    family_of,
-    hash_chain,
-    refusals,
-    skeleton,
-)
+from lbctl.core.nfbatch import PIECE, Batch
+from lbctl.core.nftrules import BUCKET_BASE, FAMILIES, Family, family_of, refusals, skeleton
 from lbctl.core.nftsets import Policy, interface, replaced
 from lbctl.core.nodeview import PortElements
 from lbctl.core.pmap import changed
 from lbctl.errors import DataplaneError
 
-_BUCKETS: Final = tuple(f" . {BUCKET_BASE + bucket:#x}" for bucket in range(maglev.SIZES[-1]))
-PIECE: Final = 20_000  # map elements of one transaction: nft takes about 2 KiB for each
+# The last one is WHOLE's: such a key has no bucket.
+_BUCKETS: Final = (*(f" . {BUCKET_BASE + b:#x}" for b in range(maglev.SIZES[-1])), "")
 _MAC: Final = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}")
-PortKey: TypeAlias = tuple[Address, str, int]
+COUNTED: Final = ("pingable", "restricted", *elements.PORT_MAPS, *elements.BUCKET_MAPS)
 SetKey: TypeAlias = tuple[int, str]  # IP version, which is the table, and name of a set or map
 
 
@@ -100,22 +96,50 @@ def _address(family: Family, value: int) -> Address:
     return IPv4Address(value) if family.version == 4 else IPv6Address(value)
 
 
-def full(rules: Ruleset) -> list[str]:
-    """Return the pieces that make the table anew, whatever was there.
+Step: TypeAlias = str | Batch  # a transaction: text for nft, or messages
 
-    Until the last piece is in, what has no entry yet is dropped and not reset: a sender repeats.
+
+def steps(old: Ruleset | None, new: Ruleset) -> Iterator[Step]:
+    """Yield the transactions that turn the kernel's `old` (None: whatever is there) into `new`.
+
+    Nothing if only the number differs. The generation is written by the last, and taken away by the
+    first of several: tables that bear one are complete.
     """
-    first = removal() + "".join(map(skeleton, FAMILIES)) + "".join(_small_sets(Ruleset(), rules))
-    pieces = list(_pieces(_added(rules.ports)))
-    pieces = [first + (pieces[0] if pieces else ""), *pieces[1:]]
+    if old is None:
+        # Until the last step, what has no entry yet is dropped and not reset: a sender repeats.
+        yield _beginning(new)
+        yield from nfbatch.pieces(deltas({}, new.ports))
+        yield "".join(map(refusals, FAMILIES))
+        yield Batch([], nfbatch.mark(new.generation))
+        return
+    small = "".join(_small_sets(old, new))
+    batches = nfbatch.pieces(deltas(old.ports, new.ports))
+    batch = next(batches, None)
+    if small:
+        yield small + _generation(new.generation, flush=True, add=batch is None)
+    alone = not small
+    while batch is not None:
+        following = next(batches, None)
+        if alone:
+            batch.deleted[:0] = nfbatch.unmark()
+        if following is None:
+            batch.added += nfbatch.mark(new.generation)
+        yield batch
+        batch, alone = following, False
+
+
+def full(rules: Ruleset) -> list[str]:
+    """Return `steps` from nothing as text alone: for those who read it."""
+    pieces = list(_pieces(deltas({}, rules.ports)))
+    pieces = [_beginning(rules) + (pieces[0] if pieces else ""), *pieces[1:]]
     pieces[-1] += "".join(map(refusals, FAMILIES)) + _generation(rules.generation, flush=False)
     return pieces
 
 
 def difference(old: Ruleset, new: Ruleset) -> list[str]:
-    """Return the pieces that turn the kernel's `old` into `new`; [] if only the number differs."""
+    """Return `steps` as text alone."""
     small = "".join(_small_sets(old, new))
-    pieces = list(_pieces(_changes(old.ports, new.ports)))
+    pieces = list(_pieces(deltas(old.ports, new.ports)))
     if small:
         pieces = [small + (pieces[0] if pieces else ""), *pieces[1:]]
     if pieces:
@@ -128,6 +152,10 @@ def reshapes(old: Ruleset, new: Ruleset) -> bool:
     return old.policy.new_flows != new.policy.new_flows
 
 
+def _beginning(rules: Ruleset) -> str:
+    return removal() + "".join(map(skeleton, FAMILIES)) + "".join(_small_sets(Ruleset(), rules))
+
+
 def totals(rules: Ruleset) -> dict[SetKey, int]:
     """Return how many elements each set and map has, but for the intervals of `ranges`."""
     return recounted({}, Ruleset(), rules)
@@ -135,13 +163,13 @@ def totals(rules: Ruleset) -> dict[SetKey, int]:
 
 def recounted(counts: Mapping[SetKey, int], old: Ruleset, new: Ruleset) -> dict[SetKey, int]:
     """Return the totals of `new`, given those of `old`: the cost is that of their difference."""
-    made = {(f.version, name): 0 for f in FAMILIES for name in _COUNTED} | dict(counts)
+    made = {(f.version, name): 0 for f in FAMILIES for name in COUNTED} | dict(counts)
     keys = changed(old.ports, new.ports)
     for rules, sign in ((old, -1), (new, 1)):
         for key in keys:
             port = rules.ports.get(key)
             if port is not None:
-                for name, number in _counts(port).items():
+                for name, number in elements.counts(port).items():
                     made[key[0].version, name] += sign * number
     for address in changed(old.sources, new.sources):
         made[address.version, "restricted"] += (address in new.sources) - (address in old.sources)
@@ -154,25 +182,16 @@ def recounted(counts: Mapping[SetKey, int], old: Ruleset, new: Ruleset) -> dict[
     return made
 
 
-def _counts(port: PortElements) -> dict[str, int]:
-    return {
-        "closed": int(port.closed),
-        "svc": 1,
-        "past": 1,
-        **{name: len(getattr(port, name)) for name, _ in _MAPS},
-    }
-
-
 def removal() -> str:
     """Return the text that removes every trace, also if there is none."""
     return "".join(f"add table {f.table}\ndelete table {f.table}\n" for f in FAMILIES)
 
 
-def _generation(number: int, flush: bool) -> str:
+def _generation(number: int, *, flush: bool, add: bool = True) -> str:
     text = ""
     for family in FAMILIES:
         text += f"flush set {family.table} gen\n" if flush else ""
-        text += f"add element {family.table} gen {{ {number & 0xFFFFFFFF:#010x} }}\n"
+        text += f"add element {family.table} gen {{ {number & 0xFFFFFFFF:#010x} }}\n" if add else ""
     return text
 
 
@@ -215,26 +234,37 @@ def _mac(text: str) -> str:
 
 
 # -- elements ------------------------------------------------------------------------------------
-_Change = tuple[Address, str, list[str], list[str]]  # EIP, map, keys to delete, entries to add
 _Entries = dict[str, list[str]]  # by table and map
 
 
-def _pieces(changes: Iterable[_Change]) -> Iterator[str]:
-    """Join changes into texts of about PIECE elements, never splitting an EIP."""
+def _pieces(changes: Iterable[Sequence[Delta]]) -> Iterator[str]:
+    """Join changes into texts of about PIECE elements, never splitting a port."""
     deleted: _Entries = {}
     added: _Entries = {}
-    count, last = 0, None
-    for address, name, gone, new in changes:
-        if count >= PIECE and address != last:
+    count = 0
+    for port in changes:
+        if count >= PIECE:
             yield _text(deleted, added)
             deleted, added, count = {}, {}, 0
-        place = f"{family_of(address).table} {name}"
-        deleted.setdefault(place, []).extend(gone)
-        added.setdefault(place, []).extend(new)
-        count += len(gone) + len(new)
-        last = address
+        for delta in port:
+            _write(delta, deleted, added)
+            count += delta.count
     if count:
         yield _text(deleted, added)
+
+
+def _write(delta: Delta, deleted: _Entries, added: _Entries) -> None:
+    address, protocol, number = delta.key
+    place = f"{family_of(address).table} {delta.map}"
+    prefix = f"{address} . {protocol.lower()} . {number}"
+    gone = [prefix + _BUCKETS[bucket] for bucket in delta.gone]
+    deleted.setdefault(place, []).extend(gone)
+    values = [(bucket, value) for value, buckets in delta.fresh.items() for bucket in buckets]
+    fresh = [
+        prefix + _BUCKETS[bucket] + _value(value)
+        for bucket, value in sorted(values, key=itemgetter(0))
+    ]
+    added.setdefault(place, []).extend(fresh)
 
 
 def _text(deleted: _Entries, added: _Entries) -> str:
@@ -246,72 +276,11 @@ def _text(deleted: _Entries, added: _Entries) -> str:
     return "".join(parts)
 
 
-def _added(ports: Mapping[PortKey, PortElements]) -> Iterator[_Change]:
-    return _changes({}, ports)
-
-
-def _changes(
-    old: Mapping[PortKey, PortElements],
-    new: Mapping[PortKey, PortElements],
-) -> Iterator[_Change]:
-    for key in sorted(changed(old, new), key=lambda k: (k[0].version, int(k[0]), k[1], k[2])):
-        yield from _port_changes(key, old.get(key), new.get(key))
-
-
-def _port_changes(
-    key: PortKey, old: PortElements | None, new: PortElements | None
-) -> Iterator[_Change]:
-    address, protocol, number = key
-    prefix = f"{address} . {protocol.lower()} . {number}"
-    for name, write in _MAPS:
-        was: Mapping[int, Any] = getattr(old, name) if old else {}
-        now: Mapping[int, Any] = getattr(new, name) if new else {}
-        if was is not now:
-            gone = [prefix + _BUCKETS[b] for b, value in was.items() if now.get(b) != value]
-            differ = [(b, value) for b, value in now.items() if was.get(b) != value]
-            # Few targets have many buckets: each is written once.
-            targets = {id(value): value for _, value in differ}
-            texts = {number: f" : {write(value)}" for number, value in targets.items()}
-            fresh = [prefix + _BUCKETS[b] + texts[id(value)] for b, value in differ]
-            if gone or fresh:
-                yield address, name, gone, fresh
-    yield from _whole(address, prefix, old, new)
-
-
-def _whole(
-    address: Address, prefix: str, old: PortElements | None, new: PortElements | None
-) -> Iterator[_Change]:
-    """The changes of the maps that have one element for a port."""
-    for name, chain_of in (("svc", _chain_of), ("past", _past_chain_of)):
-        was, now = chain_of(old), chain_of(new)
-        if was != now:
-            yield address, name, [prefix] if was else [], [f"{prefix} : jump {now}"] if now else []
-    closed, closes = old is not None and old.closed, new is not None and new.closed
-    if closed != closes:
-        yield address, "closed", [prefix] if closed else [], [prefix] if closes else []
-
-
-def _node_mark(index: int) -> str:
-    return f"{MARK_BASE + index:#x}"
-
-
-def _pod(target: tuple[Address, int]) -> str:
-    return f"{target[0]} . {target[1]}"
-
-
-_MAPS: Final[tuple[tuple[str, Callable[[Any], str]], ...]] = (
-    ("deliver", _pod),
-    ("late", _pod),
-    ("prev", _node_mark),
-    ("steer", _node_mark),
-)
-
-_COUNTED: Final = ("closed", "past", "pingable", "restricted", "svc", *(name for name, _ in _MAPS))
-
-
-def _chain_of(port: PortElements | None) -> str:
-    return hash_chain(port.size, port.by_client) if port else ""
-
-
-def _past_chain_of(port: PortElements | None) -> str:
-    return hash_chain(port.past, port.by_client) if port else ""
+def _value(value: Value) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return f" : jump {value}"
+    if isinstance(value, int):
+        return f" : {MARK_BASE + value:#x}"
+    return f" : {value[0]} . {value[1]}"

@@ -7,65 +7,74 @@ but no established one that it does not know: its pod would reset it.
 Sizes are powers of two and a bucket is a range of the hash. Where a Service changes its size, the
 past is kept at the finer of the two sizes, and no flow's former owner is forgotten; it goes back to
 the table's own size as soon as nothing is lost by that.
+What there is for each bucket is a row of small numbers (`maglev.Row`) into a short list.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TypeAlias
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Final, TypeAlias
 
 from lbctl.core import maglev
-from lbctl.core.forwarding import PortTable, Table
-from lbctl.core.model import Address, Endpoint, Protocol
+from lbctl.core.forwarding import EVERYWHERE, Holder, PortTable, Table, restricted
+from lbctl.core.maglev import Row
+from lbctl.core.model import Address, Protocol
 from lbctl.core.pmap import PMap, changed, persistent
+
+NOTHING: Final = 0  # the number of no target, and of no former owner
 
 
 @dataclass(frozen=True, slots=True)
 class PortView:
-    """A port's table and, per past bucket, its last other owner that is still there.
+    """A port's table on this node and, per past bucket, its last other owner that is still there.
 
-    `before` is as long as the table, or a power of two times that.
+    shared: the table of all nodes; `table` is another one only where it is strict. `before` holds
+    places in `former` plus one, and NOTHING; it is as long as the table, or a power of two times.
     """
 
+    shared: PortTable
     table: PortTable
-    before: tuple[Endpoint | None, ...]
+    former: tuple[Holder, ...]
+    before: Row
 
 
 View: TypeAlias = Mapping[Address, tuple[PortView, ...]]
+Target: TypeAlias = int | tuple[Address, int] | None  # a node's number, a pod here, or nothing
 
 
 @dataclass(frozen=True, slots=True)
 class PortElements:
     """What this node's kernel holds for one EIP:protocol:port.
 
-    steer, prev: bucket → index of a node. deliver, late: bucket → address and port; late is for new
-    flows alone, in buckets that were ours before. steer and deliver know `size` buckets, prev and
-    late `past` of them.
+    now, past: for each bucket the place of its target in `targets`, of which the first is None.
+    Nodes of `now` are in the map `steer` and pods in `deliver`; of `past`, nodes are in `prev` and
+    pods in `late` (for new flows alone, in buckets that were ours before).
     """
 
     address: Address
     protocol: Protocol
     port: int
-    size: int
-    past: int
     by_client: bool
     closed: bool
-    steer: Mapping[int, int] = field(default_factory=dict)
-    prev: Mapping[int, int] = field(default_factory=dict)
-    deliver: Mapping[int, tuple[Address, int]] = field(default_factory=dict)
-    late: Mapping[int, tuple[Address, int]] = field(default_factory=dict)
+    targets: tuple[Target, ...]
+    now: Row
+    past: Row
 
-    @property
-    def count(self) -> int:
-        """How many map elements it takes."""
-        return len(self.steer) + len(self.prev) + len(self.deliver) + len(self.late)
+    def counts(self) -> dict[str, int]:
+        """Number of elements by map, for those of buckets."""
+        made = {"deliver": 0, "late": 0, "prev": 0, "steer": 0}
+        for row, of_node, of_pod in ((self.now, "steer", "deliver"), (self.past, "prev", "late")):
+            for place, target in enumerate(self.targets):
+                if target is not None:
+                    made[of_node if isinstance(target, int) else of_pod] += row.count(place)
+        return made
 
 
 def advance(
-    old: View, table: Table, since: Table | None = None
+    old: View, table: Table, me: str, since: Table | None = None
 ) -> PMap[Address, tuple[PortView, ...]]:
-    """Take a new table in: every bucket whose owner changed remembers the old one.
+    """Take a new table in on node `me`: every bucket whose owner changed remembers the old one.
 
     since: the table that `old` was made with, if known; then only what differs is looked at.
     """
@@ -80,85 +89,123 @@ def advance(
         if (
             address in old
             and len(known) == len(entry.ports)
-            and all(view.table is port for view, port in zip(known, entry.ports, strict=True))
+            and all(view.shared is port for view, port in zip(known, entry.ports, strict=True))
         ):
             continue
         by_key = {(v.table.protocol, v.table.port, v.table.by_client): v for v in known}
         fresh[address] = tuple(
-            PortView(port, _before(port, by_key.get((port.protocol, port.port, port.by_client))))
+            _view(port, by_key.get((port.protocol, port.port, port.by_client)), me)
             for port in entry.ports
         )
     return persistent(old).updated(fresh, gone)
 
 
-def _before(table: PortTable, old: PortView | None) -> tuple[Endpoint | None, ...]:
-    size = len(table.owners)
-    if old is None:
-        return (None,) * size
+def _view(shared: PortTable, old: PortView | None, me: str) -> PortView:
+    if old is not None and old.shared is shared:
+        return old
+    made = fresh_view(shared, me)
+    if old is None or not old.table.owners:
+        return made
+    former, before = _before(made.table, old)
+    return replace(made, former=former, before=before)
+
+
+def fresh_view(shared: PortTable, me: str) -> PortView:
+    """The view of a port without a past, on node `me`."""
+    table = restricted(shared, me) if shared.strict else shared
+    return PortView(shared, table, (), _nothing(len(table.owners)))
+
+
+def past_row(former: tuple[Holder, ...], places: Sequence[int]) -> Row:
+    """`PortView.before` from what was stored. Raises ValueError for places that are not there."""
+    if any(not NOTHING <= place <= len(former) for place in places):
+        raise ValueError("a bucket's former owner is not there")
+    return maglev.row(places)
+
+
+_NOTHING: Final = {size: bytes(size) for size in (0, *maglev.SIZES)}
+
+
+def _nothing(size: int) -> bytes:
+    return _NOTHING[size]
+
+
+def _before(table: PortTable, old: PortView) -> tuple[tuple[Holder, ...], Row]:
+    size, old_size, old_past = len(table.owners), len(old.table.owners), len(old.before)
+    if not size:
+        return (), b""
     # By number and not by endpoint: this runs for every bucket of every changed port.
-    number = {endpoint: place for place, endpoint in enumerate(table.endpoints)}
-    same = [number.get(endpoint, -1) for endpoint in old.table.endpoints]
-    alive = [e if e in table.members else None for e in old.table.endpoints]
-    old_owners, old_size, old_past = old.table.owners, len(old.table.owners), len(old.before)
+    former = sorted({*old.table.endpoints, *old.former} & set(table.members))
+    place = {holder: number for number, holder in enumerate(former, 1)}
+    names = {holder: number for number, holder in enumerate(table.endpoints)}
+    same = [names.get(holder, -1) for holder in old.table.endpoints]
+    was_place = [place.get(holder, NOTHING) for holder in old.table.endpoints]
+    older_place = [NOTHING, *(place.get(holder, NOTHING) for holder in old.former)]
+    now_place = [place.get(holder, NOTHING) for holder in table.endpoints]
     past = max(size, old_size, old_past)
-    found: list[Endpoint | None] = []
-    for bucket in range(past):
-        now = table.owners[bucket * size // past]
-        was = old_owners[bucket * old_size // past]
+    nows = _stretched(table.owners, past)
+    weres = _stretched(old.table.owners, past)
+    olders = _stretched(old.before, past)
+    found = []
+    for now, was, older in zip(nows, weres, olders, strict=True):
         if same[was] != now:
-            found.append(alive[was])
-            continue
-        older = old.before[bucket * old_past // past]
-        kept = older is not None and older in table.members and older != table.endpoints[now]
-        found.append(older if kept else None)
-    return _coarsest(found, size)
+            found.append(was_place[was])
+        else:
+            number = older_place[older]
+            found.append(number if number != now_place[now] else NOTHING)
+    return _tidied(former, _coarsest(found, size))
 
 
-def _coarsest(past: list[Endpoint | None], size: int) -> tuple[Endpoint | None, ...]:
+def _stretched(row: Row, size: int) -> Row:
+    """The row at a multiple of its size."""
+    times = size // len(row)
+    return row if times == 1 else maglev.row([number for number in row for _ in range(times)])
+
+
+def _coarsest(past: list[int], size: int) -> list[int]:
     """The shortest list, of `size` entries or more, that says the same."""
     while len(past) > size and past[::2] == past[1::2]:
         past = past[::2]
     while len(past) not in maglev.SIZES:  # only these can be hashed to
         past = [entry for entry in past for _ in range(2)]
-    return tuple(past)
+    return past
+
+
+def _tidied(former: list[Holder], before: list[int]) -> tuple[tuple[Holder, ...], Row]:
+    """The same without former owners of no bucket: equal pasts are equal."""
+    used = sorted(set(before) - {NOTHING})
+    if not used:
+        return (), _nothing(len(before))
+    number = {old: new for new, old in enumerate((NOTHING, *used))}
+    return tuple(former[n - 1] for n in used), maglev.row([number[n] for n in before])
 
 
 def elements(address: Address, view: PortView, me: str, index: Mapping[str, int]) -> PortElements:
     """Return what the node `me` needs of one port. index: the nodes that it can steer to."""
     table = view.table
-    steer: dict[int, int] = {}
-    prev: dict[int, int] = {}
-    deliver: dict[int, tuple[Address, int]] = {}
-    late: dict[int, tuple[Address, int]] = {}
-    mine = [(e.address, e.port) if e.node == me else None for e in table.endpoints]
-    remote = [index.get(e.node) for e in table.endpoints]
-    for bucket, owner in enumerate(table.owners):
-        pod, node = mine[owner], remote[owner]
-        if pod is not None:
-            deliver[bucket] = pod
-        elif node is not None:
-            steer[bucket] = node
-    size, past = len(table.owners), len(view.before)
-    targets: dict[int, tuple[Address, int]] = {}  # one object each: it is written out once
-    for bucket, before in enumerate(view.before):
-        if before is None:
-            continue
-        here = mine[table.owners[bucket * size // past]] is not None
-        if here and before.node != me and before.node in index:
-            prev[bucket] = index[before.node]
-        elif not here and before.node == me:
-            target = (before.address, before.port)
-            late[bucket] = targets.setdefault(id(before), target)
+    holders = (*table.endpoints, *view.former)
+    aims: list[Target] = [_aim(holder, me, index) for holder in holders]
+    targets: tuple[Target, ...] = tuple(dict.fromkeys((None, *aims)))
+    place = {target: number for number, target in enumerate(targets)}
+    places = [place[aim] for aim in aims]
+    own, was = places[: len(table.endpoints)], places[len(table.endpoints) :]
+    # Without an endpoint (a strict port of other nodes) there is a chain, but no entry: dropped.
+    now = maglev.translated(table.owners, own) if own else _nothing(maglev.SIZES[0])
+    past = view.before or now
+    if was:
+        here = _stretched(now, len(past))
+        there = maglev.translated(past, [NOTHING, *was])
+        local = [isinstance(target, tuple) for target in targets]
+        # An owner's past is where established flows may be, another's past is what it may send.
+        past = maglev.row(
+            [old if local[new] != local[old] else 0 for new, old in zip(here, there, strict=True)]
+        )
     return PortElements(
-        address,
-        table.protocol,
-        table.port,
-        size,
-        past,
-        table.by_client,
-        table.closed,
-        steer,
-        prev,
-        deliver,
-        late,
+        address, table.protocol, table.port, table.by_client, table.closed, targets, now, past
     )
+
+
+def _aim(holder: Holder, me: str, index: Mapping[str, int]) -> Target:
+    if holder.node in (me, EVERYWHERE):
+        return holder.address, holder.port
+    return index.get(holder.node)

@@ -76,6 +76,8 @@ class Reason(StrEnum):
     SOURCE_REFUSED = "SourceRangeRefused"
     NO_SUCH_PORT = "NoSuchPort"
     NO_NEW_FLOWS = "NoNewFlows"
+    # an endpoint
+    ENDPOINT_ON_NO_NODE = "EndpointOnNoNode"
     # a session
     SESSION_UP = "SessionUp"
     SESSION_DOWN = "SessionDown"
@@ -142,6 +144,7 @@ SENTENCE: Final[dict[Reason, str]] = {
     Reason.SOURCE_REFUSED: "the Service's loadBalancerSourceRanges do not let the client in",
     Reason.NO_SUCH_PORT: "the Service has no such port",
     Reason.NO_NEW_FLOWS: "its endpoints take no new connections",
+    Reason.ENDPOINT_ON_NO_NODE: "the endpoint's address is on no node, so nothing could deliver",
     Reason.SESSION_UP: "the BGP session is established",
     Reason.SESSION_DOWN: "the BGP session is not established",
     Reason.ADD_PATH_MISSING: "the switch did not agree to receive several paths (ADD-PATH)",

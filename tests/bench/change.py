@@ -107,7 +107,7 @@ class AgentSide:
         before = self.state
         sources = Sources(self.eips, self.services, self.endpoints, self.locator, down)
         table = forwarding.revise(before.table, sources)
-        view = nodeview.advance(before.view, table, before.table)
+        view = nodeview.advance(before.view, table, "n0", before.table)
         inputs = Inputs(
             self.eips,
             self.services,

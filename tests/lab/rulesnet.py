@@ -331,7 +331,7 @@ def rules(
     of: Table, node: int, policy: Policy | None = None, view: nodeview.View | None = None
 ) -> Ruleset:
     """What one of the two nodes gives its kernel."""
-    view, other = view or nodeview.advance({}, of), 3 - node
+    view, other = view or nodeview.advance({}, of, f"n{node}"), 3 - node
     if policy is None:
         policy = Policy(pingable=dict.fromkeys(of.eips), new_flows=5000)
     return Ruleset(

@@ -84,11 +84,12 @@ def load(space: str, text: str) -> None:
 
 def cases() -> dict[str, list[str]]:
     """What the golden files hold: the pieces that a node gives to nft, by name."""
-    first = nodeview.advance({}, table(*PODS[:3]))
-    second = nodeview.advance(first, table(*PODS))
-    empty = nodeview.advance(second, table())
-    udp = nodeview.advance({}, table(*PODS, of=service(affinity=True, protocol=Protocol.UDP)))
-    refusing = nodeview.advance(second, table(*(pod(n, p, "") for n in (1, 2) for p in (2, 3))))
+    first = nodeview.advance({}, table(*PODS[:3]), "n1")
+    second = nodeview.advance(first, table(*PODS), "n1")
+    empty = nodeview.advance(second, table(), "n1")
+    udp = nodeview.advance({}, table(*PODS, of=service(affinity=True, protocol=Protocol.UDP)), "n1")
+    unready = (pod(n, p, "") for n in (1, 2) for p in (2, 3))
+    refusing = nodeview.advance(second, table(*unready), "n1")
     one, two = ruleset(first, "n1", 1), ruleset(second, "n1", 2)
     return {
         "empty": nft.full(nft.Ruleset(1, ("eth0",))),
@@ -183,8 +184,8 @@ def test_the_fake_says_what_the_kernel_does(space: str, version: int) -> None:
     pods = [pod(n, p, version=version) for n in (1, 2, 3) for p in (2, 3)]
     of = service(sources=ALLOWED)
     tables = [table(*some, of=of, eips=(EIP, EIP6)) for some in (pods[:3], pods)]
-    first = nodeview.advance({}, tables[0])
-    views = [first, nodeview.advance(first, tables[1])]
+    first = nodeview.advance({}, tables[0], "n1")
+    views = [first, nodeview.advance(first, tables[1], "n1")]
     policy = Policy(pingable={EIP: None, EIP6: None}, new_flows=5000)
     old, new = (ruleset(views[n], "n1", n, tables[n], policy) for n in (0, 1))
     fake = FakeTable()

@@ -76,7 +76,7 @@ def test_an_old_table(net: RulesNet, version: int) -> None:
     """A node cut off from the API server: new flows that it sends by the old table arrive."""
     old, new = table((2,), unready=(1,)), table()
     net.load(1, *nft.full(rules(old, 1)))
-    view = nodeview.advance(nodeview.advance({}, old), new)
+    view = nodeview.advance(nodeview.advance({}, old, "n2"), new, "n2")
     net.load(2, *nft.full(rules(new, 2, view=view)))
     found = sent(net, 1, version, frames.SYN)
     # The client knows nothing of these flows and resets them: that is steered as well.
@@ -89,7 +89,8 @@ def test_each_hands_over_to_the_other(net: RulesNet, version: int) -> None:
     """The worst of second chances: both say that the flow was the other's. Its hops end it."""
     for node in (1, 2):
         mine, other = table((node,), unready=(3 - node,)), table((3 - node,), unready=(node,))
-        view = nodeview.advance(nodeview.advance({}, other), mine)
+        me = f"n{node}"
+        view = nodeview.advance(nodeview.advance({}, other, me), mine, me)
         net.load(node, *nft.full(rules(mine, node, view=view)))
     found = sent(net, 1, version, frames.ACK)
     assert sum(found["steered"]) == 0 and sum(found["stray"]) == PACKETS

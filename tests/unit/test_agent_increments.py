@@ -123,7 +123,7 @@ class Passes(RuleBasedStateMachine):
         locator = Locator(i.nodes)
         sources = Sources(i.eips, i.services, i.endpoints, locator, self.down)
         table = forwarding.revise(before.table, sources)
-        view = nodeview.advance(before.view, table, before.table)
+        view = nodeview.advance(before.view, table, "n1", before.table)
         macs = {ip_address("192.0.2.22"): "02:00:00:00:00:02"}
         bare = State(i, self.down, table, view, {"n2": 1, "n3": 2}, macs, usable=self.usable)
         generation = before.rules.generation + 1
@@ -138,7 +138,7 @@ class Passes(RuleBasedStateMachine):
         plain = (dict(i.eips), dict(i.services), dict(i.endpoints))
         whole = forwarding.revise(forwarding.EMPTY, Sources(*plain, locator, self.down))
         assert (table.eips, table.digest, table.owned) == (whole.eips, whole.digest, whole.owned)
-        self.view = nodeview.advance(dict(self.view), whole)
+        self.view = nodeview.advance(dict(self.view), whole, "n1")
         assert view == self.view
         fresh = render(replace(bare, view=self.view), "n1", generation, ("eth0",))
         assert self.state.rules == fresh.rules and self.state.strays == fresh.strays

@@ -160,7 +160,7 @@ def state() -> State:
         forwarding=OPTIONS,
         config_generation=4,
     )
-    view = nodeview.advance(nodeview.advance({}, first), second)
+    view = nodeview.advance(nodeview.advance({}, first, "n1"), second, "n1")
     macs = {ip_address("192.0.2.22"): "02:00:00:00:00:02"}
     index = {"n2": 1, "n3": 5}
     bare = State(
@@ -189,7 +189,7 @@ def test_a_snapshot_gives_back_the_same_ruleset(tmp_path: Path) -> None:
     assert found is not None
     assert found.rules == kept.rules
     assert found.inputs.forwarding == OPTIONS
-    assert any(port.prev for port in found.rules.ports.values())
+    assert any(port.counts()["prev"] for port in found.rules.ports.values())
     assert (found.usable6, found.tunnel_peers) == (kept.usable6, kept.tunnel_peers)
     assert (found.table.digest, found.index, found.shape) == (
         kept.table.digest,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from hashlib import sha256
 
 import pytest
@@ -11,14 +12,22 @@ from hypothesis import strategies as st
 
 from lbctl.core import maglev
 
+MOVED = 0.1  # of all buckets, beyond those of the endpoint that comes or goes
+
 
 def names(count: int) -> list[str]:
     return [f"10.244.0.{n}|8080" for n in range(count)]
 
 
+def owners(identities: Iterable[str]) -> list[str]:
+    """The table by names."""
+    known = sorted(set(identities))
+    return [known[place] for place in maglev.table(known)]
+
+
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 12, 13, 51, 52, 204])
 def test_spread_is_within_five_percent(count: int) -> None:
-    shares = Counter(maglev.table(names(count)))
+    shares = Counter(owners(names(count)))
     assert len(shares) == count
     assert max(shares.values()) <= min(shares.values()) * 1.05 + 1
     assert sum(shares.values()) == maglev.size_for(count)
@@ -29,20 +38,37 @@ def test_spread_is_within_five_percent(count: int) -> None:
 def test_order_changes_nothing(identities: set[str], random: object) -> None:
     shuffled = sorted(identities)
     random.shuffle(shuffled)  # type: ignore[attr-defined]
-    assert maglev.table(shuffled) == maglev.table(identities)
+    assert owners(shuffled) == owners(identities)
 
 
-def test_one_endpoint_less_moves_few_of_the_others() -> None:
-    before, after = maglev.table(names(10)), maglev.table(names(9))
-    assert len(before) == len(after)
-    gone = names(10)[-1]
+@pytest.mark.parametrize("count", [2, 3, 5, 10, 12, 13, 40, 51, 100, 204])
+def test_one_endpoint_less_moves_few_of_the_others(count: int) -> None:
+    """About 1/n has to move with the endpoint; of the rest the paper (figure 12) saw a few percent.
+
+    A change of the size class moves more: then the sizes nest, and the second chance covers it.
+    """
+    before, after = owners(names(count)), owners(names(count - 1))
+    if len(before) != len(after):
+        return
+    gone = names(count)[-1]
     moved = sum(b != a for b, a in zip(before, after, strict=True) if b != gone)
-    assert moved <= len(before) * 0.15
+    assert moved <= len(before) * MOVED
     assert gone not in after
 
 
+@given(st.sets(st.integers(0, 10_000), min_size=13, max_size=50), st.integers(0, 49))
+@settings(max_examples=60, deadline=None)
+def test_any_one_endpoint_moves_few_of_the_others(numbers: set[int], which: int) -> None:
+    known = [f"10.244.{n // 250}.{n % 250}|8080" for n in sorted(numbers)]
+    gone = known.pop(which % len(known))
+    before, after = owners([*known, gone]), owners(known)
+    if len(before) == len(after):
+        moved = sum(b != a for b, a in zip(before, after, strict=True) if b != gone)
+        assert moved <= len(before) * MOVED
+
+
 def test_nobody_gives_no_table() -> None:
-    assert maglev.table([]) == ()
+    assert maglev.table([]) == b""
 
 
 def test_sizes_nest() -> None:
@@ -52,5 +78,5 @@ def test_sizes_nest() -> None:
 def test_the_format_is_frozen() -> None:
     """Another result for the same input needs another FORMAT: nodes would differ."""
     assert maglev.FORMAT == 1
-    text = "\n".join(maglev.table(names(10))).encode()
+    text = "\n".join(owners(names(10))).encode()
     assert sha256(text).hexdigest()[:16] == "829ae4c2beb9a9bf"

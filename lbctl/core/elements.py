@@ -1,0 +1,105 @@
+"""What changes in the big maps between two states, before it is text or bytes.
+
+Rules: the maps with an element per bucket (`deliver late prev steer`) and those with one per port
+(`svc past closed`) change together, port by port. A whole load is the difference to nothing. The
+cost is that of the ports that differ. `nft` makes text of it, `nfbatch` netlink messages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from typing import Final, TypeAlias
+
+from lbctl.core.model import Address
+from lbctl.core.nftrules import hash_chain
+from lbctl.core.nodeview import NOTHING, PortElements, Target
+from lbctl.core.pmap import changed
+
+PortKey: TypeAlias = tuple[Address, str, int]  # EIP, protocol as Kubernetes spells it, port
+Value: TypeAlias = Target | str  # a node's number, a pod, a chain; None in a set
+WHOLE: Final = -1  # in place of a bucket, in the maps that have one element for a port
+BUCKET_MAPS: Final = ("deliver", "late", "prev", "steer")
+PORT_MAPS: Final = ("closed", "past", "svc")
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What one map loses and gains for one port.
+
+    gone: buckets. fresh: buckets by their new value; one that changes its value is in both.
+    """
+
+    key: PortKey
+    map: str
+    gone: list[int] = field(default_factory=list)
+    fresh: dict[Value, list[int]] = field(default_factory=dict)
+
+    @property
+    def count(self) -> int:
+        """How many elements it deletes and adds."""
+        return len(self.gone) + sum(map(len, self.fresh.values()))
+
+
+def deltas(
+    old: Mapping[PortKey, PortElements], new: Mapping[PortKey, PortElements]
+) -> Iterator[list[Delta]]:
+    """Yield for each port that differs, in order of address, protocol and port, what does."""
+    for key in sorted(changed(old, new), key=lambda k: (k[0].version, int(k[0]), k[1], k[2])):
+        found = [d for d in _port(key, old.get(key), new.get(key)) if d.gone or d.fresh]
+        if found:
+            yield found
+
+
+def counts(port: PortElements) -> dict[str, int]:
+    """How many elements of each map a port has."""
+    return {"closed": int(port.closed), "past": 1, "svc": 1, **port.counts()}
+
+
+def _port(key: PortKey, old: PortElements | None, new: PortElements | None) -> Iterator[Delta]:
+    was, now = (port.targets if port else (None,) for port in (old, new))
+    rows = (("now", "deliver", "steer"), ("past", "late", "prev"))
+    for name, of_pod, of_node in rows:
+        one: Sequence[int] = getattr(old, name) if old else b""
+        other: Sequence[int] = getattr(new, name) if new else b""
+        yield from _rows(Delta(key, of_pod), Delta(key, of_node), (was, one), (now, other))
+    for name, values in (("svc", _chain_of), ("past", _past_chain_of), ("closed", _closed)):
+        before, after = values(old), values(new)
+        if before != after:
+            fresh: dict[Value, list[int]] = {value: [WHOLE] for value in after}
+            yield Delta(key, name, [WHOLE] if before else [], fresh)
+
+
+_Targets = tuple[tuple[Target, ...], Sequence[int]]
+
+
+def _rows(pods: Delta, nodes: Delta, old: _Targets, new: _Targets) -> tuple[Delta, Delta]:
+    """Fill in the buckets whose target differs."""
+    (was, one), (now, other) = old, new
+    names = {target: number for number, target in enumerate(now)}
+    same = [names.get(target, -1) for target in was]
+    gone = [pods.gone if isinstance(t, tuple) else nodes.gone for t in was]
+    fresh: list[list[int]] = [[] for _ in now]
+    for bucket, (before, after) in enumerate(zip_longest(one, other, fillvalue=NOTHING)):
+        if same[before] != after:
+            if before:
+                gone[before].append(bucket)
+            if after:
+                fresh[after].append(bucket)
+    for target, buckets in zip(now, fresh, strict=True):
+        if buckets:
+            (pods if isinstance(target, tuple) else nodes).fresh[target] = buckets
+    return pods, nodes
+
+
+def _chain_of(port: PortElements | None) -> tuple[Value, ...]:
+    return (hash_chain(len(port.now), port.by_client),) if port else ()
+
+
+def _past_chain_of(port: PortElements | None) -> tuple[Value, ...]:
+    return (hash_chain(len(port.past), port.by_client),) if port else ()
+
+
+def _closed(port: PortElements | None) -> tuple[Value, ...]:
+    return (None,) if port and port.closed else ()

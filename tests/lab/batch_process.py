@@ -1,0 +1,97 @@
+"""In a namespace of its own: write states by netlink batches, as the agent does.
+
+`python -m tests.lab.batch_process` reads numbers of states, one a line, and answers each with what
+went wrong, a JSON string; "" for nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from dataclasses import replace
+from ipaddress import ip_address, ip_network
+
+from agent.dataplane import Dataplane
+from agent.nfnetlink import BatchWriter
+from lbctl.core import nfbatch, nft
+from lbctl.core.elements import WHOLE, Delta, PortKey
+from lbctl.core.model import Address, Protocol
+from lbctl.core.nodeview import PortElements, Target
+from lbctl.errors import DataplaneError
+
+FOUR, SIX = ip_address("198.51.100.1"), ip_address("2001:db8:100::1")
+
+
+def port(
+    address: Address, protocol: Protocol, number: int, size: int, turn: int
+) -> tuple[PortKey, PortElements]:
+    """A port with every kind of entry. turn: another one gives other entries."""
+    pods = (("10.244.1.2", 8080), ("10.244.1.3", 65535))
+    six = (("fd00:10:244:1::2", 8080), ("fd00:10:244:1::3", 65535))
+    chosen = pods if address.version == 4 else six
+    found: tuple[Target, ...] = tuple((ip_address(a), p) for a, p in chosen)
+    targets: tuple[Target, ...] = (None, 1, *found, 7)
+    now = bytes((b + turn) % 5 for b in range(size))
+    past = bytes((3 * b + turn) % 5 for b in range(4 * size))
+    closed = (turn + number) % 2 == 0
+    made = PortElements(address, protocol, number, number % 3 == 0, closed, targets, now, past)
+    return (address, protocol.value, number), made
+
+
+def states() -> list[nft.Ruleset]:
+    """A ruleset of both families, a later one, one with nothing, and one of several pieces."""
+    base = nft.Ruleset(
+        1,
+        ("eth0",),
+        ("02:00:00:00:00:02",),
+        ((FOUR, FOUR + 9), (SIX, SIX + 9)),
+        dict(
+            port(address, protocol, number, 64, number)
+            for address in (FOUR, SIX)
+            for protocol in Protocol
+            for number in (80, 443)
+        ),
+        {FOUR: (ip_network("203.0.113.0/24"),), SIX: (ip_network("2001:db8:3::/64"),)},
+    )
+    later = dict(
+        port(address, protocol, number, 64 if protocol is Protocol.UDP else 256, number + 1)
+        for address in (FOUR, SIX)
+        for protocol in Protocol
+        for number in (80, 81)
+    )
+    wide = dict(port(FOUR + n, Protocol.TCP, 80, 1024, n) for n in range(6))
+    return [
+        base,
+        replace(base, generation=2, ports=later),
+        replace(base, generation=3, ports={}, uplinks=("eth0", "eth1")),
+        replace(base, generation=4, ports=wide, sources={}),
+    ]
+
+
+async def take(dataplane: Dataplane, number: int) -> None:
+    """Set a state; -1 adds one element and deletes another that is not there."""
+    if number < 0:
+        key = (FOUR, "TCP", 4711)
+        (batch,) = nfbatch.pieces([[Delta(key, "svc", [], {"flow64": [WHOLE]})]])
+        batch.deleted = next(nfbatch.pieces([[Delta(key, "steer", [3])]])).deleted
+        BatchWriter().send(batch)
+    else:
+        assert await dataplane.set(states()[number])
+        assert not dataplane.damaged()
+
+
+def main() -> None:
+    """Take each state, and say what went wrong."""
+    dataplane = Dataplane()
+    for line in sys.stdin:
+        said = ""
+        try:
+            asyncio.run(take(dataplane, int(line)))
+        except DataplaneError as error:
+            said = str(error)
+        print(json.dumps(said), flush=True)
+
+
+if __name__ == "__main__":
+    main()
