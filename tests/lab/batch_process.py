@@ -40,7 +40,7 @@ def port(
 
 
 def states() -> list[nft.Ruleset]:
-    """A ruleset of both families, a later one, one with nothing, and one of several pieces."""
+    """A ruleset of both families, a later one, one with nothing, and one with big tables."""
     base = nft.Ruleset(
         1,
         ("eth0",),
@@ -55,12 +55,12 @@ def states() -> list[nft.Ruleset]:
         {FOUR: (ip_network("203.0.113.0/24"),), SIX: (ip_network("2001:db8:3::/64"),)},
     )
     later = dict(
-        port(address, protocol, number, 64 if protocol is Protocol.UDP else 256, number + 1)
+        port(address, protocol, number, 256 if protocol is Protocol.UDP else 64, number + 1)
         for address in (FOUR, SIX)
         for protocol in Protocol
         for number in (80, 81)
     )
-    wide = dict(port(FOUR + n, Protocol.TCP, 80, 1024, n) for n in range(6))
+    wide = dict(port(FOUR + n, Protocol.TCP, 80, 1024, n) for n in range(2))
     return [
         base,
         replace(base, generation=2, ports=later),
