@@ -43,7 +43,7 @@ from lbctl.core.model import (
 from lbctl.core.nodeview import PortView
 from lbctl.core.pmap import PMap, changed
 
-VERSION: Final = 3
+VERSION: Final = 4
 FILE: Final = "agent.json"
 _EVERY_S: Final = 1.0
 _log = structlog.get_logger()
