@@ -1,7 +1,7 @@
 """Print the medians that `docs/benchmarks.md` holds, as a Markdown table.
 
-`python -m tests.bench [--runs N] [--services N] [--only pure|lab|memory|beside]`. Absolute times
-depend on the machine, which is printed; compare rows of one run.
+`python -m tests.bench [--runs N] [--services N] [--only pure|scale|lab|memory|beside]`. Absolute
+times depend on the machine, which is printed; compare rows of one run.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import beside, lab, pure
+from . import beside, lab, pure, scale
+
+_PARTS = ("pure", "scale", "lab", "memory", "beside")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +54,7 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--services", type=int, default=1000)
-    parser.add_argument("--only", choices=("pure", "lab", "memory", "beside"), default=None)
+    parser.add_argument("--only", choices=_PARTS, default=None)
     chosen = parser.parse_args(argv)
     print(f"{dt.datetime.now(dt.UTC):%Y-%m-%d %H:%M} UTC, {machine()}\n")
     if chosen.only == "beside":
@@ -61,7 +63,10 @@ def main(argv: Sequence[str]) -> int:
     if chosen.only in (None, "pure"):
         for what, values, unit in pure.measure(chosen.runs):
             print(Row(what, values, unit).render(), flush=True)
-    if chosen.only != "pure":
+    if chosen.only in (None, "scale"):
+        for what, values, unit in scale.measure(chosen.runs):
+            print(Row(what, values, unit).render(), flush=True)
+    if chosen.only not in ("pure", "scale"):
         for what, values, unit in lab.measure(
             chosen.runs, chosen.services, chosen.only == "memory"
         ):

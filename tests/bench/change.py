@@ -19,6 +19,8 @@ from lbctl.core.announce import Announcer
 from lbctl.core.changelog import ChangeLog
 from lbctl.core.forwarding import Locator, Sources
 from lbctl.core.model import Network, NodeState, Path
+from lbctl.core.nfbatch import Batch, framed
+from lbctl.core.nft import Ruleset
 from lbctl.core.pmap import PMap
 from lbctl.core.routes import Confirmations, PathIds, Rules, host_route, select
 
@@ -87,20 +89,20 @@ class ManagerSide:
 
 
 class AgentSide:
-    """Table, view, ruleset, text and what is confirmed, put together as agent/engine.py does."""
+    """Table, view, ruleset, steps and what is confirmed, put together as agent/engine.py does."""
 
     def __init__(self, cluster: Cluster) -> None:
         self.cluster = cluster
         self.locator = Locator(cluster.nodes)
         self.endpoints = PMap(cluster.endpoints)
         self.eips, self.services = PMap(cluster.eips), PMap(cluster.services)
-        self.index = {f"n{n}": n for n in range(1, NODES)}
+        self.index = {f"n{n}": n for n in range(1, cluster.size)}
         self.macs = {ip_address(f"192.0.2.{20 + n}"): f"02:00:00:00:00:{n:02x}" for n in range(8)}
         self.state = State()
         self.counts: dict[nft.SetKey, int] = {}
         self.confirmed = Confirmed()
         self.log = ChangeLog(1)
-        self.text: list[str] = []
+        self.before: Ruleset | None = None  # what the kernel has
 
     def run(self, down: frozenset[str] = frozenset()) -> None:
         """One pass without the kernel."""
@@ -119,17 +121,32 @@ class AgentSide:
         state = State(inputs, down, table, view, self.index, self.macs, usable=usable)
         generation = before.rules.generation + 1
         self.state = render(state, "n0", generation, ("eth0",), before)
-        self.text = nft.difference(before.rules, self.state.rules)
         self.counts = nft.recounted(self.counts, before.rules, self.state.rules)
         eips = confirmed_eips("n0", self.confirmed, table)
         self.confirmed = Confirmed(generation, 1, table, eips)
         self.log.replace(eips)
 
-    def one(self, number: int) -> None:
+    def steps(self) -> Iterator[nft.Step]:
+        """The transactions that are due."""
+        before, self.before = self.before, self.state.rules
+        return nft.steps(before, self.state.rules)
+
+    def encoded(self) -> int:
+        """Their number of bytes, as sent."""
+        return sum(
+            len(framed(step, 1) if isinstance(step, Batch) else step) for step in self.steps()
+        )
+
+    def change(self, number: int) -> None:
         """A Service gets a pod less, or more."""
         ref = self.cluster.refs[number]
         pods = len(self.endpoints[ref].ports[0].endpoints)
-        self.endpoints = self.endpoints.updated({ref: self.cluster.behind(number, 7 - pods)})
+        other = 2 * self.cluster.pods - 1 - pods
+        self.endpoints = self.endpoints.updated({ref: self.cluster.behind(number, other)})
+
+    def one(self, number: int) -> None:
+        """The same, planned."""
+        self.change(number)
         self.run()
 
 
@@ -141,6 +158,7 @@ def measure(runs: int) -> Iterator[Measured]:
         manager.select(range(size))
         manager.announce()
         agent.run()
+        agent.encoded()
         gc.collect()  # what the set-up left behind is no part of a change
         beside = f"one Service changed among {size:,}"
         yield (
@@ -148,7 +166,12 @@ def measure(runs: int) -> Iterator[Measured]:
             timed(_each(manager.one), runs * 20),
             "ms",
         )
-        yield f"{beside}: agent plan + nft text", timed(_each(agent.one), runs * 20), "ms"
+
+        def one(number: int, agent: AgentSide = agent) -> None:
+            agent.one(number)
+            agent.encoded()
+
+        yield f"{beside}: agent plan + messages", timed(_each(one), runs * 20), "ms"
     yield from _lost(manager, agent, runs)
 
 
@@ -175,5 +198,10 @@ def _lost(manager: ManagerSide, agent: AgentSide, runs: int) -> Iterator[Measure
         manager.announce()
     yield f"one node lost, {where}: speaker diff, first commands", tuple(found), "ms"
     downs = iter([frozenset({f"n{NODES - 1}"}), frozenset[str]()] * runs)
-    slow = timed(lambda: agent.run(next(downs)), 2 * runs)[::2]
-    yield f"one node lost, {where}: agent plan + nft text", slow, "ms"
+
+    def judge() -> None:
+        agent.run(next(downs))
+        agent.encoded()
+
+    slow = timed(judge, 2 * runs)[::2]
+    yield f"one node lost, {where}: agent plan + messages", slow, "ms"

@@ -34,9 +34,10 @@ FIRST = int(ip_address("198.18.0.0"))
 
 
 class Cluster:
-    """`count` Services with an EIP each and PODS pods on NODES nodes, all well."""
+    """`count` Services with an EIP and so many pods each, on so many nodes, all well."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, nodes: int = NODES, pods: int = PODS) -> None:
+        self.size, self.pods = nodes, pods
         self.refs = [ObjectRef("default", f"s{n:05}") for n in range(count)]
         self.addresses: list[Address] = [ip_address(FIRST + n) for n in range(count)]
         self.eips = {
@@ -52,7 +53,7 @@ class Cluster:
                 addresses=(ip_address(f"192.0.2.{20 + n}"),),
                 pod_cidrs=(ip_network(f"10.{n}.0.0/16"),),
             )
-            for n in range(NODES)
+            for n in range(nodes)
         )
         self.views = {
             node.name: NodeView(
@@ -64,16 +65,17 @@ class Cluster:
             for node in self.nodes
         }
 
-    def behind(self, number: int, pods: int = PODS) -> ServiceEndpoints:
+    def behind(self, number: int, pods: int | None = None) -> ServiceEndpoints:
         """The endpoints of Service `number` with so many pods."""
+        size = self.size
         found = tuple(
             Endpoint(
-                ip_address(f"10.{(number + p) % NODES}.{number // 250}.{2 + number % 250}"),
+                ip_address(f"10.{(number + p) % size}.{number // 250}.{2 + number % 250}"),
                 8080,
-                f"n{(number + p) % NODES}",
+                f"n{(number + p) % size}",
                 "pod",
             )
-            for p in range(pods)
+            for p in range(self.pods if pods is None else pods)
         )
         return ServiceEndpoints(
             self.refs[number], (PortEndpoints("", Protocol.TCP, tuple(sorted(found))),)
