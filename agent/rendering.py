@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import chain
 
 from agent.inputs import Inputs
 from lbctl.core import forwarding, nft, nodeview
 from lbctl.core.elements import PortKey
-from lbctl.core.forwarding import Table
+from lbctl.core.forwarding import EVERYWHERE, Table
 from lbctl.core.model import Address, Network
 from lbctl.core.names import TUNNEL_DEVICE
 from lbctl.core.nft import Ruleset
@@ -28,8 +29,9 @@ class State:
     """Everything that a restart needs; written to the snapshot whole.
 
     macs: of the other nodes' addresses, the last that were seen. down: nodes called down. strays:
-    EIPs outside every accepted pool. usable, usable6: the nodes that can be steered to by IPv4 and
-    by IPv6. tunnel_peers, tunnel_mtu: who may send to us through the tunnel, and what fits into it.
+    EIPs outside every accepted pool. externals: of an EIP, the endpoints on no node. usable,
+    usable6: the nodes that can be steered to by IPv4 and by IPv6. tunnel_peers, tunnel_mtu: who may
+    send to us through the tunnel, and what fits into it.
     """
 
     inputs: Inputs = field(default_factory=Inputs)
@@ -45,6 +47,7 @@ class State:
     tunnel_mtu: int = 0
     shape: str = ""
     strays: PMap[Address, None] = field(default_factory=PMap)
+    externals: PMap[Address, tuple[Address, ...]] = field(default_factory=PMap)
 
     @property
     def steerable(self) -> dict[int, dict[str, int]]:
@@ -74,6 +77,7 @@ def render(
         [a for node in state.inputs.nodes for a in node.addresses],
     )
     peers = tuple(sorted(set(state.macs.values())))
+    state = replace(state, strays=strays, externals=_externals(before, state, touched))
     rules = Ruleset(
         generation,
         uplinks,
@@ -83,7 +87,7 @@ def render(
         _sources(before, state, touched),
         _policy(before, state, touched, uplinks),
     )
-    return replace(state, rules=rules, strays=strays)
+    return replace(state, rules=rules)
 
 
 def _ports(before: State, state: State, me: str) -> PMap[PortKey, PortElements]:
@@ -132,9 +136,23 @@ def _policy(
     return Policy(
         pingable,
         options.new_flows_per_second,
+        tuple(sorted(set(chain(*state.externals.values())), key=lambda a: (a.version, int(a)))),
         tunnel_peers=state.tunnel_peers,
         tunnel_mtus=mtus if state.tunnel_peers else (),
     )
+
+
+def _externals(
+    before: State, state: State, touched: Iterable[Address]
+) -> PMap[Address, tuple[Address, ...]]:
+    """The endpoints that every node delivers itself, by EIP: few, in most clusters none."""
+    tables = {a: entry for a in touched if (entry := state.table.eips.get(a)) is not None}
+    found = {
+        a: tuple(e.address for port in entry.ports for e in port.endpoints if e.node == EVERYWHERE)
+        for a, entry in tables.items()
+    }
+    fresh = {address: endpoints for address, endpoints in found.items() if endpoints}
+    return before.externals.updated(fresh, set(touched) - fresh.keys())
 
 
 def _strays(before: State, state: State, touched: Iterable[Address]) -> PMap[Address, None]:

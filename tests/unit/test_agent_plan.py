@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from ipaddress import IPv4Address, IPv4Network, IPv6Network, ip_address
 from pathlib import Path
 
 from agent.inputs import Inputs, config_of
 from agent.rendering import State, render
 from agent.snapshot import FILE, Store
-from lbctl.core import nodeview, ways
+from lbctl.core import forwarding, nodeview, ways
+from lbctl.core.forwarding import Locator
 from lbctl.core.model import (
+    Address,
     Eip,
+    Endpoint,
+    External,
     ForwardingOptions,
     Node,
     ObjectRef,
@@ -236,3 +241,34 @@ def test_a_damaged_snapshot_is_none(tmp_path: Path) -> None:
         assert store.load() is None
     store.remove()
     assert not (tmp_path / FILE).exists()
+
+
+def test_external_endpoints_are_masqueraded_while_they_are_asked_for() -> None:
+    """`endpoints.external`: in the set as long as an EIP has one, and only then."""
+    outside = Endpoint(ip_address("192.0.2.200"), 8080)
+    of = service()
+    behind = ServiceEndpoints(
+        of.ref, tuple(PortEndpoints("", p.protocol, (outside,)) for p in of.ports)
+    )
+    before = State()
+    steps: tuple[tuple[External, tuple[Address, ...]], ...] = (
+        ("refuse", ()),
+        ("masquerade", (outside.address,)),
+        ("refuse", ()),
+    )
+    for asked, expected in steps:
+        inputs = Inputs(nodes=nodes(), ranges=RANGES, forwarding=ForwardingOptions(external=asked))
+        sources = forwarding.Sources(
+            {EIP: Eip(EIP, "public", of.ref, "uid")},
+            {of.ref: of},
+            {of.ref: behind},
+            Locator(nodes()),
+            frozenset(),
+            inputs.forwarding,
+        )
+        made = forwarding.revise(before.table, sources)
+        view = nodeview.advance(before.view, made, "n1", before.table)
+        before = render(
+            replace(before, inputs=inputs, table=made, view=view), "n1", 1, ("eth0",), before
+        )
+        assert before.rules.policy.external == expected
