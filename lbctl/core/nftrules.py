@@ -146,6 +146,7 @@ def skeleton(family: Family) -> str:
         _timeouts(family),
         _sets(family),
         _hash_chains(family),
+        _icmp(family),
         _steering(family),
         _elsewhere(family),
         _chance(family),
@@ -232,14 +233,10 @@ def _sets(family: Family) -> str:
 """
 
 
-def _steering(family: Family) -> str:
-    """From outside: refuse, or find the bucket, and mark and untrack what is another node's."""
-    ip, icmp, key = family.ip, family.icmp, family.key
+def _icmp(family: Family) -> str:
+    """Errors go the way of the connection that they speak of; pings are for whoever gets them."""
     over = f"limit rate over {PINGS_PER_SECOND}/second burst {PINGS_PER_SECOND} packets"
-    return f"""  chain refuse {{
-    drop
-  }}
-  chain errors {{
+    return f"""  chain errors {{
     {family.odd_inner} counter name odd drop
     {family.raw_error_key} vmap @svc
     meta mark 0 counter name stray drop
@@ -247,8 +244,17 @@ def _steering(family: Family) -> str:
     meta mark set 0 accept
   }}
   chain ping {{
-    update @ping_rate {{ {ip} daddr {over} }} counter name flood drop
+    update @ping_rate {{ {family.ip} daddr {over} }} counter name flood drop
     counter name pings accept
+  }}
+"""
+
+
+def _steering(family: Family) -> str:
+    """From outside: refuse, or find the bucket, and mark and untrack what is another node's."""
+    ip, icmp, key = family.ip, family.icmp, family.key
+    return f"""  chain refuse {{
+    drop
   }}
   chain outside {{
     {icmp} type {{ {family.errors} }} goto errors
