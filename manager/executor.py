@@ -156,6 +156,7 @@ class Executor:
         match action:
             case AddFinalizer():
                 meta["finalizers"] = [*others, names.FINALIZER]
+                meta["annotations"] = {names.ANNOTATION_POOL: action.pools}
             case RemoveFinalizer():
                 meta["finalizers"] = others
             case WriteStatus():

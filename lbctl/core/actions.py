@@ -23,11 +23,13 @@ from lbctl.core.reasons import Reason
 
 @dataclass(frozen=True, slots=True)
 class AddFinalizer:
-    """Add `names.FINALIZER` to the Service, so that its EIP outlives it."""
+    """Add `names.FINALIZER` to the Service, so that its EIP outlives it, and say in an annotation
+    which pools its addresses are of (separated by commas)."""
 
     service: ObjectRef
     seen: Service
     reason: Reason
+    pools: str = ""
 
 
 @dataclass(frozen=True, slots=True)

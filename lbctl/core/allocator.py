@@ -349,8 +349,8 @@ class Allocator:
                 return []
         kept = [pick for pick in picks if pick.eip is not None]
         actions: list[Action] = []
-        if kept and names.FINALIZER not in service.finalizers:
-            actions.append(AddFinalizer(service.ref, service, kept[0].reason))
+        if kept and (pools := _to_mark(service, kept)):
+            actions.append(AddFinalizer(service.ref, service, kept[0].reason, pools))
         for pick in kept:
             actions += self._bind(record, service, pick)
         addresses = tuple([pick.eip.address for pick in kept if pick.eip is not None])
@@ -377,7 +377,7 @@ class Allocator:
 
     def _bind(self, record: Record, service: Service, pick: Pick) -> list[Action]:
         eip, seen = pick.eip, pick.seen
-        if eip is None or eip.address in self._held.in_flight:
+        if eip is None or (record.planned and eip.address in self._held.in_flight):
             return []
         if eip == seen and eip.address in service.ingress:
             return []  # one that is not shown yet is bound anew first: see `core.actions`
@@ -452,6 +452,18 @@ class Allocator:
         if record.decision == before:
             return []
         return [Refused(ref, service, missing[0].reason, sentence)]
+
+
+def _to_mark(service: Service, kept: list[Pick]) -> str:
+    """The pools to be written on a Service, "" if it has its finalizer and says so already.
+
+    One that does not say so at all was given its finalizer elsewhere, and is left alone.
+    """
+    pools = ",".join(dict.fromkeys([pick.eip.pool for pick in kept if pick.eip is not None]))
+    if names.FINALIZER not in service.finalizers:
+        return pools
+    said = dict(service.annotations).get(names.ANNOTATION_POOL) if service.annotations else None
+    return pools if said is not None and said != pools else ""
 
 
 def _one_family(missing: list[Pick]) -> bool:

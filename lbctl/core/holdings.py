@@ -96,14 +96,16 @@ class Holdings:
 
     def create(self, record: Record, eip: Eip) -> None:
         """An EIP of one Service that is planned."""
-        self.expect(record, eip.address)
-        self.in_flight.add(eip.address)
-        self.eips[eip.address] = eip
+        address = eip.address
+        self.pending[address] = record.ref
+        self.in_flight.add(address)
+        self.eips[address] = eip
+        record.planned = (*record.planned, address)
         mine = (*record.eips, eip)
         record.eips = mine if len(mine) == 1 else tuple(sorted(mine, key=by_address))
         if eip.sharing_key:
-            self._keys.setdefault(eip.sharing_key, set()).add(eip.address)
-        self.supply.use(eip.address, (eip.owner.namespace,), eip.pool)
+            self._keys.setdefault(eip.sharing_key, set()).add(address)
+        self.supply.take(address, eip.owner.namespace, eip.pool)
 
     def drop(self, address: Address) -> Eip | None:
         """The EIP of an address is gone; what it was."""

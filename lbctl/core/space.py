@@ -49,6 +49,13 @@ class Space:
 
     def remove(self, start: int, end: int) -> None:
         """Take out [start, end], whatever of it is there."""
+        if start == end and self._starts and self._starts[0] == start:  # as a batch does
+            self._free -= 1
+            if self._ends[0] == start:
+                del self._starts[0], self._ends[0]
+            else:
+                self._starts[0] = start + 1
+            return
         at = max(bisect_right(self._starts, start) - 1, 0)
         stop = bisect_right(self._starts, end)
         kept: list[tuple[int, int]] = []

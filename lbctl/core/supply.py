@@ -137,16 +137,22 @@ class Supply:
         if stock.quota:
             stock.by_namespace.update(namespaces)
 
-    def use(self, address: Address, namespaces: tuple[str, ...], pool: str | None = None) -> None:
-        """The address has an EIP object, or is about to; of which namespaces (sorted, once each)
-        its Services are. pool: its name, if it is known."""
+    def take(self, address: Address, namespace: str, pool: str) -> None:
+        """A free address of a pool gets an EIP object, for a Service of a namespace."""
+        namespaces = (namespace,)
+        self._used[address] = namespaces
+        self._take(address, namespaces, self._stocks[pool])
+
+    def use(self, address: Address, namespaces: tuple[str, ...]) -> None:
+        """The address has an EIP object; of which namespaces (sorted, once each) its Services
+        are."""
         before = self._used.get(address)
         if before == namespaces:
             return
         if before is not None:
             self.unuse(address)
         self._used[address] = namespaces
-        self._take(address, namespaces, self._stocks[pool] if pool else self._stock_of(address))
+        self._take(address, namespaces, self._stock_of(address))
 
     def unuse(self, address: Address) -> None:
         """The address has no EIP object any more."""

@@ -8,7 +8,7 @@ from lbctl.core import config, maglev
 from lbctl.core.allocator import Allocator
 from lbctl.core.model import ObjectRef, Protocol, Service, ServicePort
 
-from . import change
+from . import addresses, change
 from .timing import Measured, timed
 
 _SERVICES = 10_000
@@ -55,4 +55,5 @@ def measure(runs: int) -> Iterator[Measured]:
         names = [f"10.244.{n // 250}.{n % 250}|8080" for n in range(count)]
         what = f"Maglev table, {count} endpoints, {maglev.size_for(count)} buckets"
         yield what, timed(lambda names=names: maglev.table(names), runs * 5), "ms"  # type: ignore[misc]
+    yield from addresses.measure(runs)
     yield from change.measure(runs)

@@ -89,7 +89,7 @@ def test_one_service() -> None:
     actions = plan(config("a 10.0.0.4/30"), [web], [])
     made = Eip(ip_address("10.0.0.4"), "a", web.ref, web.uid)
     assert actions == (
-        AddFinalizer(web.ref, web, Reason.ALLOCATED),
+        AddFinalizer(web.ref, web, Reason.ALLOCATED, "a"),
         CreateEip(web.ref, made, Reason.ALLOCATED),
         WriteStatus(web.ref, web, (made.address,), Reason.ALLOCATED),
     )
@@ -451,21 +451,21 @@ def test_a_forbidden_address_does_not_come_back_when_freed() -> None:
 def test_ten_thousand_services() -> None:
     """Measured against itself: one change costs a small part of the batch, whatever the machine."""
     allocator = Allocator(config("a 10.0.0.0/8"))
-    started = time.perf_counter()
+    started = time.process_time()
     for n in range(10_000):
         allocator.set_service(service(f"s{n}", float(n % 7)))
     actions = allocator.plan()
     accept(allocator, actions)
     assert allocator.plan() == ()
-    batch_s = time.perf_counter() - started
+    batch_s = time.process_time() - started
     assert len(set(given_to(actions).values())) == 10_000
     assert batch_s < 30, f"{batch_s:.1f} s"  # about 1 s; a quadratic one takes minutes
-    started = time.perf_counter()
+    started = time.process_time()
     for n in range(100):
         allocator.set_service(service(f"one-{n}"))
         accept(allocator, allocator.plan())
         allocator.plan()
-    assert (time.perf_counter() - started) / 100 < batch_s / 100
+    assert (time.process_time() - started) / 100 < batch_s / 100
 
 
 def test_many_who_wait_do_not_slow_one_change() -> None:
