@@ -37,6 +37,9 @@ CHECK_S: Final = 1.0
 RESOLVE_S: Final = 0.1  # between looks at the neighbour table while a node's MAC is unknown
 RESOLVE_TRIES: Final = 20
 FALL_BACK_S: Final = 5.0
+# So long the connections to a fallen node's pods are kept for it: an uplink that flaps, a switch
+# port that comes up again. Then they are reset, so that clients of a dead node need not time out.
+FALLEN_S: Final = 5.0
 RETRY_S: Final = (0.1, 0.5, 2.0, 5.0)
 _log = structlog.get_logger()
 
@@ -75,6 +78,7 @@ class Engine:
         self._on_state = on_state
         self._inputs: Inputs | None = None
         self._down: frozenset[str] = frozenset()
+        self._fell_s: Mapping[str, float] = {}  # when each of them fell
         self._state = State()
         self._macs: Mapping[Address, str] = {}
         self._locator: tuple[tuple[Node, ...], Locator] = ((), Locator(()))
@@ -97,6 +101,10 @@ class Engine:
         """Take in which nodes' endpoints take no new flows."""
         if nodes != self._down:
             _log.info("down_set", nodes=sorted(nodes))
+            now_s = time.monotonic()
+            self._fell_s = {name: self._fell_s.get(name, now_s) for name in nodes}
+            if nodes - self._down:
+                asyncio.get_running_loop().call_later(FALLEN_S + 0.1, self._wake.set)
             self._down = nodes
             self._wake.set()
 
@@ -210,8 +218,10 @@ class Engine:
     ) -> State:
         """Runs in a thread: pure, and at the cost of what differs from `before`."""
         locator = self._located(inputs.nodes)
+        since_s = time.monotonic() - FALLEN_S
+        fallen = frozenset(name for name in down if self._fell_s.get(name, 0.0) > since_s)
         sources = Sources(
-            inputs.eips, inputs.services, inputs.endpoints, locator, down, inputs.forwarding
+            inputs.eips, inputs.services, inputs.endpoints, locator, down, inputs.forwarding, fallen
         )
         table = forwarding.revise(before.table, sources)
         past = before if before.rules.generation else self._others(table, sources)

@@ -57,9 +57,10 @@ class Holder(NamedTuple):
 class PortTable:
     """The buckets of one EIP:protocol:port.
 
-    `owners[b]` indexes `endpoints`; `members` are all living endpoints, also those without a
-    bucket. `by_client`: the hash takes the client's address alone (session affinity). `strict`: a
-    node delivers to its own endpoints only, by a table of its own (`restricted`).
+    `owners[b]` indexes `endpoints`; `members` are all endpoints that established flows may still be
+    with, also those without a bucket. `by_client`: the hash takes the client's address alone
+    (session affinity). `strict`: a node delivers to its own endpoints only, by a table of its own
+    (`restricted`).
     """
 
     protocol: Protocol
@@ -88,8 +89,8 @@ class Refusal:
 class EipTable:
     """One EIP as every node forwards it.
 
-    `inputs`, `nodes` (of its endpoints) and `down` (those of them) are what it was made of, to see
-    that nothing changed.
+    `inputs`, `nodes` (of its endpoints), `down` and `fallen` (those of them) are what it was made
+    of, to see that nothing changed.
     """
 
     address: Address
@@ -101,6 +102,7 @@ class EipTable:
     inputs: object = field(default=None, repr=False, compare=False)
     nodes: frozenset[str] = field(default=frozenset(), repr=False, compare=False)
     down: frozenset[str] = field(default=frozenset(), repr=False, compare=False)
+    fallen: frozenset[str] = field(default=frozenset(), repr=False, compare=False)
 
 
 class Locator:
@@ -149,7 +151,11 @@ def _place(address: Address, length: int) -> tuple[int, int, int]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Sources:
-    """All that a table is made of. down: nodes whose endpoints take no new flows."""
+    """All that a table is made of. down: nodes whose endpoints take no new flows.
+
+    fallen: those of `down` that fell so lately that they may be back in a moment: their endpoints'
+    established flows are still handed to them, and not reset by another endpoint.
+    """
 
     eips: Mapping[Address, Eip]
     services: Mapping[ObjectRef, Service]
@@ -157,6 +163,7 @@ class Sources:
     locator: Locator
     down: frozenset[str] = frozenset()
     options: ForwardingOptions = DEFAULTS
+    fallen: frozenset[str] = frozenset()
 
     @property
     def common(self) -> object:
@@ -193,10 +200,11 @@ def build(
     down: frozenset[str] = frozenset(),
     previous: Table = EMPTY,
     options: ForwardingOptions = DEFAULTS,
+    fallen: frozenset[str] = frozenset(),
 ) -> Table:
     """Return the tables of all EIPs that are to be forwarded: `revise` for plain collections."""
     known = {eip.address: eip for eip in eips}
-    return revise(previous, Sources(known, services, endpoints, locator, down, options))
+    return revise(previous, Sources(known, services, endpoints, locator, down, options, fallen))
 
 
 def revise(previous: Table, sources: Sources) -> Table:
@@ -220,7 +228,7 @@ def revise(previous: Table, sources: Sources) -> Table:
     else:
         refs = changed(old.services, sources.services) | changed(old.endpoints, sources.endpoints)
         touched = touched.union(*(owned.get(ref, ()) for ref in refs))
-        judged = old.down ^ sources.down
+        judged = (old.down ^ sources.down) | (old.fallen ^ sources.fallen)
         if judged:
             every = previous.eips.items()
             touched |= {a for a, entry in every if not judged.isdisjoint(entry.nodes)}
@@ -270,8 +278,10 @@ def _entry(address: Address, sources: Sources, previous: Table) -> EipTable | No
     )
     inputs = (members, sources.common)
     old = previous.eips.get(address)
-    if old is not None and old.down == sources.down & old.nodes and old.inputs == inputs:
-        return old
+    if old is not None and old.inputs == inputs:
+        judged = sources.down & old.nodes, sources.fallen & old.nodes
+        if (old.down, old.fallen) == judged:
+            return old
     return _eip(eip, members, sources, inputs, old)
 
 
@@ -295,7 +305,7 @@ def _eip(
             located, odd = _located(eip.address, given, sources)
             refused += odd
             nodes.update(holder.node for holder, _ in located)
-            made = _port(port, _way(service, sources.options), located, sources.down)
+            made = _port(port, _way(service, sources.options), located, sources)
             if made is not None:
                 ports.append(_filled(made, before.get((port.protocol, port.port))))
     allowed = _sources(eip.address, shown[0][0] if shown else None)
@@ -309,6 +319,7 @@ def _eip(
         inputs,
         frozenset(nodes),
         sources.down & nodes,
+        sources.fallen & nodes,
     )
 
 
@@ -365,16 +376,17 @@ def _elsewhere(endpoint: Endpoint, sources: Sources) -> str | None:
 
 
 def _port(
-    port: ServicePort, way: tuple[bool, bool], located: list[_Located], down: frozenset[str]
+    port: ServicePort, way: tuple[bool, bool], located: list[_Located], sources: Sources
 ) -> PortTable | None:
     """The port's table but for its buckets."""
+    down, gone = sources.down, sources.down - sources.fallen
     alive = [(holder, endpoint) for holder, endpoint in located if holder.node not in down]
     takers = {id(endpoint) for endpoint in taking(tuple(endpoint for _, endpoint in alive))}
     chosen = tuple(holder for holder, endpoint in alive if id(endpoint) in takers)
-    members = tuple(holder for holder, _ in alive)
+    members = tuple(holder for holder, _ in located if holder.node not in gone)
     # With nowhere to send new flows, established ones stay where they are, on down nodes too:
     # should the judgement be wrong, nothing was lost by it.
-    holders = chosen or members or tuple(holder for holder, _ in located)
+    holders = chosen or tuple(holder for holder, _ in alive or located)
     if not holders:
         return None
     by_client, strict = way

@@ -83,6 +83,7 @@ def table(
     locator: Locator | None = None,
     of: Service | None = None,
     eips: tuple[Address, ...] = (EIP,),
+    fallen: frozenset[str] = frozenset(),
 ) -> Table:
     of = of or service()
     found = tuple(PortEndpoints(p.name, p.protocol, pods) for p in of.ports)
@@ -93,6 +94,7 @@ def table(
         locator or Locator(nodes()),
         down,
         previous,
+        fallen=fallen,
     )
 
 

@@ -57,6 +57,7 @@ class Passes(RuleBasedStateMachine):
         self.store = Store(Path(self.directory.name), "n1")
         self.inputs = Inputs(nodes=nodes(), ranges=RANGES)
         self.down: frozenset[str] = frozenset()
+        self.fallen: frozenset[str] = frozenset()
         self.usable: tuple[str, ...] = ("n2", "n3")
         self.state, self.counts, self.confirmed = State(), nft.totals(nft.Ruleset()), Confirmed()
         self.kernel = FakeTable()
@@ -107,9 +108,10 @@ class Passes(RuleBasedStateMachine):
         known = persistent(self.inputs.endpoints)
         self.inputs = replace(self.inputs, endpoints=known.updated({ref: made}))
 
-    @rule(down=st.sets(st.sampled_from(["n1", "n2", "n3"]), max_size=1))
-    def judge(self, down: set[str]) -> None:
+    @rule(down=st.sets(st.sampled_from(["n1", "n2", "n3"]), max_size=1), lately=st.booleans())
+    def judge(self, down: set[str], lately: bool) -> None:
         self.down = frozenset(down)
+        self.fallen = self.down if lately else frozenset()
 
     @rule(count=st.integers(2, 3), wide=st.booleans(), reachable=st.booleans())
     def rebuild(self, count: int, wide: bool, reachable: bool) -> None:
@@ -121,7 +123,7 @@ class Passes(RuleBasedStateMachine):
     def one_pass(self) -> None:
         i, before = self.inputs, self.state
         locator = Locator(i.nodes)
-        sources = Sources(i.eips, i.services, i.endpoints, locator, self.down)
+        sources = Sources(i.eips, i.services, i.endpoints, locator, self.down, fallen=self.fallen)
         table = forwarding.revise(before.table, sources)
         view = nodeview.advance(before.view, table, "n1", before.table)
         macs = {ip_address("192.0.2.22"): "02:00:00:00:00:02"}
@@ -136,7 +138,8 @@ class Passes(RuleBasedStateMachine):
         self.confirmed = Confirmed(generation, 0, table, eips)
 
         plain = (dict(i.eips), dict(i.services), dict(i.endpoints))
-        whole = forwarding.revise(forwarding.EMPTY, Sources(*plain, locator, self.down))
+        sources = Sources(*plain, locator, self.down, fallen=self.fallen)
+        whole = forwarding.revise(forwarding.EMPTY, sources)
         assert (table.eips, table.digest, table.owned) == (whole.eips, whole.digest, whole.owned)
         self.view = nodeview.advance(dict(self.view), whole, "n1")
         assert view == self.view

@@ -157,6 +157,28 @@ def test_down_nodes_take_no_new_flows_and_no_hand_over() -> None:
     assert table(*PODS, down=frozenset({"n1"})).digest == new.digest != table(*PODS).digest
 
 
+def test_a_node_that_fell_and_is_back_finds_its_flows() -> None:
+    """While it is away they are handed to it and not reset; new ones go elsewhere; then it ends."""
+    cluster = Cluster()
+    cluster.apply(table(*PODS))
+    homes = {client: cluster.lands("n1", client).split("@")[1] for client in CLIENTS}
+    theirs = [client for client, home in homes.items() if home == "n1"]
+    assert theirs
+    n1 = frozenset({"n1"})
+    cluster.apply(table(*PODS, down=n1, fallen=n1), only=("n2", "n3"))
+    for client in theirs:
+        assert cluster.lands("n2", client, syn=False, home="n1") == "established @n1"
+        assert not cluster.lands("n2", client).endswith("@n1")
+    cluster.apply(table(*PODS))  # it is back
+    for client, home in homes.items():
+        assert cluster.lands("n3", client, syn=False, home=home) == f"established @{home}"
+    cluster.apply(table(*PODS, down=n1, fallen=n1), only=("n2", "n3"))
+    cluster.apply(table(*PODS, down=n1), only=("n2", "n3"))  # it did not come back in time
+    for client in theirs:
+        assert not cluster.lands("n2", client, syn=False, home="n1").endswith("@n1")
+    assert table(*PODS, down=n1, fallen=n1).digest == table(*PODS, down=n1).digest
+
+
 def test_closed_ports_keep_established_flows() -> None:
     cluster = Cluster()
     cluster.apply(table(*PODS))
