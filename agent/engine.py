@@ -18,7 +18,7 @@ from typing import Any, Final
 
 import structlog
 
-from agent import settings
+from agent import conntrack, settings
 from agent.clash import Lookout
 from agent.dataplane import Dataplane
 from agent.inputs import Inputs
@@ -193,6 +193,7 @@ class Engine:
         repairing = self._dataplane.kernel is None
         written = await self._dataplane.set(planned.rules)
         await reach.prune()
+        await self._forget(before.table, planned.table)
         if not written:
             # Nothing of the kernel's differs, so neither does its generation.
             planned = replace(
@@ -212,6 +213,17 @@ class Engine:
                 whole=repairing,
                 took_s=round(time.monotonic() - started, 4),
             )
+
+    async def _forget(self, before: Table, now: Table) -> None:
+        """End what conntrack knows of UDP flows to pods that left; after the tables know it."""
+        if gone := conntrack.left(before, now, self._node):
+            try:
+                count = await asyncio.to_thread(conntrack.forget, gone)
+            except DataplaneError as error:  # the tables are right all the same
+                self.failures += 1
+                _log.error("udp_flows_kept", error=str(error))
+            else:
+                _log.info("udp_flows_forgotten", count=count, pods=len(gone))
 
     def _plan(
         self, before: State, inputs: Inputs, down: frozenset[str], index: Mapping[str, int]

@@ -80,10 +80,10 @@ class Nfnetlink:
     def fingerprint(self, version: int) -> Fingerprint | None:
         """Our table of an IP version as it is now; None if there is none."""
         family = _NF_FAMILY[version]
-        table = next(iter(self._ask(_GET_TABLE, _attribute(1, _NAME), 0, family)), None)
+        table = next(iter(self._ask(_GET_TABLE, attribute(1, _NAME), 0, family)), None)
         if table is None:
             return None
-        named = _attribute(1, _NAME)
+        named = attribute(1, _NAME)
         rules = tuple(_number(a[3]) for a in self._ask(_GET_RULE, named, _DUMP, family))
         sets = []
         for a in self._ask(_GET_SET, named, _DUMP, family):
@@ -100,11 +100,11 @@ class Nfnetlink:
 
     def marker(self, version: int) -> int | None:
         """The single element of the set `gen`; None if it is not there."""
-        question = _attribute(1, _NAME) + _attribute(2, b"gen\0")
+        question = attribute(1, _NAME) + attribute(2, b"gen\0")
         for attributes in self._ask(_GET_ELEMENT, question, _DUMP, _NF_FAMILY[version]):
-            for _, element in _nested(attributes.get(3, b"")):
-                key = dict(_nested(element)).get(1, b"")
-                value = dict(_nested(key)).get(1)
+            for _, element in nested(attributes.get(3, b"")):
+                key = dict(nested(element)).get(1, b"")
+                value = dict(nested(key)).get(1)
                 if value is not None:
                     return int.from_bytes(value, "little" if _LITTLE else "big")
         return None
@@ -112,10 +112,10 @@ class Nfnetlink:
     def counters(self) -> dict[str, int]:
         """Packets by named counter, both tables together; {} if they are not there."""
         result: dict[str, int] = {}
-        question = _attribute(1, _NAME) + _attribute(3, struct.pack(">I", 1))
+        question = attribute(1, _NAME) + attribute(3, struct.pack(">I", 1))
         for family in _NF_FAMILY.values():
             for attributes in self._ask(_GET_OBJECT, question, _DUMP, family):
-                data = dict(_nested(attributes.get(4, b"")))
+                data = dict(nested(attributes.get(4, b"")))
                 if _string(attributes.get(1, b"")) == NFT_TABLE:
                     name = _string(attributes[2])
                     result[name] = result.get(name, 0) + _number(data.get(2, b"\0"))
@@ -129,10 +129,10 @@ class Nfnetlink:
         found = []
         for family, word in ((2, "ip"), (10, "ip6"), (1, "inet")):
             for a in list(self._ask(_GET_CHAIN, b"", _DUMP, family)):
-                hook = dict(_nested(a.get(4, b"")))
+                hook = dict(nested(a.get(4, b"")))
                 forward = 1 in hook and _number(hook[1]) == _NF_FORWARD
                 if forward and 5 in a and _number(a[5]) == _NF_DROP:
-                    chain = _attribute(1, a[1]) + _attribute(2, a[3])
+                    chain = attribute(1, a[1]) + attribute(2, a[3])
                     rules = list(self._ask(_GET_RULE, chain, _DUMP, family))
                     if not any(_speaks_of_marks(r.get(4, b"")) for r in rules):
                         found.append(f"{word} {_string(a[1])} {_string(a[3])}")
@@ -168,7 +168,7 @@ class Nfnetlink:
                     _raise_unless_missing(struct.unpack_from("=i", message)[0])
                 if kind in (_ERROR, _DONE):
                     return (yield from found)
-                found.append(dict(_nested(message[4:])))
+                found.append(dict(nested(message[4:])))
                 if not dump:
                     return (yield from found)
 
@@ -247,11 +247,13 @@ def _raise_unless_missing(code: int) -> None:
         raise DataplaneError(f"nftables by netlink: {os.strerror(-code)}")
 
 
-def _attribute(kind: int, value: bytes) -> bytes:
+def attribute(kind: int, value: bytes) -> bytes:
+    """One netlink attribute, padded to four bytes."""
     return struct.pack("=HH", 4 + len(value), kind) + value + b"\0" * (-len(value) % 4)
 
 
-def _nested(data: bytes) -> Iterator[tuple[int, bytes]]:
+def nested(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """The attributes in a netlink payload: kind and value."""
     offset = 0
     while offset + 4 <= len(data):
         length, kind = struct.unpack_from("=HH", data, offset)

@@ -262,6 +262,7 @@ class Lab:
     def _join(self, new: Addition, bridge: int | None) -> None:
         port = new.link.far(new.spec.name)
         beside = {link.far(port.node).node for link in self.topology.links_of(port.node)}
+        beside.discard(new.spec.name)
         others = [m for m in self.machines if m.role in ROUTED_ROLES and m.name in beside]
         self._start_machine(new.spec)
         network.wire([new.link], self._netns)

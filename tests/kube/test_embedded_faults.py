@@ -7,6 +7,7 @@ import shutil
 import signal
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -94,9 +95,12 @@ def test_frozen_time_is_no_nodes_silence(spec: ClusterSpec) -> None:
             os.kill(cluster.process.pid, signal.SIGSTOP)
             stopped = threading.Event()
             stopped.wait(5.0)  # the length of the fault itself
+            thawed_s = time.monotonic()
             os.kill(cluster.process.pid, signal.SIGCONT)
             first = raw("GET", "/api/v1/nodes/n").ok()["status"]["conditions"][0]
-            assert first["status"] == "True"
+            answered_s = time.monotonic() - thawed_s
+            # A machine so busy that the answer took the grace period shows its silence since then.
+            assert first["status"] == "True" or answered_s > 2.5, answered_s
             until(
                 "its own silence to count",
                 lambda: (

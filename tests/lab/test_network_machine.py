@@ -76,8 +76,8 @@ def test_status_of_the_command_line(rack: Lab) -> None:
     done = lbctl("lab", "status", "--lab", rack.name, "--output", "json")
     data = json.loads(done.stdout)
     nodes = {m["name"]: m for m in data["machines"]}
-    assert nodes["node-3"]["addresses"] == ["192.0.2.23"]
-    assert nodes["node-3"]["pods"] == "10.244.3.0/24"
+    assert nodes["node-3"]["addresses"] == ["192.0.2.23", "2001:db8:1::23"]
+    assert nodes["node-3"]["pods"] == "10.244.3.0/24,fd00:10:244:3::/64"
     assert nodes["tor-a"]["power"] == "on"
     assert {s["name"]: s["vrrp"]["10"] for s in data["switches"]} == {
         "tor-a": "Master",

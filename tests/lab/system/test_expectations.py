@@ -107,7 +107,7 @@ def test_source_ranges_and_affinity_are_switched(system: System) -> None:
     assert system.api.eip_of("rules") == eip
 
 
-def test_udp_is_kept_while_the_pod_cycles_to_another_node(system: System) -> None:
+def test_udp_is_kept_while_the_pod_cycles_on_its_node_and_to_another(system: System) -> None:
     ports = (("UDP", 53, 5353),)
     system.made.append("cycle")
     app = workload.deployment("cycle", 1, (("UDP", 5353),), grace_s=1)
@@ -119,10 +119,13 @@ def test_udp_is_kept_while_the_pod_cycles_to_another_node(system: System) -> Non
     system.wait_routed(eip)
     first, peer = ask_udp(system, eip, 53)
     assert peer == CLIENT and set(system.api.pod_nodes("cycle").values()) == {"node-1"}
+    system.api.delete(kube.PODS, first)
+    second, peer = ask_udp(system, eip, 53, (first,))
+    assert peer == CLIENT and system.api.pod_nodes("cycle")[second] == "node-1"
     pod["nodeSelector"] = {"kubernetes.io/hostname": "node-2"}
     system.api.apply(app)
-    second, peer = ask_udp(system, eip, 53, (first,))
-    assert peer == CLIENT and system.api.pod_nodes("cycle")[second] == "node-2"
+    third, peer = ask_udp(system, eip, 53, (first, second))
+    assert peer == CLIENT and system.api.pod_nodes("cycle")[third] == "node-2"
 
 
 def test_local_policy_keeps_the_source_and_only_nodes_with_endpoints(system: System) -> None:

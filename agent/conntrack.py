@@ -1,0 +1,142 @@
+"""Conntrack entries of UDP flows whose pod has left this node.
+
+A UDP flow has no end: its entry lives as long as the client sends, and leads to the address of a
+pod that is no more. So when a local endpoint leaves, the entries of its EIP that lead to it are
+deleted (kube-proxy does the same for ClusterIPs), and the flow's next packet chooses anew.
+Rule: only entries whose original destination is one of our EIP:ports are touched. pyroute2 does the
+same at 2.6 ms an entry; a pod that answers DNS has thousands.
+
+Source: include/uapi/linux/netfilter/nfnetlink_conntrack.h (CTA_FILTER, Linux 5.8).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import struct
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from agent.nfnetlink import attribute, nested
+from lbctl.core.forwarding import Table
+from lbctl.core.model import Address, Protocol
+from lbctl.core.pmap import changed
+from lbctl.errors import DataplaneError
+
+_NETLINK_NETFILTER: Final = 12
+_CONNTRACK: Final = 1 << 8
+_GET, _DELETE = 1, 2
+_REQUEST, _ACK, _DUMP = 0x1, 0x4, 0x300
+_ERROR, _DONE = 0x2, 0x3
+_ORIG, _REPLY, _FILTER = 1, 2, 25  # CTA_TUPLE_ORIG, CTA_TUPLE_REPLY, CTA_FILTER
+_BY_PROTOCOL, _BY_PORT = 1 << 3, 1 << 4  # CTA_FILTER_F_CTA_…
+_LIMIT_S: Final = 5.0
+_FAMILY: Final = {4: socket.AF_INET, 6: socket.AF_INET6}
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Target:
+    """An EIP:port over UDP, and the pod on this node that it led to."""
+
+    eip: Address
+    port: int
+    pod: Address
+    pod_port: int
+
+
+def left(before: Table, now: Table, me: str) -> tuple[Target, ...]:
+    """The UDP targets of node `me` that `before` had and `now` has no more, sorted.
+
+    Costs what differs between the two.
+    """
+    gone: set[Target] = set()
+    for address in changed(before.eips, now.eips):
+        gone |= _targets(before, address, me) - _targets(now, address, me)
+    return tuple(sorted(gone, key=lambda t: (int(t.eip), t.port, int(t.pod), t.pod_port)))
+
+
+def _targets(table: Table, address: Address, me: str) -> set[Target]:
+    entry = table.eips.get(address)
+    return {
+        Target(address, port.port, holder.address, holder.port)
+        for port in (entry.ports if entry else ())
+        if port.protocol is Protocol.UDP
+        for holder in port.members
+        if holder.node == me
+    }
+
+
+def forget(targets: Iterable[Target]) -> int:
+    """Delete the entries of flows to these; how many there were. Raises DataplaneError."""
+    count = 0
+    try:
+        with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_NETFILTER) as link:
+            link.bind((0, 0))
+            link.settimeout(_LIMIT_S)
+            for target in targets:
+                for flow in list(_flows(link, target)):
+                    link.send(_message(_DELETE, _REQUEST | _ACK, target, attribute(_ORIG, flow)))
+                    count += _acknowledged(link)
+    except OSError as error:
+        raise DataplaneError(f"conntrack: {error}") from error
+    return count
+
+
+def _message(kind: int, flags: int, target: Target, body: bytes) -> bytes:
+    payload = struct.pack(">BBH", _FAMILY[target.eip.version], 0, 0) + body
+    return struct.pack("=IHHII", 16 + len(payload), _CONNTRACK | kind, flags, 1, 0) + payload
+
+
+def _flows(link: socket.socket, target: Target) -> Iterator[bytes]:
+    """The original tuples, as the kernel wrote them, of the flows that lead to the target's pod."""
+    proto = attribute(1, bytes([socket.IPPROTO_UDP])) + attribute(2, _port(target.pod_port))
+    # Not by address: kernels compare IPv6 ones the wrong way round (seen on 6.18).
+    flags = attribute(2, struct.pack("=I", _BY_PROTOCOL | _BY_PORT))
+    question = _nest(_REPLY, _nest(2, proto)) + _nest(_FILTER, flags)
+    link.send(_message(_GET, _REQUEST | _DUMP, target, question))
+    while True:
+        data = link.recv(1 << 18)
+        for kind, message in _messages(data):
+            if kind == _DONE:
+                return
+            if kind == _ERROR:
+                raise OSError(-struct.unpack_from("=i", message)[0], "the dump was refused")
+            found = dict(nested(message[4:]))
+            source, destination = (1, 2) if target.eip.version == 4 else (3, 4)  # CTA_IP_V…
+            to_eip = _end(found[_ORIG], destination, 3) == (target.eip.packed, _port(target.port))
+            if to_eip and _end(found[_REPLY], source, 2)[0] == target.pod.packed:
+                yield found[_ORIG]
+
+
+def _end(flow: bytes, address: int, port: int) -> tuple[bytes | None, bytes | None]:
+    """Address and port of one end of a tuple, by the numbers of their attributes."""
+    parts = dict(nested(flow))
+    return dict(nested(parts[1])).get(address), dict(nested(parts[2])).get(port)
+
+
+def _acknowledged(link: socket.socket) -> int:
+    """1 if the entry was deleted, 0 if it had timed out meanwhile."""
+    for kind, message in _messages(link.recv(1 << 16)):
+        code = struct.unpack_from("=i", message)[0] if kind == _ERROR else 0
+        if code not in (0, -errno.ENOENT):
+            raise OSError(-code, os.strerror(-code))
+        return int(code == 0)
+    return 0
+
+
+def _messages(data: bytes) -> Iterator[tuple[int, bytes]]:
+    offset = 0
+    while offset + 16 <= len(data):
+        length, kind = struct.unpack_from("=IH", data, offset)
+        yield kind, data[offset + 16 : offset + length]
+        offset += (length + 3) & ~3
+
+
+def _port(number: int) -> bytes:
+    return number.to_bytes(2, "big")
+
+
+def _nest(kind: int, body: bytes) -> bytes:
+    return attribute(kind | 0x8000, body)

@@ -1,0 +1,73 @@
+"""Entries of UDP flows to a pod that left are deleted, and no others, in both families."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from .agentnet import ROOT, sh
+
+RULES = """
+table {family} t {{
+  chain o {{
+    type nat hook output priority -100;
+    {family} daddr {eip} udp dport 53 dnat to {pod}:8053
+    {family} daddr {eip} udp dport 54 dnat to {pod}:8054
+  }}
+}}
+"""
+# One process with many sockets, in the namespace; then what `forget` says and what is left.
+SCRIPT = """
+import json, socket, sys
+from ipaddress import ip_address
+from pathlib import Path
+from agent.conntrack import Target, forget
+
+eip, pod, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
+family = socket.AF_INET6 if ":" in eip else socket.AF_INET
+sockets = [socket.socket(family, socket.SOCK_DGRAM) for _ in range(count)]
+for port in (53, 54):
+    for one in sockets:
+        one.sendto(b"x", (eip, port))
+target = Target(ip_address(eip), 53, ip_address(pod), 8053)
+
+def left():
+    lines = Path("/proc/net/nf_conntrack").read_text().splitlines()
+    return [sum(f"dport={port} " in line for line in lines) for port in (53, 54)]
+
+before = left()
+print(json.dumps([before, forget([target]), left(), forget([target])]))
+"""
+
+
+@pytest.fixture
+def space() -> Iterator[str]:
+    name = f"ct{os.getpid()}"
+    sh("ip", "netns", "add", name)
+    try:
+        yield name
+    finally:
+        sh("ip", "netns", "del", name)
+
+
+@pytest.mark.parametrize(
+    ("family", "eip", "pod", "shown"),
+    [("ip", "198.51.100.1", "10.0.0.2", "{}"), ("ip6", "2001:db8::1", "fd00::2", "[{}]")],
+)
+def test_only_the_flows_of_the_pod_are_forgotten(
+    space: str, family: str, eip: str, pod: str, shown: str
+) -> None:
+    inside = ("ip", "netns", "exec", space)
+    length = "128" if family == "ip6" else "32"
+    sh(*inside, "ip", "link", "set", "lo", "up")
+    for address in (eip, pod):
+        sh(*inside, "ip", "address", "add", f"{address}/{length}", "dev", "lo")
+    text = RULES.format(family=family, eip=eip, pod=shown.format(pod))
+    sh(*inside, "nft", "-f", "-", text=text)
+    command = (sys.executable, "-c", SCRIPT, eip, pod, "40")
+    said = sh(*inside, "env", f"PYTHONPATH={ROOT}", *command)
+    assert json.loads(said) == [[40, 40], 40, [0, 40], 0]
