@@ -36,8 +36,8 @@ def watch(site: Site, eips: Iterable[str]) -> None:
             node.run("nft", "-f", "-", input=text)
 
 
-def read(site: Site) -> dict[tuple[str, int], str]:
-    """Node by EIP and client port, as far as noted."""
+def take(site: Site) -> dict[tuple[str, int], str]:
+    """Node by EIP and client port, as far as noted; the tables are gone then."""
     found: dict[tuple[str, int], str] = {}
     for node in site.lab.of_role("node"):
         if node.alive:
@@ -46,4 +46,5 @@ def read(site: Site) -> dict[tuple[str, int], str]:
                 for entry in item.get("set", {}).get("elem", ()):
                     eip, port = entry["concat"]
                     found[str(eip), int(port)] = node.name
+            node.run("nft", "delete", "table", "ip", "lbctl-entries")
     return found

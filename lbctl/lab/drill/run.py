@@ -87,7 +87,7 @@ def run(site: Site, drill: Drill, sabotaged: bool, show: Show) -> Evidence:
         begin_s = time.monotonic() + drill.before_s
         eyes = stack.enter_context(_watched(site, begin_s))
         _pass_time(begin_s, begin_s, "traffic runs", loads, eyes, show)
-        entered = entries.read(site)
+        entered = entries.take(site)
         done = _timeline(site, drill, sabotaged, begin_s, loads, eyes, show)
         reports = [(traffic, load.stop()) for traffic, load in loads]
     after = {s.name: site.api.pod_nodes(s.name) for s in drill.services}
