@@ -33,7 +33,7 @@ def test_an_added_node_is_a_next_hop_and_gets_pods(grown: System) -> None:
     eip = grown.deploy("web")
     done = lbctl("lab", "node", "add", "--lab", grown.lab.name, "--output", "json")
     assert done.returncode == 0, done.stderr
-    answer = {"name": "node-4", "address": "192.0.2.24", "pods": "10.244.4.0/24"}
+    answer = {"name": "node-4", "address": "192.0.2.24", "pods": "10.244.4.0/24,fd00:10:244:4::/64"}
     assert json.loads(done.stdout) == answer
     grown.lab = Lab.load(grown.lab.name)  # another process changed it
     said = [line.split("s  ", 1)[1] for line in done.stderr.splitlines()]
