@@ -193,10 +193,18 @@ def _hash_chains(family: Family) -> str:
 
 
 def _timeouts(family: Family) -> str:
-    """What is not yet answered leaves conntrack soon: a flood's entries are rate times these."""
+    """What is not yet answered leaves conntrack soon: a flood's entries are rate times these.
+
+    So does the memory of a flow that was handed over and says no more: a new connection from the
+    same client port would follow it. A flow that goes on renews it.
+    """
     return f"""  ct timeout brief_tcp {{
     protocol tcp; l3proto {family.ip};
     policy = {{ syn_sent : 5, syn_recv : 10 }};
+  }}
+  ct timeout handed_tcp {{
+    protocol tcp; l3proto {family.ip};
+    policy = {{ established : 30, unack : 30, fin_wait : 5, last_ack : 5, close : 1 }};
   }}
   ct timeout brief_udp {{
     protocol udp; l3proto {family.ip};
@@ -314,6 +322,7 @@ def _chance(family: Family) -> str:
     return f"""  chain handover {{
     {ip} {family.hops} < 2 counter name stray drop
     {ip} {family.hops} > {HANDOVER_TTL} {ip} {family.hops} set {HANDOVER_TTL}
+    meta l4proto tcp ct timeout set "handed_tcp"
     ct mark set meta mark
     counter name second_chance accept
   }}
