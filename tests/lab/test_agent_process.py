@@ -271,20 +271,15 @@ def repairs(site: Site) -> None:
         lambda: sh("ip", "-n", site.net.ns("n2"), "route", "show", "table", "all").count(table),
         30,
     )
+    written = len(site.events(3, "table_applied"))
     site.net.run("n3", "nft", "flush", "chain", "ip", NFT_TABLE, "ingress")
-    wait_for(
-        "the rules of a chain to be back",
-        lambda: (
-            "goto outside" in site.net.run("n3", "nft", "list", "chain", "ip", NFT_TABLE, "ingress")
-        ),
-        30,
-    )
+    # A repair is several transactions: the next hand waits until the last one is in.
+    wait_for("a chain to be repaired", lambda: len(site.events(3, "table_applied")) > written, 30)
+    assert "goto outside" in site.net.run("n3", "nft", "list", "chain", "ip", NFT_TABLE, "ingress")
+    written = len(site.events(3, "table_applied"))
     site.net.run("n3", "nft", "flush", "map", "ip", NFT_TABLE, "svc")
-    wait_for(
-        "the elements of a map to be back",
-        lambda: EIP in site.net.run("n3", "nft", "list", "map", "ip", NFT_TABLE, "svc"),
-        30,
-    )
+    wait_for("a map to be repaired", lambda: len(site.events(3, "table_applied")) > written, 30)
+    assert EIP in site.net.run("n3", "nft", "list", "map", "ip", NFT_TABLE, "svc")
     assert site.metric(3, 'lbctl_agent_repairs_total{what="nftables"}') == 2
     assert site.metric(2, 'lbctl_agent_repairs_total{what="routes"}') >= 3
     assert site.pods() == {"p21", "p22", "p31", "p32"}
