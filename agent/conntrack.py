@@ -19,24 +19,31 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from agent.nfnetlink import attribute, nested
+from agent.nfnetlink import (
+    DONE,
+    DUMP,
+    ERROR,
+    NETLINK_NETFILTER,
+    REQUEST,
+    attribute,
+    messages,
+    nested,
+)
 from lbctl.core.forwarding import Table
 from lbctl.core.model import Address, Protocol
 from lbctl.core.pmap import changed
 from lbctl.errors import DataplaneError
 
-_NETLINK_NETFILTER: Final = 12
 _CONNTRACK: Final = 1 << 8
 _GET, _DELETE = 1, 2
-_REQUEST, _ACK, _DUMP = 0x1, 0x4, 0x300
-_ERROR, _DONE = 0x2, 0x3
+_ACK: Final = 0x4
 _ORIG, _REPLY, _FILTER = 1, 2, 25  # CTA_TUPLE_ORIG, CTA_TUPLE_REPLY, CTA_FILTER
 _BY_PROTOCOL, _BY_PORT = 1 << 3, 1 << 4  # CTA_FILTER_F_CTA_…
 _LIMIT_S: Final = 5.0
 _FAMILY: Final = {4: socket.AF_INET, 6: socket.AF_INET6}
 
 
-@dataclass(frozen=True, slots=True, order=True)
+@dataclass(frozen=True, slots=True)
 class Target:
     """An EIP:port over UDP, and the pod on this node that it led to."""
 
@@ -53,7 +60,8 @@ def left(before: Table, now: Table, me: str) -> tuple[Target, ...]:
     """
     gone: set[Target] = set()
     for address in changed(before.eips, now.eips):
-        gone |= _targets(before, address, me) - _targets(now, address, me)
+        if had := _targets(before, address, me):
+            gone |= had - _targets(now, address, me)
     return tuple(sorted(gone, key=lambda t: (int(t.eip), t.port, int(t.pod), t.pod_port)))
 
 
@@ -72,12 +80,12 @@ def forget(targets: Iterable[Target]) -> int:
     """Delete the entries of flows to these; how many there were. Raises DataplaneError."""
     count = 0
     try:
-        with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_NETFILTER) as link:
+        with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_NETFILTER) as link:
             link.bind((0, 0))
             link.settimeout(_LIMIT_S)
             for target in targets:
                 for flow in list(_flows(link, target)):
-                    link.send(_message(_DELETE, _REQUEST | _ACK, target, attribute(_ORIG, flow)))
+                    link.send(_message(_DELETE, REQUEST | _ACK, target, attribute(_ORIG, flow)))
                     count += _acknowledged(link)
     except OSError as error:
         raise DataplaneError(f"conntrack: {error}") from error
@@ -95,13 +103,13 @@ def _flows(link: socket.socket, target: Target) -> Iterator[bytes]:
     # Not by address: kernels compare IPv6 ones the wrong way round (seen on 6.18).
     flags = attribute(2, struct.pack("=I", _BY_PROTOCOL | _BY_PORT))
     question = _nest(_REPLY, _nest(2, proto)) + _nest(_FILTER, flags)
-    link.send(_message(_GET, _REQUEST | _DUMP, target, question))
+    link.send(_message(_GET, REQUEST | DUMP, target, question))
     while True:
         data = link.recv(1 << 18)
-        for kind, message in _messages(data):
-            if kind == _DONE:
+        for kind, _, message in messages(data):
+            if kind == DONE:
                 return
-            if kind == _ERROR:
+            if kind == ERROR:
                 raise OSError(-struct.unpack_from("=i", message)[0], "the dump was refused")
             found = dict(nested(message[4:]))
             source, destination = (1, 2) if target.eip.version == 4 else (3, 4)  # CTA_IP_V…
@@ -118,20 +126,12 @@ def _end(flow: bytes, address: int, port: int) -> tuple[bytes | None, bytes | No
 
 def _acknowledged(link: socket.socket) -> int:
     """1 if the entry was deleted, 0 if it had timed out meanwhile."""
-    for kind, message in _messages(link.recv(1 << 16)):
-        code = struct.unpack_from("=i", message)[0] if kind == _ERROR else 0
+    for kind, _, message in messages(link.recv(1 << 16)):
+        code = struct.unpack_from("=i", message)[0] if kind == ERROR else 0
         if code not in (0, -errno.ENOENT):
             raise OSError(-code, os.strerror(-code))
         return int(code == 0)
     return 0
-
-
-def _messages(data: bytes) -> Iterator[tuple[int, bytes]]:
-    offset = 0
-    while offset + 16 <= len(data):
-        length, kind = struct.unpack_from("=IH", data, offset)
-        yield kind, data[offset + 16 : offset + length]
-        offset += (length + 3) & ~3
 
 
 def _port(number: int) -> bytes:

@@ -216,7 +216,7 @@ class Engine:
 
     async def _forget(self, before: Table, now: Table) -> None:
         """End what conntrack knows of UDP flows to pods that left; after the tables know it."""
-        if gone := conntrack.left(before, now, self._node):
+        if gone := await asyncio.to_thread(conntrack.left, before, now, self._node):
             try:
                 count = await asyncio.to_thread(conntrack.forget, gone)
             except DataplaneError as error:  # the tables are right all the same

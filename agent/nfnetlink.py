@@ -22,10 +22,10 @@ from lbctl.core.names import MARK_BASE, MARK_MASK, NFT_TABLE
 from lbctl.core.nfbatch import Batch, framed
 from lbctl.errors import DataplaneError
 
-_NETLINK_NETFILTER: Final = 12
+NETLINK_NETFILTER: Final = 12
 _SUBSYSTEM: Final = 10 << 8
-_REQUEST, _DUMP = 0x1, 0x300
-_ERROR, _DONE = 0x2, 0x3
+REQUEST, DUMP = 0x1, 0x300
+ERROR, DONE = 0x2, 0x3
 _NF_FAMILY: Final = {4: 2, 6: 10}  # by IP version: NFPROTO_IPV4, NFPROTO_IPV6
 _GET_CHAIN, _NF_FORWARD, _NF_DROP = 4, 2, 0
 _GET_TABLE, _GET_RULE, _GET_SET, _GET_ELEMENT, _GET_GENERATION, _GET_OBJECT = 1, 7, 10, 13, 16, 19
@@ -62,7 +62,7 @@ class Nfnetlink:
     """A netlink socket to nftables of this network namespace. Needs CAP_NET_ADMIN."""
 
     def __init__(self) -> None:
-        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_NETFILTER)
+        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_NETFILTER)
         self._socket.bind((0, 0))
         self._socket.settimeout(5.0)
         self._sequence = 0
@@ -84,9 +84,9 @@ class Nfnetlink:
         if table is None:
             return None
         named = attribute(1, _NAME)
-        rules = tuple(_number(a[3]) for a in self._ask(_GET_RULE, named, _DUMP, family))
+        rules = tuple(_number(a[3]) for a in self._ask(_GET_RULE, named, DUMP, family))
         sets = []
-        for a in self._ask(_GET_SET, named, _DUMP, family):
+        for a in self._ask(_GET_SET, named, DUMP, family):
             name = _string(a[2])
             if not name.startswith("__"):  # anonymous sets belong to their rule
                 sets.append((name, _number(a[16]), _number(a[20]) if 20 in a else None))
@@ -101,7 +101,7 @@ class Nfnetlink:
     def marker(self, version: int) -> int | None:
         """The single element of the set `gen`; None if it is not there."""
         question = attribute(1, _NAME) + attribute(2, b"gen\0")
-        for attributes in self._ask(_GET_ELEMENT, question, _DUMP, _NF_FAMILY[version]):
+        for attributes in self._ask(_GET_ELEMENT, question, DUMP, _NF_FAMILY[version]):
             for _, element in nested(attributes.get(3, b"")):
                 key = dict(nested(element)).get(1, b"")
                 value = dict(nested(key)).get(1)
@@ -114,7 +114,7 @@ class Nfnetlink:
         result: dict[str, int] = {}
         question = attribute(1, _NAME) + attribute(3, struct.pack(">I", 1))
         for family in _NF_FAMILY.values():
-            for attributes in self._ask(_GET_OBJECT, question, _DUMP, family):
+            for attributes in self._ask(_GET_OBJECT, question, DUMP, family):
                 data = dict(nested(attributes.get(4, b"")))
                 if _string(attributes.get(1, b"")) == NFT_TABLE:
                     name = _string(attributes[2])
@@ -128,12 +128,12 @@ class Nfnetlink:
         """
         found = []
         for family, word in ((2, "ip"), (10, "ip6"), (1, "inet")):
-            for a in list(self._ask(_GET_CHAIN, b"", _DUMP, family)):
+            for a in list(self._ask(_GET_CHAIN, b"", DUMP, family)):
                 hook = dict(nested(a.get(4, b"")))
                 forward = 1 in hook and _number(hook[1]) == _NF_FORWARD
                 if forward and 5 in a and _number(a[5]) == _NF_DROP:
                     chain = attribute(1, a[1]) + attribute(2, a[3])
-                    rules = list(self._ask(_GET_RULE, chain, _DUMP, family))
+                    rules = list(self._ask(_GET_RULE, chain, DUMP, family))
                     if not any(_speaks_of_marks(r.get(4, b"")) for r in rules):
                         found.append(f"{word} {_string(a[1])} {_string(a[3])}")
         return tuple(sorted(found))
@@ -145,28 +145,23 @@ class Nfnetlink:
         self._sequence += 1
         payload = struct.pack(">BBH", family, 0, 0) + body
         header = struct.pack(
-            "=IHHII", 16 + len(payload), _SUBSYSTEM | command, _REQUEST | flags, self._sequence, 0
+            "=IHHII", 16 + len(payload), _SUBSYSTEM | command, REQUEST | flags, self._sequence, 0
         )
         try:
             self._socket.send(header + payload)
-            yield from self._answers(bool(flags & _DUMP))
+            yield from self._answers(bool(flags & DUMP))
         except OSError as error:
             raise DataplaneError(f"nftables by netlink: {error}") from error
 
     def _answers(self, dump: bool) -> Iterator[dict[int, bytes]]:
         found: list[dict[int, bytes]] = []
         while True:
-            data = self._socket.recv(1 << 18)
-            offset = 0
-            while offset + 16 <= len(data):
-                length, kind, _, sequence, _ = struct.unpack_from("=IHHII", data, offset)
-                message = data[offset + 16 : offset + length]
-                offset += (length + 3) & ~3
+            for kind, sequence, message in messages(self._socket.recv(1 << 18)):
                 if sequence != self._sequence:
                     continue
-                if kind == _ERROR:
+                if kind == ERROR:
                     _raise_unless_missing(struct.unpack_from("=i", message)[0])
-                if kind in (_ERROR, _DONE):
+                if kind in (ERROR, DONE):
                     return (yield from found)
                 found.append(dict(nested(message[4:])))
                 if not dump:
@@ -177,7 +172,7 @@ class BatchWriter:
     """A netlink socket that takes batches of elements. Needs CAP_NET_ADMIN."""
 
     def __init__(self) -> None:
-        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_NETFILTER)
+        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_NETFILTER)
         self._socket.bind((0, 0))
         self._socket.settimeout(_BATCH_LIMIT_S)
         # An answer then holds the header of what it speaks of, and not the whole message.
@@ -227,12 +222,9 @@ class BatchWriter:
 
 def _errors(data: bytes) -> Iterator[tuple[int, int]]:
     """Sequence number and error of each answer; the error is 0 or negative."""
-    offset = 0
-    while offset + 20 <= len(data):
-        length, kind, _, sequence, _ = struct.unpack_from("=IHHII", data, offset)
-        if kind == _ERROR:
-            yield sequence, struct.unpack_from("=i", data, offset + 16)[0]
-        offset += max(16, (length + 3) & ~3)
+    for kind, sequence, message in messages(data):
+        if kind == ERROR:
+            yield sequence, struct.unpack_from("=i", message)[0]
 
 
 _LITTLE: Final = struct.pack("=H", 1) == b"\x01\0"
@@ -245,6 +237,15 @@ def _speaks_of_marks(expressions: bytes) -> bool:
 def _raise_unless_missing(code: int) -> None:
     if code not in (0, -errno.ENOENT):
         raise DataplaneError(f"nftables by netlink: {os.strerror(-code)}")
+
+
+def messages(data: bytes) -> Iterator[tuple[int, int, bytes]]:
+    """The messages that one read gave: type, sequence number and payload."""
+    offset = 0
+    while offset + 16 <= len(data):
+        length, kind, _, sequence, _ = struct.unpack_from("=IHHII", data, offset)
+        yield kind, sequence, data[offset + 16 : offset + length]
+        offset += max(16, (length + 3) & ~3)
 
 
 def attribute(kind: int, value: bytes) -> bytes:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, Final, Literal, TypeVar, get_type_hints
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from lbctl.core import names
 from lbctl.errors import DrillError
@@ -24,7 +24,6 @@ from lbctl.lab.drill.site import Site
 
 F = TypeVar("F", bound=Callable[..., None])
 FAULTS: Final[dict[str, Callable[..., None]]] = {}
-_STRICT: Final = ConfigDict(strict=True)
 
 
 def fault(name: str) -> Callable[[F], F]:
@@ -50,7 +49,7 @@ def checked(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
     for key, parameter in parameters.items():
         if key in arguments:
             try:
-                adapter: TypeAdapter[Any] = TypeAdapter(hints[key], config=None)
+                adapter: TypeAdapter[Any] = TypeAdapter(hints[key])
                 found[key] = adapter.validate_python(arguments[key], strict=True)
             except ValidationError as error:
                 raise DrillError(f"{name}: {key}: {error.errors()[0]['msg'].lower()}") from error
