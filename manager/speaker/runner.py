@@ -10,8 +10,10 @@ it still behaves:
   sends both, ordered by when their *attributes* were first seen: the older may win on the wire.
 - A helper that died while ExaBGP wrote to it does not stop the peers once it is started again.
 - Reconnecting after at most 5 s (ExaBGP: 60 s).
-- Three costs: a deep copy per neighbour and route, a scan of the command queue and a new event loop
-  per turn, and a sleep while commands wait.
+- Two costs: a deep copy per neighbour and route; a scan of the command queue and a new event loop
+  per turn.
+- It sleeps until there is something to do; ExaBGP looks a thousand times a second, and sleeps
+  while commands wait.
 - It dies with the launcher (PR_SET_PDEATHSIG), so that no second ExaBGP meets it.
 """
 
@@ -20,6 +22,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import select
 import signal
 import sys
 from collections.abc import Iterator
@@ -30,6 +33,10 @@ from lbctl.core.exabgp import BARRIER
 
 EXABGP_VERSION: Final = "5.0.15"
 MAX_RECONNECT_S: Final = 5
+IDLE_MS: Final = (
+    250  # keepalives and hold times, counted in whole seconds, are looked at this often
+)
+DIAL_MS: Final = 20  # a socket that is connecting is not polled for: look so often
 PR_SET_PDEATHSIG: Final = 1
 
 
@@ -144,17 +151,17 @@ def reconnect_soon() -> None:
 
 
 def spare_work() -> None:
-    """The three costs."""
+    """The two costs."""
     from exabgp.bgp.neighbor import Neighbor
     from exabgp.reactor.asynchronous import ASYNC
-    from exabgp.reactor.loop import Reactor
 
-    remove_self, wait = Neighbor.remove_self, Reactor._wait_for_io
+    remove_self = Neighbor.remove_self
 
     def shared(self: Any, change: Any) -> Any:
         return remove_self(self, change) if change.nlri.nexthop.SELF else change
 
     def run(self: Any) -> bool:
+        self.lbctl_ran = bool(self._async)
         for _ in range(self.LIMIT):
             if not self._async:
                 return False
@@ -168,11 +175,36 @@ def spare_work() -> None:
                 self._notify_error(uid)
         return True
 
-    def wait_for_io(self: Any, sleep: int) -> Any:
-        return wait(self, 0 if self.asynchronous._async else sleep)
-
     Neighbor.remove_self = shared
+    ASYNC.lbctl_ran = False
     ASYNC.run = run
+
+
+def sleep_when_idle() -> None:
+    """Wait the longer, the more turns in a row had nothing to do: each turn visits every peer.
+
+    Sockets and helpers wake it at once, and what commands changed is looked at in the next turn.
+    """
+    from exabgp.bgp.fsm import FSM
+    from exabgp.reactor.loop import Reactor
+
+    def wait_for_io(self: Any, sleep: int) -> Iterator[int]:
+        if sleep == 0 or self.asynchronous.lbctl_ran:
+            self.lbctl_wait_ms = 0
+        else:
+            dialling = any(peer.fsm != FSM.ESTABLISHED for peer in self._peers.values())
+            limit = DIAL_MS if dialling else IDLE_MS
+            self.lbctl_wait_ms = min(2 * self.lbctl_wait_ms + 1, limit)
+        for descriptor, event in self._poller.poll(self.lbctl_wait_ms):
+            self.lbctl_wait_ms = 0
+            if event & (select.POLLIN | select.POLLPRI):
+                yield descriptor
+            elif event & select.POLLNVAL and descriptor not in self.processes.fds:
+                self._poller.unregister(descriptor)  # of a session that ended; ExaBGP keeps it
+            else:
+                self._prevent_spin()
+
+    Reactor.lbctl_wait_ms = 0
     Reactor._wait_for_io = wait_for_io
 
 
@@ -193,6 +225,7 @@ def repair() -> None:
     forgive_helpers()
     reconnect_soon()
     spare_work()
+    sleep_when_idle()
 
 
 def main() -> int:

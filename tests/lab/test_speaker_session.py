@@ -260,8 +260,11 @@ async def test_a_silent_manager_is_cut_off_only_beside_a_living_one(bed: Bed) ->
     stranger = Other(bed, Keys(secrets.token_bytes(32)))
     itself = Other(bed, keys, "control-1")
     tasks = [asyncio.create_task(one.beat()) for one in (stranger, itself)]
-    silent_s = time.monotonic()
+    (runner,) = bed.descendants("runner")
+    silent_s, worked_s = time.monotonic(), processor_s(runner)
     await until(lambda: time.monotonic() - silent_s > 5, "5 s of silence")
+    share = (processor_s(runner) - worked_s) / (time.monotonic() - silent_s)
+    assert share < 0.01, f"an idle ExaBGP took {share:.1%} of a processor"
     assert bed.routes() == expected(paths), "held while no other manager announces"
     other = Other(bed, keys)
     tasks.append(asyncio.create_task(other.beat()))
@@ -274,6 +277,12 @@ async def test_a_silent_manager_is_cut_off_only_beside_a_living_one(bed: Bed) ->
         task.cancel()
     for one in (stranger, itself, other):
         one.socket.close()
+
+
+def processor_s(pid: int) -> float:
+    """The processor time that a process has taken, in seconds."""
+    fields = FilePath(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 @pytest.mark.parametrize("others", [True, False])

@@ -140,3 +140,46 @@ print(delay._next)
 """
     assert run(code) == "5"
     assert int(run(code, repaired=False)) > 5
+
+
+IDLE = """
+import os, select, time
+from exabgp.bgp.fsm import FSM
+from exabgp.reactor.asynchronous import ASYNC
+from exabgp.reactor.loop import Reactor
+reactor = Reactor.__new__(Reactor)
+reactor.asynchronous = ASYNC()
+reactor.processes = SimpleNamespace(fds=[])
+reactor._poller = select.poll()
+reactor._busyspin, reactor.max_loop_time, reactor._sleep_time = {}, 0.1, 0.001
+reactor._peers = {"peer": SimpleNamespace(fsm=FSM.ESTABLISHED)}
+def turn(sleep=1):
+    reactor.asynchronous.run()
+    list(reactor._wait_for_io(sleep))
+    return reactor.lbctl_wait_ms
+"""
+
+
+def test_an_idle_exabgp_sleeps_longer_and_longer() -> None:
+    """To its limit, a lower one while it dials; work of a peer or of a command ends it."""
+    code = """
+print([turn() for _ in range(9)][-3:])
+reactor.asynchronous.schedule("a", "", iter([False]))
+print(turn(), turn(), turn(0), turn())
+reactor._peers["other"] = SimpleNamespace(fsm=FSM.CONNECT)
+print([turn() for _ in range(9)][-1])
+"""
+    assert run(IDLE + code) == "[127, 250, 250]\n0 1 0 1\n20"
+
+
+def test_what_can_be_read_wakes_it_and_a_closed_socket_does_not() -> None:
+    """ExaBGP leaves the sockets of sessions that ended in its poller: it would never sleep."""
+    code = """
+reader, writer = os.pipe()
+reactor._poller.register(reader, select.POLLIN)
+os.write(writer, b"x")
+print(list(reactor._wait_for_io(1)) == [reader], reactor.lbctl_wait_ms)
+os.close(reader)
+print([turn() for _ in range(9)][-1])
+"""
+    assert run(IDLE + code) == "True 0\n250"
