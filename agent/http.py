@@ -151,6 +151,18 @@ def application(engine: Engine, figures: Figures) -> web.Application:
     return app
 
 
+def nothing_left() -> web.Application:
+    """What an agent serves that has cleaned its node: alive, and ready to go."""
+
+    async def done(_request: web.Request) -> web.Response:
+        return web.Response(text="uninstalled\n")
+
+    app = web.Application(client_max_size=4096)
+    app.router.add_get("/healthz", done)
+    app.router.add_get("/readyz", done)
+    return app
+
+
 def _status(good: bool) -> int:
     return 200 if good else 503
 

@@ -135,10 +135,25 @@ async def _serve(node: str, directory: Path, keys: Path) -> None:
         _log.info("stopped", forwarding="stays")
 
 
+async def _uninstall(directory: Path, stay: bool) -> None:
+    """Clean the node. stay: then be ready until stopped, so that a DaemonSet can tell who is."""
+    await uninstall(directory)
+    if stay:
+        stopped = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stopped.set)
+        async with http.serving(http.nothing_left()):
+            await stopped.wait()
+
+
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="lbctl-agent", description="Programs this node.")
     parser.add_argument(
         "--uninstall", action="store_true", help="remove every trace from this node, and end"
+    )
+    parser.add_argument(
+        "--stay", action="store_true", help="after --uninstall: be ready until stopped"
     )
     parser.add_argument("--snapshot-dir", type=Path, default=Path(AGENT_SNAPSHOT_DIR))
     parser.add_argument("--keys-dir", type=Path, default=Path(KEYS_DIR))
@@ -153,7 +168,7 @@ def main() -> None:
     node = os.environ.get("NODE_NAME", "")
     try:
         if arguments.uninstall:
-            asyncio.run(uninstall(arguments.snapshot_dir))
+            asyncio.run(_uninstall(arguments.snapshot_dir, arguments.stay))
             return
         if not node:
             raise DataplaneError("NODE_NAME is not set: the DaemonSet gives it by the downward API")

@@ -103,6 +103,7 @@ def _eip(parts: Parts, eip: Eip) -> state.EipState:
         hops=_hops(selection) if selection is not None else (),
         detail=parts.allocating.release(eip.address) or "",
         reason=selection.reason if selection is not None else None,
+        sharers=eip.members[1:],
     )
 
 

@@ -42,7 +42,7 @@ def explain(
     except LbctlError as error:
         cannot(error)
     merged = merge_or_stop(live)
-    if not exists and not any(eip.owner == ref for eip in merged.eips):
+    if not exists and not any(ref in eip.members for eip in merged.eips):
         cannot(f"there is no Service {ref}, and no EIP that it had")
     story = Story(merged, ref, exists)
     if output is Output.JSON:
@@ -84,7 +84,7 @@ class Story:
         self.exists = exists
         self.merged = merged
         self.decision = _decision(merged, ref)
-        self.eips = tuple(eip for eip in merged.eips if eip.owner == ref)
+        self.eips = tuple(eip for eip in merged.eips if ref in eip.members)
 
     @property
     def good(self) -> bool:
@@ -115,7 +115,10 @@ class Story:
         elif self.exists:
             lines.append(f"The leader {self.merged.leader} has not decided about it yet.")
         for eip in self.eips:
-            state = "is its own" if eip.phase is Phase.BOUND else "is being given back"
+            others = ", ".join(str(ref) for ref in eip.members if ref != self.ref)
+            state = f"is shared with {others}" if others else "is its own"
+            if eip.phase is not Phase.BOUND:
+                state = "is being given back"
             more = f" ({eip.detail})" if eip.detail else ""
             lines.append(f"{eip.address} from pool {eip.pool} {state}{more}.")
         return lines

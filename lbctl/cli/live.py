@@ -29,6 +29,20 @@ _WANTED = {
     Reason.RELEASING,
 }
 
+# A Service with one of these is as its owner wants it; with every other, it lacks something.
+SERVED = {
+    Reason.ALLOCATED,
+    Reason.RESTORED,
+    Reason.RECREATED,
+    Reason.SHARED,
+    Reason.ADOPTED,
+    Reason.OBSERVING,
+    Reason.NOT_LOAD_BALANCER,
+    Reason.OTHER_CLASS,
+    Reason.RELEASING,
+    Reason.RELEASED,
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Answer:
@@ -197,14 +211,7 @@ def _all_eips(states: tuple[ManagerState, ...], chief: ManagerState) -> tuple[Ei
 
 
 def _refused(chief: ManagerState) -> list[ServiceState]:
-    wrong = {
-        Reason.POOL_EXHAUSTED,
-        Reason.NO_POOL,
-        Reason.ADDRESS_TAKEN,
-        Reason.ADDRESS_OUTSIDE_POOLS,
-        Reason.WAITING_FOR_CONFIG,
-    }
-    return [service for service in chief.services if service.reason in wrong]
+    return [service for service in chief.services if service.reason not in SERVED]
 
 
 def _leadership(states: tuple[ManagerState, ...], leaders: list[ManagerState]) -> list[str]:

@@ -29,6 +29,7 @@ _COMMANDS: Final = {
     "explain": "lbctl.cli.explain",
     "trace": "lbctl.cli.trace",
     "config": "lbctl.cli.config",
+    "uninstall": "lbctl.cli.uninstall",
 }
 
 

@@ -109,7 +109,8 @@ def _eips(merged: Merged, out: Console) -> None:
     for eip in merged.eips:
         hops = ", ".join(str(hop) for hop in eip.next_hops) or "none"
         why = SENTENCE[eip.reason] if eip.reason and not eip.next_hops else ""
-        rows.append((eip.address, eip.owner, eip.pool, eip.phase.value, hops, eip.detail or why))
+        services = ", ".join(str(ref) for ref in eip.members)
+        rows.append((eip.address, services, eip.pool, eip.phase.value, hops, eip.detail or why))
     heads = ("ADDRESS", "SERVICE", "POOL", "PHASE", "NEXT HOPS", "")
     print_table(out, "EIPs", heads, rows)
 

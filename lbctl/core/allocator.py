@@ -455,15 +455,10 @@ class Allocator:
 
 
 def _to_mark(service: Service, kept: list[Pick]) -> str:
-    """The pools to be written on a Service, "" if it has its finalizer and says so already.
-
-    One that does not say so at all was given its finalizer elsewhere, and is left alone.
-    """
+    """The pools to be written on a Service, "" if it has its finalizer and says so already."""
     pools = ",".join(dict.fromkeys([pick.eip.pool for pick in kept if pick.eip is not None]))
-    if names.FINALIZER not in service.finalizers:
-        return pools
     said = dict(service.annotations).get(names.ANNOTATION_POOL) if service.annotations else None
-    return pools if said is not None and said != pools else ""
+    return pools if said != pools or names.FINALIZER not in service.finalizers else ""
 
 
 def _one_family(missing: list[Pick]) -> bool:

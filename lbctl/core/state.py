@@ -60,7 +60,7 @@ class EipState:
     """An EIP object, and what this manager announces for it.
 
     reason: of the announcement as a whole, None before there was a decision. detail: a release's
-    progress.
+    progress. sharers: the other Services on it.
     """
 
     address: Address
@@ -71,6 +71,12 @@ class EipState:
     hops: tuple[HopState, ...] = ()
     detail: str = ""
     reason: Reason | None = None
+    sharers: tuple[ObjectRef, ...] = ()
+
+    @property
+    def members(self) -> tuple[ObjectRef, ...]:
+        """All Services on it, the owner first."""
+        return (self.owner, *self.sharers)
 
     @property
     def next_hops(self) -> tuple[Address, ...]:

@@ -62,7 +62,7 @@ def bring_up(
     access = start(lab, kind, progress)
     for package in _OURS:  # containers cannot: their root is read-only
         compileall.compile_dir(_ROOT / package, quiet=2)
-    asyncio.run(_install(lab, access, progress))
+    install(lab, access, progress)
 
 
 def start(lab: Lab, kind: ClusterKind, progress: Progress) -> ClusterAccess:
@@ -157,6 +157,11 @@ def _api(lab: Lab, access: ClusterAccess) -> kube.Api:
 async def _wait_nodes(lab: Lab, access: ClusterAccess, wanted: set[str]) -> None:
     async with _api(lab, access) as api:
         await _until(lambda: _unready_nodes(api, wanted), "nodes to be Ready", lab)
+
+
+def install(lab: Lab, access: ClusterAccess, progress: Progress) -> None:
+    """Apply everything of ours, as an installation does, and wait until it is Ready."""
+    asyncio.run(_install(lab, access, progress))
 
 
 async def _install(lab: Lab, access: ClusterAccess, progress: Progress) -> None:

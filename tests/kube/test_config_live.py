@@ -1,4 +1,5 @@
-"""`lbctl config diff`, `apply`, `history` and `rollback` against a cluster with a leader."""
+"""`lbctl config diff`, `apply`, `history` and `rollback` against a cluster with a leader, and
+`lbctl uninstall` where there was one."""
 
 from __future__ import annotations
 
@@ -71,9 +72,14 @@ async def _clean(site: Site) -> None:
 
 async def lbctl(cluster: Cluster, *words: str, stdin: str = "") -> tuple[int, str, str]:
     """Run `lbctl config …`; exit code, stdout, stderr."""
+    return await run(cluster, "config", *words, stdin=stdin)
+
+
+async def run(cluster: Cluster, *words: str, stdin: str = "") -> tuple[int, str, str]:
+    """Run `lbctl …`; exit code, stdout, stderr."""
     process = await asyncio.create_subprocess_exec(
         sys.executable,
-        *("-c", "from lbctl.cli.main import main; main()", "config"),
+        *("-c", "from lbctl.cli.main import main; main()"),
         *(*words, "--kubeconfig", str(cluster.kubeconfig)),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
@@ -159,3 +165,24 @@ async def test_the_last_ten_are_kept(cluster: Cluster, site: Site) -> None:
     again = History(site.client, site.namespace)  # the next leader
     await again.keep(Entry(12, config_hash("12"), "12", "2026-01-01"))
     await kept(site.client, *range(12, 2, -1))
+
+
+async def test_uninstall_lets_services_go_when_the_managers_are_gone(
+    cluster: Cluster, site: Site
+) -> None:
+    async with leader(cluster, site):
+        await site.configure(FIRST)
+        await site.add("a")
+        await site.address("a")
+    code, out, err = await run(cluster, "uninstall", "--yes", "--keep-config")
+    assert code == 0, out + err
+    found = await site.service("a")
+    assert found is not None and not found.ingress and not found.finalizers
+    assert names.ANNOTATION_POOL not in dict(found.annotations)
+    await site.delete("a")
+    assert await site.service("a") is None
+    again, out, err = await run(cluster, "uninstall", "--yes", "--keep-config")
+    assert again == 0 and "nothing of lbctl" in out, out + err
+    path = api.CONFIG_MAPS.path(site.namespace, names.CONFIG_MAP)
+    assert (await site.client.get(path))["data"][names.CONFIG_KEY] == FIRST
+    await define(site.client)  # the next test's

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field, replace
 from ipaddress import ip_address
 from typing import Any
 
-from lbctl.core import names
 from lbctl.core.actions import (
     Action,
     AddFinalizer,
@@ -25,6 +24,7 @@ from lbctl.core.allocator import Allocator
 from lbctl.core.config import Config, parse
 from lbctl.core.model import Eip, ObjectRef, Phase, Protocol, Service, ServicePort
 from lbctl.core.reasons import Reason
+from tests.unit.allocator_model import marked
 
 
 def config(*pools: str, rest: str = "") -> Config:
@@ -145,8 +145,9 @@ class World:
                 self.allocator.remove_eip(seen.address)
             case Refused() | Told():
                 self.said.append((action.service.name, action.reason, action.sentence))
-            case AddFinalizer(service=ref):
-                self._change(ref, finalizers=(names.FINALIZER,))
+            case AddFinalizer(service=ref, pools=pools):
+                now = marked(self.services[ref], pools)
+                self._change(ref, finalizers=now.finalizers, annotations=now.annotations)
             case RemoveFinalizer(service=ref):
                 self._change(ref, finalizers=())
             case WriteStatus(service=ref, addresses=addresses):

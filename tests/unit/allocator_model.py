@@ -27,6 +27,13 @@ def config(size: int) -> Config:
     )
 
 
+def marked(service: Service, pools: str) -> Service:
+    """With what AddFinalizer writes."""
+    others = [pair for pair in service.annotations if pair[0] != names.ANNOTATION_POOL]
+    notes = (*others, (names.ANNOTATION_POOL, pools))
+    return replace(service, finalizers=(names.FINALIZER,), annotations=notes)
+
+
 class Stale(Exception):
     """409."""
 
@@ -110,8 +117,8 @@ class Server:
         if now is None or now.version != seen.version:
             raise Stale
         match action:
-            case actions.AddFinalizer():
-                return self.put_service(replace(now, finalizers=(names.FINALIZER,)))
+            case actions.AddFinalizer(pools=pools):
+                return self.put_service(marked(now, pools))
             case actions.RemoveFinalizer():
                 return self.put_service(replace(now, finalizers=()))
             case actions.WriteStatus(addresses=addresses):

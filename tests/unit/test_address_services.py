@@ -128,7 +128,7 @@ def test_a_requested_pool_moves_the_service_make_before_break() -> None:
     world.done.clear()
     world.put(service("web", annotations={"lbctl.io/address-pool": "b"}))
     assert world.shown("web") == ["10.1.0.0"]
-    assert world.done == ["CreateEip", "WriteStatus", "ReleaseEip"]
+    assert world.done == ["AddFinalizer", "CreateEip", "WriteStatus", "ReleaseEip"]
 
 
 def test_a_requested_pool_that_cannot_be_had_changes_nothing() -> None:

@@ -26,6 +26,7 @@ from lbctl.core.allocator import Allocator, plan
 from lbctl.core.config import Config, parse
 from lbctl.core.model import Eip, ObjectRef, Phase, Service
 from lbctl.core.reasons import Reason
+from tests.unit.allocator_model import marked
 
 
 def config(*pools: str) -> Config:
@@ -45,9 +46,9 @@ def service(name: str, created_s: float = 0.0, **changes: Any) -> Service:
 
 
 def settled(name: str, *addresses: str, **changes: Any) -> Service:
-    """A Service that has its finalizer and its status."""
+    """A Service that has its finalizer, its status and the name of its pool."""
     ingress = tuple(ip_address(text) for text in addresses)
-    return service(name, ingress=ingress, finalizers=(names.FINALIZER,), **changes)
+    return marked(service(name, ingress=ingress, **changes), "a")
 
 
 def eip(address: str, owner: str, phase: Phase = Phase.BOUND, **changes: object) -> Eip:
@@ -76,8 +77,8 @@ def accept(allocator: Allocator, actions: tuple[Action, ...]) -> None:
                 allocator.set_eip(made)
             case ReleaseEip(seen=seen):
                 allocator.set_eip(replace(seen, phase=Phase.RELEASING))
-            case AddFinalizer(service=ref, seen=found):
-                held[ref] = replace(held.get(ref, found), finalizers=(names.FINALIZER,))
+            case AddFinalizer(service=ref, seen=found, pools=pools):
+                held[ref] = marked(held.get(ref, found), pools)
                 allocator.set_service(held[ref])
             case WriteStatus(service=ref, seen=found, addresses=addresses):
                 held[ref] = replace(held.get(ref, found), ingress=addresses)
@@ -99,6 +100,15 @@ def test_nothing_to_do_when_all_is_written() -> None:
     assert (
         plan(config("a 10.0.0.4/30"), [settled("web", "10.0.0.5")], [eip("10.0.0.5", "web")]) == ()
     )
+
+
+def test_who_got_its_address_before_there_was_the_annotation_gets_that_once() -> None:
+    old = replace(settled("web", "10.0.0.5"), annotations=(("team", "x"),))
+    held = [eip("10.0.0.5", "web")]
+    assert plan(config("a 10.0.0.0/24"), [old], held) == (
+        AddFinalizer(old.ref, old, Reason.RESTORED, "a"),
+    )
+    assert plan(config("a 10.0.0.0/24"), [marked(old, "a")], held) == ()
 
 
 def test_order_of_a_batch() -> None:
@@ -297,7 +307,7 @@ def test_addresses_stay_when_pools_change() -> None:
     assert allocator.plan() == ()
     allocator.configure(config("b 10.0.0.0/27"))
     actions = allocator.plan()
-    assert kinds(actions) == ["RebindEip", "RebindEip"]  # under the pool's new name
+    assert kinds(actions) == ["AddFinalizer", "RebindEip"] * 2  # under the pool's new name
     accept(allocator, actions)
     assert allocator.plan() == ()
 

@@ -12,10 +12,10 @@ import pytest
 from rich.console import Console
 
 from lbctl.cli.explain import Story
-from lbctl.cli.live import Answer, Live, find_kubeconfig, merge
+from lbctl.cli.live import SERVED, Answer, Live, find_kubeconfig, merge
 from lbctl.cli.status import as_json, show
 from lbctl.core.model import NodeState, ObjectRef, Phase
-from lbctl.core.reasons import Reason
+from lbctl.core.reasons import SENTENCE, Reason
 from lbctl.core.state import (
     ConfigState,
     EipState,
@@ -146,6 +146,31 @@ def test_what_else_is_wrong() -> None:
     assert problem(replace(ONE, eips=(lost,))) == [
         "198.51.100.1 of Service default/web has no next hop at one"
     ]
+
+
+@pytest.mark.parametrize("reason", Reason)
+def test_no_reason_why_a_service_lacks_something_is_kept_back(reason: Reason) -> None:
+    """A new reason counts as a refusal until it is called good in `SERVED`."""
+    lacks = ServiceState(ObjectRef("a", "b"), reason)
+    said = problem(replace(ONE, services=(DECISION, lacks)))
+    assert said == ([] if reason in SERVED else [f"Service a/b: {SENTENCE[reason]}"])
+    story = Story(merge(live(replace(ONE, services=(lacks,)))), lacks.ref)
+    assert f"[{reason.value}]" in story.address()[0]
+
+
+def test_each_reason_is_in_the_table_for_the_pager() -> None:
+    table = (Path(__file__).parents[2] / "docs" / "operations.md").read_text("utf-8")
+    assert not [reason for reason in Reason if f"`{reason.value}`" not in table]
+
+
+def test_explain_of_a_service_that_shares_shows_the_addresss_hops() -> None:
+    tcp = ObjectRef("default", "dns-tcp")
+    shared = replace(EIP, sharers=(tcp,))
+    both = replace(ONE, eips=(shared,), services=(ServiceState(tcp, Reason.SHARED),))
+    story = Story(merge(live(both)), tcp)
+    assert story.good and story.hops(shared)
+    assert story.address()[1] == "198.51.100.1 from pool public is shared with default/web."
+    assert "default/web, default/dns-tcp" in page(live(both))
 
 
 def test_what_its_owner_wants_is_not_wrong() -> None:
