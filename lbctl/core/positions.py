@@ -20,7 +20,7 @@ from ruamel.yaml.reader import ReaderError
 Loc: TypeAlias = tuple[str | int, ...]
 
 MAX_BYTES: Final = (1 << 20) - 1024  # what a ConfigMap can hold, with keys of ours beside it
-MAX_DEPTH: Final = 16
+MAX_DEPTH: Final = 64  # the schema in a CRD of somebody's manifests has 30
 
 _KEY: Final = re.compile(r"[A-Za-z0-9_-]{1,40}\Z")
 _INT: Final = re.compile(r"[-+]?(0|[1-9][0-9]{0,18})\Z")
@@ -65,11 +65,13 @@ class Problem:
 class Document:
     """A parsed file: mappings are dicts, lists are tuples. Marks are of values and of keys.
 
-    complete: it could be read to its end; else `value` is worth nothing.
+    complete: it could be read to its end; else `value` is worth nothing. above: how many lines of
+    the file come before it.
     """
 
     value: object = None
     complete: bool = False
+    above: int = 0
     values: dict[Loc, Mark] = field(default_factory=dict)
     keys: dict[Loc, Mark] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
@@ -78,11 +80,15 @@ class Document:
         """The place of the value at `loc`, or of the nearest thing that holds it."""
         while loc and loc not in self.values:
             loc = loc[:-1]
-        return self.values.get(loc, Mark(1, 1))
+        return self.values.get(loc, self.place(0, 0))
 
     def key_mark(self, loc: Loc) -> Mark:
         """The place of the key at `loc`; where it has none (list items), that of the value."""
         return self.keys.get(loc) or self.mark(loc)
+
+    def place(self, line: int, column: int) -> Mark:
+        """The place in the file of what the parser counts from 0."""
+        return Mark(self.above + line + 1, column + 1)
 
 
 def show_path(loc: Loc) -> str:
@@ -97,39 +103,39 @@ def show_path(loc: Loc) -> str:
     return text
 
 
-def load(text: str) -> Document:
+def load(text: str, above: int = 0) -> Document:
     """Read one YAML document. Never raises: what is wrong is in `problems`, in file order.
 
+    above: how many lines of the file come before the text; marks are of the file.
     A syntax error ends the reading: nothing after it can be trusted, so it is the only problem
     besides those found before it.
     """
-    document = Document()
+    document = Document(above=above)
+    start = document.place(0, 0)
     if len(text.encode("utf-8", "replace")) > MAX_BYTES:
-        document.problems.append(
-            Problem(Mark(1, 1), (), f"the file is larger than {MAX_BYTES} bytes")
-        )
+        document.problems.append(Problem(start, (), f"the file is larger than {MAX_BYTES} bytes"))
         return document
     try:
         _Builder(document, YAML(typ="safe", pure=True).parse(text)).document_root()
     except _Stop:
         pass
     except ReaderError as error:
-        document.problems.append(_unreadable(text, error))
+        document.problems.append(_unreadable(document, text, error))
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        at = Mark(mark.line + 1, mark.column + 1) if mark else Mark(1, 1)
+        at = document.place(mark.line, mark.column) if mark else start
         said = error.problem or error.context or "cannot be read"
         document.problems.append(Problem(at, (), f"not valid YAML: {said}"))
     except YAMLError as error:
         first = str(error).splitlines()[0] if str(error) else "cannot be read"
-        document.problems.append(Problem(Mark(1, 1), (), f"not valid YAML: {first}"))
+        document.problems.append(Problem(start, (), f"not valid YAML: {first}"))
     return document
 
 
-def _unreadable(text: str, error: ReaderError) -> Problem:
+def _unreadable(document: Document, text: str, error: ReaderError) -> Problem:
     index = error.position if isinstance(error.position, int) else 0
     before = text[:index]
-    at = Mark(before.count("\n") + 1, index - (before.rfind("\n") + 1) + 1)
+    at = document.place(before.count("\n"), index - (before.rfind("\n") + 1))
     character = text[index : index + 1]
     name = f"U+{ord(character):04X}" if character else "at the end"
     return Problem(at, (), f"not valid YAML: the character {name} is not allowed")
@@ -159,7 +165,7 @@ class _Builder:
             self._document.value = self._value(event, ())
 
     def _stop(self, event: Any, loc: Loc, text: str) -> None:
-        self._document.problems.append(Problem(_mark(event), loc, text))
+        self._document.problems.append(Problem(self._mark(event), loc, text))
         raise _Stop
 
     def _value(self, event: Any, loc: Loc) -> object:
@@ -168,11 +174,13 @@ class _Builder:
             self._stop(event, (), f"nested deeper than {MAX_DEPTH} levels")
         if kind == "AliasEvent":
             self._stop(event, loc, "aliases (`*name`) are not supported; write the value out")
-        self._document.values[loc] = _mark(event)
+        self._document.values[loc] = self._mark(event)
         tag = getattr(event, "tag", None) or getattr(event, "ctag", None)
         if tag is not None and str(tag) not in ("!", "None", ""):
             self._document.problems.append(
-                Problem(_mark(event), loc, "tags (`!…`) are not supported; write a plain value")
+                Problem(
+                    self._mark(event), loc, "tags (`!…`) are not supported; write a plain value"
+                )
             )
         if kind == "MappingStartEvent":
             return self._mapping(loc)
@@ -201,18 +209,19 @@ class _Builder:
             if key in found:
                 first = self._document.keys[here].line
                 self._document.problems.append(
-                    Problem(_mark(event), here, f"the key is there twice (first in line {first})")
+                    Problem(
+                        self._mark(event), here, f"the key is there twice (first in line {first})"
+                    )
                 )
                 # Read past the value; what is wrong inside it needs no message of its own.
                 _Builder(Document(), self._events)._value(next(self._events), loc)
                 continue
-            self._document.keys[here] = _mark(event)
+            self._document.keys[here] = self._mark(event)
             found[key] = self._value(next(self._events), here)
         return found
 
-
-def _mark(event: Any) -> Mark:
-    return Mark(event.start_mark.line + 1, event.start_mark.column + 1)
+    def _mark(self, event: Any) -> Mark:
+        return self._document.place(event.start_mark.line, event.start_mark.column)
 
 
 def _scalar(event: Any) -> object:

@@ -11,8 +11,8 @@ from typing import Final
 from pydantic import Field
 
 from lbctl.core.imports.draft import Draft, Item
-from lbctl.core.imports.manifests import Manifest, Place
 from lbctl.core.imports.reading import Camel, Selector, Text, read
+from lbctl.core.manifests import Manifest, Place
 
 GROUP: Final = "cilium.io"
 _NAMESPACE: Final = "io.kubernetes.service.namespace"

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from lbctl.core.imports import cilium, kubevip, metallb_configmap, metallb_resources, openelb
 from lbctl.core.imports.draft import Draft, render
-from lbctl.core.imports.manifests import Manifest, inner, manifests
+from lbctl.core.manifests import Manifest, inner, manifests
 from lbctl.errors import ConfigError
 
 _RESOURCES = {

@@ -17,8 +17,8 @@ from typing import Final
 
 from lbctl.core import config
 from lbctl.core.config_values import parse_hold_time, parse_range, parse_range_ends, show
-from lbctl.core.imports.manifests import Place
 from lbctl.core.imports.reading import Foreign
+from lbctl.core.manifests import Place
 from lbctl.errors import ConfigError
 
 PLACEHOLDER_ASN: Final = 64512

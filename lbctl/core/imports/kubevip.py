@@ -11,7 +11,7 @@ from typing import Final
 
 from lbctl.core.config_values import show
 from lbctl.core.imports.draft import Draft, Item
-from lbctl.core.imports.manifests import Place
+from lbctl.core.manifests import Place
 
 KEYS: Final = ("cidr-", "range-")
 _NOTES: Final = {

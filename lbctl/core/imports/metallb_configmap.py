@@ -11,8 +11,8 @@ from typing import Final
 from pydantic import ConfigDict, Field
 
 from lbctl.core.imports.draft import Draft, Item
-from lbctl.core.imports.manifests import Place
 from lbctl.core.imports.reading import Anything, Foreign, Requirement, Seconds, Text, kebab, read
+from lbctl.core.manifests import Place
 
 COMMUNITY: Final = re.compile(r"(\d{1,10}:\d{1,10}|large(:\d{1,10}){3})\Z")
 PEER_WHY: Final = {

@@ -11,7 +11,6 @@ from typing import Final
 from pydantic import Field
 
 from lbctl.core.imports.draft import Draft, Item
-from lbctl.core.imports.manifests import Manifest
 from lbctl.core.imports.metallb_configmap import (
     ADVERTISEMENT_WHY,
     COMMUNITY,
@@ -20,6 +19,7 @@ from lbctl.core.imports.metallb_configmap import (
     basics,
 )
 from lbctl.core.imports.reading import Anything, Camel, Seconds, Selector, Text, read
+from lbctl.core.manifests import Manifest
 
 GROUP: Final = "metallb.io"
 

@@ -12,9 +12,9 @@ from pydantic import Field
 
 from lbctl.core.config_values import show
 from lbctl.core.imports.draft import Draft, Item
-from lbctl.core.imports.manifests import Manifest, Place
 from lbctl.core.imports.metallb_configmap import LAYER2, PEER_WHY, basics
 from lbctl.core.imports.reading import Anything, Camel, Seconds, Selector, Text, read
+from lbctl.core.manifests import Manifest, Place
 
 GROUP: Final = "network.kubesphere.io"
 _DEFAULTS: Final = (

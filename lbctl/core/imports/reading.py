@@ -13,7 +13,7 @@ from typing import Annotated, Any, Final, TypeVar, get_args
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from lbctl.core.config_values import show
-from lbctl.core.imports.manifests import Place
+from lbctl.core.manifests import Place
 from lbctl.core.positions import Loc
 from lbctl.errors import ConfigError
 

@@ -1,7 +1,7 @@
 """The objects in manifests: several documents in a file, Lists, and the YAML inside a ConfigMap.
 
 Rules: every object keeps its places in the file that the person has open. So a document is read
-with the lines before it left blank, and YAML in a block (`config: |`) is read where it stands, with
+with the number of lines before it, and YAML in a block (`config: |`) is read where it stands, with
 its indentation.
 """
 
@@ -77,8 +77,8 @@ def manifests(text: str, source: str) -> tuple[Manifest, ...]:
     """
     found: list[Manifest] = []
     problems: list[str] = []
-    for part in _documents(text):
-        document = load(part)
+    for above, part in _documents(text):
+        document = load(part, above)
         problems += [f"{source}:{problem}" for problem in document.problems]
         if document.complete and document.value is not None:
             found += _objects(Place(source, document))
@@ -87,16 +87,16 @@ def manifests(text: str, source: str) -> tuple[Manifest, ...]:
     return tuple(found)
 
 
-def _documents(text: str) -> list[str]:
-    """Each document, with as many empty lines before it as the file has."""
-    parts: list[list[str]] = [[]]
+def _documents(text: str) -> list[tuple[int, str]]:
+    """Each document, and how many lines of the file come before it."""
+    parts: list[tuple[int, list[str]]] = [(0, [])]
     for number, line in enumerate(text.splitlines()):
         marker = _MARKER.match(line)
         if marker:
-            parts.append([""] * number)
+            parts.append((number, []))
             line = " " * len(marker[1]) + line[len(marker[1]) :]
-        parts[-1].append(line)
-    return ["\n".join(lines) + "\n" for lines in parts]
+        parts[-1][1].append(line)
+    return [(above, "\n".join(lines) + "\n") for above, lines in parts]
 
 
 def _objects(place: Place) -> list[Manifest]:
@@ -122,12 +122,12 @@ def inner(place: Place, text: str) -> Place:
     line = place.document.mark(place.loc).line
     lines = text.splitlines()
     header = lines[line - 1].rpartition(":")[2].strip() if line <= len(lines) else ""
-    source = f"{place.source}: {show_path(place.loc)}"
+    source, above = f"{place.source}: {show_path(place.loc)}", 0
     if header.startswith("|"):
         count = len(value.splitlines())
-        value = "\n" * line + "\n".join(lines[line : line + count]) + "\n"
-        source = place.source
-    document = load(value)
+        value = "\n".join(lines[line : line + count]) + "\n"
+        source, above = place.source, line
+    document = load(value, above)
     if document.problems:
         raise ConfigError(tuple(f"{source}:{problem}" for problem in document.problems))
     return Place(source, document)
