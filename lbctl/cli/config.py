@@ -9,9 +9,10 @@ from __future__ import annotations
 import importlib
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 
@@ -20,13 +21,15 @@ from lbctl.core import names
 from lbctl.core.config import Config, config_hash, parse
 from lbctl.core.config_schema import schema as json_schema
 from lbctl.core.imports.convert import convert
-from lbctl.core.positions import MAX_BYTES, load
+from lbctl.core.positions import load
 from lbctl.errors import ConfigError
 
 File = Annotated[str, typer.Argument(help="config.yaml or the ConfigMap's manifest; - is stdin.")]
 Wait = Annotated[
     float, typer.Option("--wait", help="Seconds to wait until the leader has accepted it.")
 ]
+
+MAX_FILE: Final = 16 << 20  # of manifests; a configuration has a smaller limit of its own
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 
@@ -81,9 +84,8 @@ def import_files(
 
     Comments say what has no counterpart, and what happens instead.
     """
-    texts = [("stdin" if file == "-" else file, read_text(file)) for file in files]
     try:
-        typer.echo(convert(texts), nl=False)
+        typer.echo(convert(read_texts(files)), nl=False)
     except ConfigError as error:
         typer.echo("\n".join(error.problems), err=True)
         raise typer.Exit(WRONG) from None
@@ -98,13 +100,13 @@ def schema() -> None:
 @app.command()
 def diff(file: File, output: OutputOption = Output.TEXT, kubeconfig: Kubeconfig = None) -> None:
     """Which Services keep, get, move or lose addresses. Exit code 1: it would be refused."""
-    _live().diff(*_configuration(file), kubeconfig, output)
+    _live().diff(*configuration(file), kubeconfig, output)
 
 
 @app.command()
 def apply(file: File, wait: Wait = 15.0, kubeconfig: Kubeconfig = None) -> None:
     """Put a configuration in force, unless `diff` refuses it. Exit code 1: not in force."""
-    _live().apply(*_configuration(file), kubeconfig, wait)
+    _live().apply(*configuration(file), kubeconfig, wait)
 
 
 @app.command()
@@ -128,7 +130,7 @@ def _live() -> ModuleType:
     return importlib.import_module("lbctl.cli.config_live")
 
 
-def _configuration(file: str) -> tuple[str, str]:
+def configuration(file: str) -> tuple[str, str]:
     """The configuration in a file, and what to call it; ends the command if it is not valid."""
     source = "stdin" if file == "-" else file
     try:
@@ -144,14 +146,21 @@ def _count(number: int, word: str, plural: str = "s") -> str:
     return f"{number} {word}{'' if number == 1 else plural}"
 
 
+def read_texts(files: Iterable[str]) -> list[tuple[str, str]]:
+    """What to call each file, and its text; ends the command with code 2 if one cannot be had."""
+    return [("stdin" if file == "-" else file, read_text(file)) for file in files]
+
+
 def read_text(file: str) -> str:
     """A file's text, `-` being stdin; ends the command with code 2 if it cannot be had."""
     try:
         if file == "-":
-            raw = sys.stdin.buffer.read(2 * MAX_BYTES)
+            raw = sys.stdin.buffer.read(MAX_FILE + 1)
         else:
             with Path(file).open("rb") as stream:
-                raw = stream.read(2 * MAX_BYTES)
+                raw = stream.read(MAX_FILE + 1)
+        if len(raw) > MAX_FILE:
+            cannot(f"{file} is larger than {MAX_FILE >> 20} MiB; split it")
         return raw.decode("utf-8-sig")
     except OSError as error:
         cannot(f"{file} cannot be read: {error.strerror or error}")

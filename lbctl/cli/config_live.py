@@ -10,13 +10,11 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import msgspec
 import typer
 
-from lbctl.cli.live import find_kubeconfig
+from lbctl.cli.live import open_client
 from lbctl.cli.output import (
     WRONG,
     Kubeconfig,
@@ -28,32 +26,19 @@ from lbctl.cli.output import (
     print_json,
     print_table,
 )
+from lbctl.cli.site import Site, answered, config_map, look, read_site
 from lbctl.core import forecast as outlooks
 from lbctl.core import names
 from lbctl.core.config import Config, config_hash, parse
 from lbctl.core.forecast import Forecast, Outlook
-from lbctl.core.model import Eip, Node, Service
 from lbctl.core.state import to_plain
-from lbctl.errors import ConfigError, KubeError, NotFound
+from lbctl.errors import ConfigError
 from lbctl.kube import client as api
-from lbctl.kube import objects
 from lbctl.kube.accepted import Entry, entry_of
 from lbctl.kube.client import Client
-from lbctl.kube.objects import DataObject, Kind
+from lbctl.kube.objects import DataObject
 
 POLL_S = 0.2
-
-
-@dataclass(frozen=True, slots=True)
-class Site:
-    """What a configuration is held against."""
-
-    services: tuple[Service, ...]
-    eips: tuple[Eip, ...]
-    nodes: tuple[Node, ...]
-    labels: dict[str, dict[str, str]]  # of the namespaces
-    accepted: Entry | None
-    wanted: DataObject | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,47 +69,9 @@ def judge(site: Site, text: str, source: str) -> Verdict:
 # Reading and writing
 
 
-async def _client(kubeconfig: Path | None) -> Client:
-    return await Client.from_environment(find_kubeconfig(kubeconfig), timeout_s=15.0)
-
-
-async def _all(client: Client, kind: Kind[objects.T]) -> tuple[objects.T, ...]:
-    page = await client.list(kind.resource.path())
-    return tuple(kind.decode(raw) for raw in page.items or ())
-
-
-async def _map(client: Client, name: str) -> DataObject | None:
-    try:
-        found = await client.get(api.CONFIG_MAPS.path(names.NAMESPACE, name))
-    except NotFound:
-        return None
-    return objects.CONFIG_MAP.decode(msgspec.json.encode(found))
-
-
-async def _eips(client: Client) -> tuple[Eip, ...]:
-    try:
-        return await _all(client, objects.EIP)
-    except NotFound:
-        return ()  # nothing is installed yet: `diff` still says what would become of Services
-
-
-async def read_site(client: Client) -> Site:
-    """Everything that `judge` needs."""
-    services, nodes, spaces, eips, accepted, wanted = await asyncio.gather(
-        _all(client, objects.SERVICE),
-        _all(client, objects.NODE),
-        _all(client, objects.NAMESPACE),
-        _eips(client),
-        _map(client, names.ACCEPTED_CONFIG_MAP),
-        _map(client, names.CONFIG_MAP),
-    )
-    labels = {space.ref.name: dict(space.labels) for space in spaces}
-    return Site(services, eips, nodes, labels, entry_of(accepted), wanted)
-
-
 async def read_history(client: Client) -> tuple[Entry, ...]:
     """The accepted configurations that are kept, the newest first."""
-    found = await asyncio.gather(*(_map(client, name) for name in names.HISTORY_CONFIG_MAPS))
+    found = await asyncio.gather(*(config_map(client, name) for name in names.HISTORY_CONFIG_MAPS))
     kept = [entry for entry in map(entry_of, found) if entry is not None]
     return tuple(sorted(kept, key=lambda entry: -entry.generation))
 
@@ -147,7 +94,7 @@ async def _accepted(client: Client, text: str, limit_s: float) -> Entry | None:
     try:
         async with asyncio.timeout(limit_s):
             while True:
-                entry = entry_of(await _map(client, names.ACCEPTED_CONFIG_MAP))
+                entry = entry_of(await config_map(client, names.ACCEPTED_CONFIG_MAP))
                 if entry is not None and entry.hash == digest:
                     return entry
                 await asyncio.sleep(POLL_S)
@@ -160,12 +107,7 @@ async def _accepted(client: Client, text: str, limit_s: float) -> Entry | None:
 
 def diff(text: str, source: str, kubeconfig: Kubeconfig, output: OutputOption) -> None:
     """Say what a configuration would do; exit code 1 if it is refused."""
-
-    async def read() -> Site:
-        async with await _client(kubeconfig) as client:
-            return await read_site(client)
-
-    verdict = _judged(_run(read()), text, source)
+    verdict = _judged(look(kubeconfig), text, source)
     show(verdict, output)
     if verdict.refusals:
         raise typer.Exit(WRONG)
@@ -175,10 +117,10 @@ def apply(text: str, source: str, kubeconfig: Kubeconfig, wait_s: float) -> None
     """Write a configuration that `diff` does not refuse, and wait for the leader."""
 
     async def work() -> str:
-        async with await _client(kubeconfig) as client:
+        async with await open_client(kubeconfig) as client:
             return await _apply(client, text, source, wait_s)
 
-    typer.echo(_run(work()))
+    typer.echo(answered(work()))
 
 
 async def _apply(client: Client, text: str, source: str, wait_s: float) -> str:
@@ -206,11 +148,11 @@ def history(kubeconfig: Kubeconfig, output: OutputOption) -> None:
     """List the accepted configurations that are kept."""
 
     async def read() -> tuple[tuple[Entry, ...], Entry | None]:
-        async with await _client(kubeconfig) as client:
-            current = entry_of(await _map(client, names.ACCEPTED_CONFIG_MAP))
+        async with await open_client(kubeconfig) as client:
+            current = entry_of(await config_map(client, names.ACCEPTED_CONFIG_MAP))
             return await read_history(client), current
 
-    kept, current = _run(read())
+    kept, current = answered(read())
     in_force = current.generation if current is not None else 0
     if output is Output.JSON:
         print_json([{**to_plain(e), "in_force": e.generation == in_force} for e in kept])
@@ -227,7 +169,7 @@ def rollback(generation: int, kubeconfig: Kubeconfig, wait_s: float) -> None:
     """Apply an accepted configuration again."""
 
     async def work() -> str:
-        async with await _client(kubeconfig) as client:
+        async with await open_client(kubeconfig) as client:
             kept = {entry.generation: entry for entry in await read_history(client)}
             if generation not in kept:
                 there = ", ".join(str(number) for number in kept) or "none"
@@ -235,14 +177,7 @@ def rollback(generation: int, kubeconfig: Kubeconfig, wait_s: float) -> None:
             source = f"generation {generation}"
             return await _apply(client, kept[generation].text, source, wait_s)
 
-    typer.echo(_run(work()))
-
-
-def _run(work: Any) -> Any:
-    try:
-        return asyncio.run(work)
-    except KubeError as error:
-        cannot(error)
+    typer.echo(answered(work()))
 
 
 def _judged(site: Site, text: str, source: str) -> Verdict:

@@ -95,7 +95,7 @@ def find_kubeconfig(given: Path | None) -> Path | None:
 
 async def open_client(kubeconfig: Path | None) -> Client:
     """A client of the API server that a kubeconfig names. KubeError if there is none."""
-    return await Client.from_environment(find_kubeconfig(kubeconfig), timeout_s=10.0)
+    return await Client.from_environment(find_kubeconfig(kubeconfig), timeout_s=15.0)
 
 
 async def fetch(kubeconfig: Path | None, namespace: str = names.NAMESPACE) -> Live:

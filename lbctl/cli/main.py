@@ -29,6 +29,7 @@ _COMMANDS: Final = {
     "explain": "lbctl.cli.explain",
     "trace": "lbctl.cli.trace",
     "config": "lbctl.cli.config",
+    "eip": "lbctl.cli.eip",
     "uninstall": "lbctl.cli.uninstall",
 }
 

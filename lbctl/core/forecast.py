@@ -32,7 +32,8 @@ class Outlook(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """One Service of ours. before: what its status shows. sentence: why, for people."""
+    """One Service of ours. before: what its status shows. sentence: why, for people. refused: it
+    does not get all that it asks for."""
 
     service: ObjectRef
     outlook: Outlook
@@ -40,6 +41,7 @@ class Forecast:
     after: tuple[Address, ...]
     reason: Reason
     sentence: str
+    refused: bool = False
 
 
 _FOREIGN = {Reason.NOT_LOAD_BALANCER, Reason.OTHER_CLASS, Reason.RELEASING}
@@ -111,9 +113,8 @@ def _of(service: Service, decision: Decision) -> Forecast:
         outlook = Outlook.KEEPS
     else:
         outlook = Outlook.MOVES if after else Outlook.LOSES
-    return Forecast(
-        service.ref, outlook, before, after, decision.reason, decision.sentence.rstrip(".")
-    )
+    sentence, refused = decision.sentence.rstrip("."), bool(decision.said)
+    return Forecast(service.ref, outlook, before, after, decision.reason, sentence, refused)
 
 
 def told(one: Forecast) -> str:

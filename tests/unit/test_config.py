@@ -181,7 +181,7 @@ forwarding: {interfaces: [a b]}
         ("version: \x01", "1:10: not valid YAML: the character U+0001 is not allowed"),
         ("a: 1\n---\nb: 1", "2:1: a second document starts here"),
         ("a: &x 1\nb: *x", "2:4: b: aliases (`*name`) are not supported"),
-        ("a: " + "[" * 100_000, "1:20: nested deeper than 16 levels"),
+        ("a: " + "[" * 100_000, "1:68: nested deeper than 64 levels"),
         ("? [a]\n: 1", "1:3: a key must be plain text"),
     ],
 )

@@ -105,11 +105,14 @@ def test_mounts() -> None:
         launch({"volumeMounts": [{"name": "nowhere", "mountPath": "/x"}]})
 
 
-def test_pods_of_the_pod_network_run_the_pod_server() -> None:
-    container = {"name": "c", "command": ["nginx"], "ports": [{"containerPort": 80}]}
+def test_the_pod_server_stands_in_for_a_container_that_names_no_program() -> None:
+    container: dict[str, Any] = {"name": "c", "ports": [{"containerPort": 80}]}
     made = podspec.launch(pod(container, hostNetwork=False), container, context(), {}, "log")
     assert made["serve"] == [{"port": 80, "protocol": "TCP"}]
     assert made["sandbox"] == "u"
+    container |= {"command": ["true"]}
+    made = podspec.launch(pod(container, hostNetwork=False), container, context(), {}, "log")
+    assert (made["serve"], made["argv"], made["sandbox"]) == (None, ["true"], "u")
 
 
 def test_a_token_unless_someone_says_no() -> None:

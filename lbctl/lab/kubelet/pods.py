@@ -178,9 +178,9 @@ class Pod:
         self._ips = tuple(entry["address"] for entry in addresses)
 
     async def _mount(self) -> None:
-        """Volumes, for the pods that can see them: those that run a program of ours."""
+        """Volumes, for the pods that can see them: those that run a program."""
         specs = podspec.containers(self.pod)
-        if all(podspec.served(self.pod, spec) for spec in specs):
+        if all(podspec.served(spec) for spec in specs):
             return
         context = self._context()
         self._volumes = list(self.pod["spec"].get("volumes") or [])

@@ -58,9 +58,9 @@ class Context:
     look_up: Callable[[str, str, str], Object | None]
 
 
-def served(pod: Object, container: Object) -> bool:
-    """Whether the lab's pod server stands in for the container's image."""
-    return not (pod["spec"].get("hostNetwork") and container.get("command"))
+def served(container: Object) -> bool:
+    """Whether the lab's pod server stands in for the container's image: it names no program."""
+    return not container.get("command")
 
 
 def api_access(spec: Object, account: Object | None) -> Object | None:
@@ -97,7 +97,7 @@ def launch(
 
     Raises ConfigProblem.
     """
-    serve = served(pod, container)
+    serve = served(container)
     env = {} if serve else environment(pod, container, context)
     argv = [expand(word, env) for word in _command(container)]
     security = _security(pod, container)
