@@ -142,7 +142,7 @@ def _labels(site: Site, planned: Labels) -> Labels:
 
 def _table(found: Sequence[Prospect], config: Config, source: str) -> None:
     out = console()
-    out.print(clean(f"By {source}:\n"))
+    out.print(f"By {clean(source)}:\n")
     rows = [row for one in found for row in _rows(one)]
     print_table(out, "Services", ("SERVICE", "ADDRESS", "POOL", "HOW", "WHY"), rows)
     if config.takeover == "observe":

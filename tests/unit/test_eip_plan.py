@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from lbctl.cli import eip as command
 from lbctl.cli.eip import PlanOutput
 from lbctl.cli.site import Site
+from lbctl.core.config import parse
 from lbctl.core.eip_plan import Certainty, Prospect, plan
 from lbctl.core.model import Eip, Node, ObjectRef, Service
 from lbctl.core.reasons import Reason
@@ -280,3 +281,12 @@ def test_exit_codes(
     done = CliRunner().invoke(command.app, ["plan", *words], input=stdin)
     assert (done.exit_code, done.stdout) == (code, ""), done.output
     assert said in done.stderr
+
+
+def test_the_example_gets_its_reserved_addresses() -> None:
+    folder = Path(__file__).parents[2] / "deploy" / "examples" / "statefulset"
+    wanted, _ = read([("services.yaml", (folder / "services.yaml").read_text())], "default")
+    found = plan(parse((folder / "config.yaml").read_text()), wanted, (), (), (), {})
+    assert [(one.pod, given(one)) for one in found] == [
+        (f"db-{n}", [(f"198.51.100.{120 + n}", Certainty.RESERVED)]) for n in range(3)
+    ]

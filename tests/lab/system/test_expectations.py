@@ -141,3 +141,29 @@ def test_local_policy_keeps_the_source_and_only_nodes_with_endpoints(system: Sys
     change(system, "edge", externalTrafficPolicy="Local")
     system.wait_routed(eip, to=nodes)
     assert system.api.eip_of("edge") == eip
+
+
+def test_services_that_share_an_address_answer_and_one_outlives_the_owner(system: System) -> None:
+    made = [
+        workload.service("first"),
+        workload.service("second", app="first", ports=(("TCP", 81, 8080),)),
+    ]
+    for one in made:
+        one["metadata"]["annotations"] = {"lbctl.io/allow-shared-ip": "together"}
+    system.made += ["first", "second"]
+    system.api.apply(workload.deployment("first", 2), *made)
+    system.wait_pods("first", 2)
+    eip = wait("an EIP for the first", lambda: system.api.eip_of("first"))
+    assert wait("an EIP for the second", lambda: system.api.eip_of("second")) == eip
+    system.wait_routed(eip)
+    for port in (80, 81):
+        wait(f"port {port} to answer", lambda port=port: not closed(system, eip, port))  # type: ignore[misc]
+        assert len({reply.pod for reply in system.replies(eip, 30, port)}) == 2
+    system.api.delete(kube.SERVICES, "first")
+    wait("the first to be gone", lambda: system.api.find(kube.SERVICES, "first") is None)
+    assert len(system.replies(eip, 30, 81)) == 30
+    wait("its port to be closed", lambda: closed(system, eip, 80))
+    spec = system.eip_object(eip)
+    assert spec is not None and (spec["owner"]["name"], spec["phase"]) == ("second", "Bound")
+    assert system.api.eip_of("second") == eip
+    assert len(system.replies(eip, 30, 81)) == 30
