@@ -18,9 +18,9 @@ from typing import Annotated, Any, Final
 import msgspec
 import typer
 
-from lbctl.cli.config_live import Site, read_site
 from lbctl.cli.live import open_client
 from lbctl.cli.output import WRONG, Kubeconfig, cannot, clean, console
+from lbctl.cli.site import Site, read_site
 from lbctl.core import names
 from lbctl.core import uninstall as plans
 from lbctl.core.config import Config, parse
