@@ -37,6 +37,8 @@ class Lookout:
         self._routes = routes
         self._numbers = numbers
         self._clashes: tuple[Clash, ...] = ()
+        # Reading every node's table takes half a second: again only when the kernel says so.
+        self._read: tuple[object, tuple[tuple[int, int, str], ...]] = None, ()
 
     @property
     def clashes(self) -> tuple[Clash, ...]:
@@ -58,7 +60,7 @@ class Lookout:
         numbers = self._numbers()
         seen = Surroundings(
             rules=await self._routes.foreign_rules(),
-            routes=await self._routes.foreign_routes(numbers),
+            routes=await self._foreign_routes(numbers),
             ports=await asyncio.to_thread(taken_ports),
             vxlans=await self._routes.foreign_tunnels(),
             closed=await asyncio.to_thread(_closed),
@@ -67,6 +69,12 @@ class Lookout:
         if found != self._clashes:
             self._clashes = found
             _log.warning("clashes", found=[clash.text for clash in found])
+
+    async def _foreign_routes(self, numbers: tuple[int, ...]) -> tuple[tuple[int, int, str], ...]:
+        state = self._routes.notices.routes(), numbers
+        if self._read[0] != state:
+            self._read = state, await self._routes.foreign_routes(numbers)
+        return self._read[1]
 
 
 def _closed() -> tuple[str, ...]:

@@ -4,10 +4,13 @@ Rules:
 - `look` and `plan` decide, `ensure` writes before the nftables table that uses it, `prune` removes
   after the one that stopped to.
 - A tunnel that cannot be had is said, and takes nothing from the nodes on our links.
+- Nothing is read from the kernel again before it has said that something changed (`notices`), or
+  something else is wanted.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from typing import Final
 
@@ -22,7 +25,7 @@ from lbctl.core.names import TUNNEL_DEVICE
 from lbctl.core.ways import TUNNEL, Hop, Survey, Tunnel, Ways
 from lbctl.errors import DataplaneError
 
-_VERSIONS: Final = (4, 6)
+_ANYWAY_S: Final = 30.0
 _log = structlog.get_logger()
 
 
@@ -32,8 +35,12 @@ class Reach:
     def __init__(self, me: str, routes: Routes) -> None:
         self._me = me
         self._routes = routes
+        self._notices = routes.notices
+        self._done: dict[str, object] = {}  # what was wanted and said when it was last carried out
+        self._known: tuple[dict[Address, str], bool] = {}, False
         self._index: Mapping[str, int] = {}
         self._tunnel: Tunnel | None = None
+        self._device: int | None = None  # the tunnel's, once it is made
         self.survey = Survey()
         self.hops: Ways = {}
         self.unreachable: tuple[str, ...] = ()  # nodes to which there is no way
@@ -75,14 +82,22 @@ class Reach:
 
     async def look(self, interfaces: tuple[str, ...]) -> bool:
         """Look at the interfaces; whether anything has changed."""
+        state = self._said(), interfaces
+        if self._done.get("look") == state:
+            return False
         found = await self._routes.survey(interfaces)
         changed = bool(found.uplinks) and found != self.survey
         if changed or not self.survey.uplinks:
             self.survey = found
+        self._done["look"] = state
         return changed
 
     def plan(self, inputs: Inputs, index: Mapping[str, int]) -> None:
         """Choose a way to each numbered node."""
+        state = self.survey, inputs.forwarding.steering, index, inputs.nodes
+        if self._done.get("plan") == state:
+            return
+        self._done["plan"] = state
         self._index, nodes = index, inputs.nodes
         steering = inputs.forwarding.steering
         self.hops = ways.choose(self.survey, steering, self._me, index, nodes)
@@ -94,23 +109,46 @@ class Reach:
 
     async def ensure(self) -> int:
         """Add and correct what the ways need; how many changes it took."""
-        device, changes = None, 0
-        if self._tunnel is not None:
+        changes, state = 0, self._state()
+        if self._tunnel is not None and self._done.get("tunnel") != state:
+            self._done.pop("tunnel", None)
             try:
-                device, changes = await self._routes.ensure_tunnel(self._tunnel)
+                self._device, changes = await self._routes.ensure_tunnel(self._tunnel)
                 self._say("")
+                self._done["tunnel"] = state
             except DataplaneError as error:
+                self._device = None
                 self._say(str(error))
-        return changes + await self._routes.ensure(self.hops, device)
+        device = self._device if self._tunnel is not None else None
+        routes = *state[:2], device
+        if self._done.get("routes") != routes:
+            self._done.pop("routes", None)
+            changes += await self._routes.ensure(self.hops, device)
+            self._done["routes"] = routes
+        return changes
 
     async def prune(self) -> int:
         """Remove what the ways do not need; how many changes it took."""
+        changes, state = 0, self._state()
+        if self._done.get("prune") == state:
+            return 0
+        self._done.pop("prune", None)
         changes = await self._routes.prune(self.hops)
         try:
-            return changes + await self._routes.prune_tunnel(self._tunnel)
+            changes += await self._routes.prune_tunnel(self._tunnel)
+            self._done["prune"] = state
         except DataplaneError as error:
             self._say(str(error))
-            return changes
+        return changes
+
+    def _state(self) -> tuple[object, ...]:
+        """What is wanted, and how often the kernel has said something of what there is."""
+        said = self._notices.neighbours() if self._tunnel else 0
+        return self._said(), self.hops, self._tunnel, said
+
+    def _said(self) -> tuple[int, int]:
+        """Rises when the kernel says that something changed, and now and then all the same."""
+        return self._notices.routes(), int(time.monotonic() / _ANYWAY_S)
 
     async def loosen(self) -> int:
         """Set rp_filter on all interfaces by which packets come; how many had to be changed."""
@@ -128,6 +166,9 @@ class Reach:
 
         The kernel is made to ask for those that are not.
         """
+        state = self._notices.neighbours(), self.survey, inputs.nodes
+        if self._known[1] and self._done.get("neighbours") == state:
+            return self._known
         wanted = [
             hop
             for node in inputs.nodes
@@ -138,7 +179,9 @@ class Reach:
         found = await self._routes.neighbours(self.survey)
         await self._routes.resolve([hop for hop in wanted if hop.gateway not in found])
         known = {hop.gateway: found[hop.gateway] for hop in wanted if hop.gateway in found}
-        return known, len(known) == len({hop.gateway for hop in wanted})
+        self._known = known, len(known) == len({hop.gateway for hop in wanted})
+        self._done["neighbours"] = state
+        return self._known
 
 
 def _by_tunnel(hop: Hop) -> bool:

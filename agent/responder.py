@@ -13,6 +13,7 @@ import hmac
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Final
 
@@ -58,6 +59,7 @@ class Responder:
         self._down = DownSet()
         self._published: tuple[int, int, int] | None = None  # config generation, digest, count
         self._cookie_secret = os.urandom(16)
+        self._cookie = lru_cache(maxsize=2)(self._made_cookie)  # the same for hundreds of probes
         self._socket: UdpSocket | None = None
 
     @property
@@ -144,7 +146,7 @@ class Responder:
         )
         return probe.encode_answer(answer, key)
 
-    def _cookie(self, epoch: int) -> int:
+    def _made_cookie(self, epoch: int) -> int:
         mac = hmac.digest(self._cookie_secret, epoch.to_bytes(8, "big"), "sha256")
         return int.from_bytes(mac[:8], "big")
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, closing, contextmanager, suppress
 from dataclasses import replace
 from ipaddress import ip_address, ip_interface
 from typing import Any, Final
@@ -25,6 +25,7 @@ from pyroute2 import AsyncIPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
 from agent import settings, tunnel
+from agent.notices import Notices
 from lbctl.core import ways
 from lbctl.core.clash import ForeignRule
 from lbctl.core.model import Address, Network
@@ -45,7 +46,8 @@ _NUD_KNOWN: Final = 0x02 | 0x04 | 0x08 | 0x10 | 0x40 | 0x80
 class Routes:
     """Our routes and rules in this network namespace. Use as made by `opened()`."""
 
-    def __init__(self, link: Any) -> None:
+    def __init__(self, link: Any, notices: Notices) -> None:
+        self.notices = notices
         self._link = link
         self._lock = asyncio.Lock()
         self._families = (4, 6) if settings.has_ipv6() else (4,)
@@ -344,4 +346,5 @@ def _tolerated(codes: set[int]) -> Iterator[None]:
 async def opened() -> AsyncIterator[Routes]:
     """A netlink connection for as long as the block lasts."""
     async with AsyncIPRoute(strict_check=True) as link:
-        yield Routes(link)
+        with closing(Notices()) as notices:
+            yield Routes(link, notices)

@@ -23,13 +23,12 @@ from lbctl.core.pmap import PSet
 
 NODES = 8
 PODS = 4  # of each Service
-CONFIG = config.parse(
-    """\
+CONFIG_TEXT = """\
 version: 1
 pools: [{name: big, addresses: [198.18.0.0/15]}]
 bgp: {asn: 64512, peers: [{name: tor-a, address: 192.0.2.1, asn: 64500}]}
 """
-)
+CONFIG = config.parse(CONFIG_TEXT)
 FIRST = int(ip_address("198.18.0.0"))
 
 
