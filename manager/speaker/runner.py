@@ -6,12 +6,12 @@ it still behaves:
 - The API command `lbctl-barrier NONCE`: answered in order with the other commands, it says for each
   neighbour whether it is up and whether all is on the wire (`done` says only "in the RIB"), and
   counts reloads (ExaBGP forgets a SIGUSR1 that comes while updates wait).
-- A change that has not been sent yet is dropped when a newer one for the same NLRI comes. ExaBGP
-  sends both, ordered by when their *attributes* were first seen: the older may win on the wire.
+- Routes are kept and sent by `manager.speaker.outbox`. ExaBGP keeps four objects per route and
+  neighbour, and sends two changes of one route by when their *attributes* were first seen: the
+  older may win on the wire.
 - A helper that died while ExaBGP wrote to it does not stop the peers once it is started again.
 - Reconnecting after at most 5 s (ExaBGP: 60 s).
-- Two costs: a deep copy per neighbour and route; a scan of the command queue and a new event loop
-  per turn.
+- Commands are run as they come, without a scan of all of them and a new event loop per turn.
 - It sleeps until there is something to do; ExaBGP looks a thousand times a second, and sleeps
   while commands wait.
 - It dies with the launcher (PR_SET_PDEATHSIG), so that no second ExaBGP meets it.
@@ -26,17 +26,22 @@ import select
 import signal
 import sys
 from collections.abc import Iterator
+from functools import partial
 from importlib.metadata import version
 from typing import Any, Final
 
 from lbctl.core.exabgp import BARRIER
+from manager.speaker.outbox import Group, Outbox
 
 EXABGP_VERSION: Final = "5.0.15"
 MAX_RECONNECT_S: Final = 5
 IDLE_MS: Final = (
     250  # keepalives and hold times, counted in whole seconds, are looked at this often
 )
+BLOCKED_MS: Final = 5  # a peer has something to send, or to say, and its socket takes nothing
 DIAL_MS: Final = 20  # a socket that is connecting is not polled for: look so often
+MAX_GROUPS: Final = 4096
+MAX_ATTRIBUTES: Final = 1500  # letters; packed they are at most twice as many octets
 PR_SET_PDEATHSIG: Final = 1
 
 
@@ -51,7 +56,7 @@ def _session(peer: Any, told: set[str]) -> dict[str, Any]:
     families = {
         f"{afi} {safi}": bool(agreed.addpath.send(afi, safi)) for afi, safi in agreed.families
     }
-    flushed = not (out.pending() or out.lbctl_sending)
+    flushed = not (out.pending() or out.sending)
     return {"up": True, "agreed": families, "flushed": flushed}
 
 
@@ -97,31 +102,67 @@ def add_barrier() -> None:
     Command.register(BARRIER, False)(barrier)
 
 
-def order_changes() -> None:
-    """Let the newest change of an NLRI win, and know when changes are being sent."""
-    from exabgp.rib.outgoing import OutgoingRIB
+class Changes:
+    """The commands that announce and withdraw, on our RIB.
 
-    update, updates = OutgoingRIB._update_rib, OutgoingRIB.updates
+    Their attributes are read by ExaBGP's own parser, once for each text; their prefixes by us.
+    """
 
-    def _update_rib(self: Any, change: Any) -> None:
-        index = change.index()
-        previous = self._new_nlri.get(index)
-        if previous is not None:
-            family = previous.nlri.family().afi_safi()
-            bucket = self._new_attr_af_nlri.get(previous.attributes.index(), {})
-            bucket.get(family, {}).pop(index, None)
-        update(self, change)
+    def __init__(self) -> None:
+        self._groups: dict[str, Group] = {}  # by attributes text
 
-    def sending(self: Any, grouped: bool) -> Iterator[Any]:
-        self.lbctl_sending += 1
+    def command(self, api: Any, reactor: Any, service: str, line: str, use_json: bool) -> bool:
+        """Queue it, as ExaBGP's own commands do."""
+        reactor.asynchronous.schedule(service, line, self._run(api, reactor, service, line))
+        return True
+
+    def _run(self, api: Any, reactor: Any, service: str, line: str) -> Iterator[bool]:
         try:
-            yield from updates(self, grouped)
-        finally:
-            self.lbctl_sending -= 1
+            self._change(api, reactor, service, line)
+            reactor.processes.answer_done(service)
+        except (ArithmeticError, KeyError, OSError, ValueError):
+            reactor.processes.answer_error(service)
+        yield True
 
-    OutgoingRIB.lbctl_sending = 0
-    OutgoingRIB._update_rib = _update_rib
-    OutgoingRIB.updates = sending
+    def _change(self, api: Any, reactor: Any, service: str, line: str) -> None:
+        from exabgp.reactor.api.command.limit import extract_neighbors, match_neighbors
+
+        descriptions, command = extract_neighbors(line)
+        peers = match_neighbors(reactor.peers(service), descriptions)
+        verb, _, rest = command.partition(" ")
+        attributes, _, prefixes = rest.partition(" nlri ")
+        listed = prefixes.split()
+        if not peers or not listed or len(attributes) > MAX_ATTRIBUTES:
+            raise ValueError("no such neighbor, no prefix, or attributes that fill a message")
+        group = self._group(api, attributes, listed[0])
+        routes = [group.route(prefix) for prefix in listed]
+        for neighbor in [reactor.configuration.neighbors[peer] for peer in peers]:
+            outbox = neighbor.rib.outgoing
+            (outbox.announce if verb == "announce" else outbox.withdraw)(group, routes)
+
+    def _group(self, api: Any, attributes: str, prefix: str) -> Group:
+        found = self._groups.get(attributes)
+        if found is None:
+            (change,) = api.api_attributes(f"announce {attributes} nlri {prefix}", [])
+            nlri = change.nlri
+            hop = nlri.nexthop.ton(None, nlri.afi)
+            family, path_id = nlri.family().afi_safi(), nlri.path_info.path_info
+            found = Group(family, path_id, hop, change.attributes)
+            if len(self._groups) >= MAX_GROUPS:
+                self._groups.clear()
+            self._groups[attributes] = found
+        return found
+
+
+def keep_routes_packed() -> None:
+    """Our RIB in place of ExaBGP's, and the two commands that change it."""
+    import exabgp.rib
+    from exabgp.reactor.api.command.command import Command
+
+    exabgp.rib.OutgoingRIB = Outbox
+    command = partial(Changes().command)  # ExaBGP hangs a name on it: a bound method takes none
+    for verb in ("announce", "withdraw"):
+        Command.register(f"{verb} attributes")(command)
 
 
 def forgive_helpers() -> None:
@@ -150,15 +191,9 @@ def reconnect_soon() -> None:
     Delay.increase = capped
 
 
-def spare_work() -> None:
-    """The two costs."""
-    from exabgp.bgp.neighbor import Neighbor
+def run_commands() -> None:
+    """Run the queue of commands as it is: ExaBGP scans it and makes an event loop in every turn."""
     from exabgp.reactor.asynchronous import ASYNC
-
-    remove_self = Neighbor.remove_self
-
-    def shared(self: Any, change: Any) -> Any:
-        return remove_self(self, change) if change.nlri.nexthop.SELF else change
 
     def run(self: Any) -> bool:
         self.lbctl_ran = bool(self._async)
@@ -175,7 +210,6 @@ def spare_work() -> None:
                 self._notify_error(uid)
         return True
 
-    Neighbor.remove_self = shared
     ASYNC.lbctl_ran = False
     ASYNC.run = run
 
@@ -189,11 +223,12 @@ def sleep_when_idle() -> None:
     from exabgp.reactor.loop import Reactor
 
     def wait_for_io(self: Any, sleep: int) -> Iterator[int]:
-        if sleep == 0 or self.asynchronous.lbctl_ran:
-            self.lbctl_wait_ms = 0
+        sent = sum(peer.stats["send-update"] for peer in self._peers.values())
+        if self.asynchronous.lbctl_ran or sent != self.lbctl_sent:
+            self.lbctl_wait_ms, self.lbctl_sent = 0, sent
         else:
             dialling = any(peer.fsm != FSM.ESTABLISHED for peer in self._peers.values())
-            limit = DIAL_MS if dialling else IDLE_MS
+            limit = BLOCKED_MS if sleep == 0 else DIAL_MS if dialling else IDLE_MS
             self.lbctl_wait_ms = min(2 * self.lbctl_wait_ms + 1, limit)
         for descriptor, event in self._poller.poll(self.lbctl_wait_ms):
             self.lbctl_wait_ms = 0
@@ -204,7 +239,7 @@ def sleep_when_idle() -> None:
             else:
                 self._prevent_spin()
 
-    Reactor.lbctl_wait_ms = 0
+    Reactor.lbctl_wait_ms, Reactor.lbctl_sent = 0, 0
     Reactor._wait_for_io = wait_for_io
 
 
@@ -221,10 +256,10 @@ def repair() -> None:
     if version("exabgp") != EXABGP_VERSION:
         sys.exit(f"the speaker needs exabgp {EXABGP_VERSION}, not {version('exabgp')}")
     add_barrier()
-    order_changes()
+    keep_routes_packed()
     forgive_helpers()
     reconnect_soon()
-    spare_work()
+    run_commands()
     sleep_when_idle()
 
 

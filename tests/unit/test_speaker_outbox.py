@@ -1,0 +1,180 @@
+"""The packed RIB: what is held, what goes out, in which order, and as which bytes."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+from manager.speaker.outbox import Group, Outbox
+
+FOUR, SIX = (1, 1), (2, 1)
+
+
+def group(number: int, family: tuple[int, int] = FOUR, path_id: bytes | None = None) -> Group:
+    """A group whose attributes pack to one octet, its number."""
+    hop = bytes((192, 0, 2, number)) if family == FOUR else bytes(15) + bytes((number,))
+    attributes = SimpleNamespace(pack=lambda _: bytes((number,)))
+    return Group(family, bytes((0, 0, 0, number)) if path_id is None else path_id, hop, attributes)
+
+
+ONE, TWO = group(1), group(2)
+A, B, C = "198.51.100.1/32", "198.51.100.2/32", "198.51.100.3/32"
+
+
+def session(add_path: bool = True, size: int = 4096) -> SimpleNamespace:
+    """What was negotiated, as far as it matters."""
+    add = SimpleNamespace(send=lambda *_: add_path)
+    return SimpleNamespace(families=[FOUR, SIX], addpath=add, msg_size=size)
+
+
+def outbox() -> Outbox:
+    """An empty one."""
+    return Outbox(True, [FOUR, SIX])
+
+
+def announce(box: Outbox, one: Group, *prefixes: str) -> None:
+    """As the command does."""
+    box.announce(one, [one.route(prefix) for prefix in prefixes])
+
+
+def withdraw(box: Outbox, one: Group, *prefixes: str) -> None:
+    """As the command does."""
+    box.withdraw(one, [one.route(prefix) for prefix in prefixes])
+
+
+def sent(box: Outbox) -> list[tuple[int | None, list[int]]]:
+    """In order: the group's number, None for a withdraw, and the last octets of the prefixes."""
+    return [
+        (
+            None if section.group is None else section.group.next_hop[-1],
+            [route[-1] for route in section.routes],
+        )
+        for section in box.updates(True)
+        if section.routes
+    ]
+
+
+def wire(box: Outbox, negotiated: SimpleNamespace, withdraws: bool = True) -> list[bytes]:
+    """The bodies of the messages; their headers are right."""
+    bodies = []
+    for section in box.updates(True):
+        for message in section.messages(negotiated, withdraws):
+            assert message[:16] == b"\xff" * 16
+            assert message[18] == 2
+            assert int.from_bytes(message[16:18]) == len(message) <= negotiated.msg_size
+            bodies.append(message[19:])
+    return bodies
+
+
+def test_the_newest_change_of_a_route_is_the_only_one_sent() -> None:
+    """In the place of the newest, whatever was there before."""
+    box = outbox()
+    same = group(9, path_id=ONE.path_id)
+    announce(box, ONE, A, B)
+    announce(box, same, A)
+    withdraw(box, same, A)
+    announce(box, ONE, A)
+    assert sent(box) == [(1, [2]), (1, [1])]
+    assert not box.pending()
+
+
+def test_routes_go_out_in_the_order_of_their_commands() -> None:
+    """A new path goes out before the one that it replaces goes, whatever waited before."""
+    box = outbox()
+    withdraw(box, ONE, B)
+    announce(box, TWO, A)
+    withdraw(box, ONE, A)
+    assert sent(box) == [(None, [2]), (2, [1]), (None, [1])]
+
+
+def test_a_withdraw_of_what_was_never_sent_is_sent_alone() -> None:
+    """The peer may have it from before."""
+    box = outbox()
+    announce(box, ONE, A)
+    withdraw(box, ONE, A)
+    assert sent(box) == [(None, [1])]
+
+
+def test_what_a_peer_was_given_is_not_sent_twice() -> None:
+    """Until it was withdrawn, or came with other attributes."""
+    box = outbox()
+    announce(box, ONE, A)
+    assert sent(box) == [(1, [1])]
+    announce(box, ONE, A)
+    assert sent(box) == []
+    announce(box, group(9, path_id=ONE.path_id), A)
+    announce(box, ONE, A)
+    assert sent(box) == [(1, [1])]
+
+
+def test_a_new_session_gets_what_is_held_and_nothing_else() -> None:
+    """What waited when the old one ended is forgotten with it."""
+    box = outbox()
+    announce(box, ONE, A, B)
+    announce(box, TWO, A)
+    withdraw(box, ONE, B)
+    box.reset()
+    assert not box.pending()
+    box.replace_restart([], [])
+    assert sent(box) == [(1, [1]), (2, [1])]
+
+
+def test_a_refresh_sends_one_family_again() -> None:
+    """Before what waits, which may withdraw some of it."""
+    box = outbox()
+    announce(box, ONE, A, B)
+    announce(box, group(3, SIX), "2001:db8::1/128")
+    assert len(sent(box)) == 2
+    withdraw(box, ONE, B)
+    box.resend(False, FOUR)
+    assert box.pending()
+    assert sent(box) == [(1, [1]), (None, [2])]
+
+
+def test_sending_is_known_until_the_last_update() -> None:
+    """Also when it is broken off, as a session's end does; new changes wait for the next time."""
+    box = outbox()
+    announce(box, ONE, A)
+    announce(box, TWO, A)
+    updates = box.updates(True)
+    assert box.sending == 0
+    next(updates)
+    assert (box.sending, box.pending()) == (1, False)
+    withdraw(box, TWO, A)
+    updates.close()
+    assert (box.sending, box.pending()) == (0, True)
+    assert sent(box) == [(None, [1])]
+
+
+def test_messages_are_filled_and_no_longer_than_agreed() -> None:
+    """One attribute set, thousands of prefixes: some hundreds in each message, none lost."""
+    box = outbox()
+    prefixes = [f"198.51.{number // 256}.{number % 256}/32" for number in range(5000)]
+    announce(box, ONE, *prefixes)
+    bodies = wire(box, session())
+    routes = [body[5 + at : 14 + at] for body in bodies for at in range(0, len(body) - 5, 9)]
+    assert routes == [ONE.route(prefix) for prefix in prefixes]
+    assert len(bodies) == 12
+    assert all(body[:5] == b"\0\0\0\1\1" for body in bodies)
+
+
+def test_path_ids_are_as_the_session_agreed() -> None:
+    """Left out without ADD-PATH; zero where a route has none and the session wants one."""
+    box, plain = outbox(), group(4, path_id=b"")
+    announce(box, ONE, A)
+    announce(box, plain, B)
+    assert [body[5:] for body in wire(box, session(False))] == [
+        b"\x20\xc6\x33\x64\x01",
+        b"\x20\xc6\x33\x64\x02",
+    ]
+    box.replace_restart([], [])
+    assert [body[5:9] for body in wire(box, session())] == [b"\0\0\0\1", b"\0\0\0\0"]
+
+
+def test_a_session_that_never_had_anything_gets_no_withdraws() -> None:
+    """Nor anything of a family that it did not agree to."""
+    box = outbox()
+    withdraw(box, ONE, A)
+    announce(box, group(3, SIX), "2001:db8::1/128")
+    only_four = session()
+    only_four.families = [FOUR]
+    assert wire(box, only_four, withdraws=False) == []
