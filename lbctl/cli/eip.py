@@ -28,7 +28,7 @@ from lbctl.cli.site import Site, look
 from lbctl.core import eip_plan
 from lbctl.core.config import Config, parse
 from lbctl.core.config_values import is_label
-from lbctl.core.eip_plan import WHY, Certainty, Prospect
+from lbctl.core.eip_plan import Certainty, Prospect
 from lbctl.errors import ConfigError
 from lbctl.kube.wanted import Labels, Planned, read
 
@@ -153,8 +153,7 @@ def _table(found: Sequence[Prospect], config: Config, source: str) -> None:
 
 def _rows(one: Prospect) -> list[tuple[object, ...]]:
     rows: list[tuple[object, ...]] = [
-        (one.service, given.address, given.pool, given.certainty, WHY[given.certainty])
-        for given in one.given
+        (one.service, given.address, given.pool, given.certainty, given.why) for given in one.given
     ]
     if one.refused:
         rows.append((one.service, "-", "-", "refused", f"{one.reason}: {one.sentence}"))

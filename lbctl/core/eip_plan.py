@@ -35,7 +35,7 @@ class Certainty(StrEnum):
     FORECAST = "forecast"
 
 
-WHY: Final = {
+_WHY: Final = {
     Certainty.HAS: "it has it already",
     Certainty.RESERVED: "for it alone, whatever the order of creation",
     Certainty.FORECAST: "free now; a Service that is created first may take it",
@@ -57,11 +57,12 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """An address that a Service would have."""
+    """An address that a Service would have. why: a sentence on how sure it is."""
 
     address: Address
     pool: str
     certainty: Certainty
+    why: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +138,10 @@ def _given(
         certainty = Certainty.HAS
     elif reserved is not None and reserved.owner == ref:
         certainty = Certainty.RESERVED
-    return Given(address, pool.name if pool is not None else "", certainty)
+    why, own = _WHY[certainty], config.reserved_for(ref, address.version)
+    if certainty is Certainty.HAS and own not in (None, address):
+        why += f"; {own} is reserved for it, but what is given does not move by itself"
+    return Given(address, pool.name if pool is not None else "", certainty, why)
 
 
 def offered(services: Mapping[ObjectRef, Service], nodes: Iterable[Node]) -> tuple[int, ...]:

@@ -82,6 +82,7 @@ def test_what_a_service_has_it_keeps_and_is_not_reserved_for_it() -> None:
     live = service("db-0", 1.0, ingress=["198.51.100.3"])
     (one,) = planned(manifest("db-0"), live, eips=(bound("198.51.100.3", "db-0"),))
     assert given(one) == [("198.51.100.3", Certainty.HAS)]
+    assert "198.51.100.10 is reserved for it, but" in one.given[0].why
 
 
 def test_what_the_manifest_does_not_say_stays_as_it_is() -> None:
@@ -98,6 +99,13 @@ def test_a_refusal_has_its_reason() -> None:
     (one,) = planned(manifest("thief", annotations=asked))
     assert (one.refused, one.given, one.reason) == (True, (), Reason.ADDRESS_RESERVED)
     assert "198.51.100.10 is reserved for another Service" in one.sentence
+
+
+def test_services_with_one_sharing_key_would_share() -> None:
+    key = '"lbctl.io/allow-shared-ip": dns'
+    text = manifest("a", annotations=key) + "---\n" + manifest("b", annotations=key)
+    first, second = planned(text.replace("port: 80", "port: 81", 1))
+    assert given(first) == given(second) == [("198.51.100.0", Certainty.FORECAST)]
 
 
 def test_an_address_of_the_cluster_is_not_given() -> None:
@@ -226,7 +234,12 @@ def test_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     (found,) = json.loads(out)["services"]
     assert code == 0 and found["service"] == {"namespace": "default", "name": "db-0"}
     assert found["given"] == [
-        {"address": "198.51.100.10", "pool": "public", "certainty": "reserved"}
+        {
+            "address": "198.51.100.10",
+            "pool": "public",
+            "certainty": "reserved",
+            "why": "for it alone, whatever the order of creation",
+        }
     ]
     assert (found["refused"], found["pod"], found["place"]) == (False, "db-0", "f.yaml:1")
 
