@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import math
 import signal
 import sys
@@ -402,6 +403,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point. 0 after SIGTERM or SIGINT, 1 with a log line if something failed."""
     given = options.parse(arguments)
     log.setup(given.log_level)
+    # A batch of thousands of Services must not wait for collections of all that is cached.
+    gc.set_threshold(50_000, 50, 100)
     try:
         asyncio.run(_main(given))
     except errors.LbctlError as error:

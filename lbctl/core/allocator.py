@@ -90,6 +90,7 @@ class Allocator:
         self._waiting = Waiting()
         self._dirty: list[Record] = []
         self._refused: set[ObjectRef] = set()
+        self._rule = _rule_of(config)
 
     # What is known
 
@@ -98,6 +99,7 @@ class Allocator:
         before = self._supply.config
         if not self._supply.configure(config, forbidden):
             return
+        self._rule = _rule_of(config)
         self._mark_all(self._refused)
         before_rule = (before.services, before.takeover) if before is not None else None
         if config is None or before_rule != (config.services, config.takeover):
@@ -118,7 +120,7 @@ class Allocator:
         record = self._held.record(service.ref)
         before = record.service
         record.service = service  # even if equal: its version may be newer
-        if before is None or before != service:
+        if before != service:
             self._mark(record)
             gone = before.cluster_ips if before is not None else ()
             if gone or service.cluster_ips:
@@ -147,9 +149,8 @@ class Allocator:
     def set_eip(self, eip: Eip) -> None:
         """An EIP object appeared or changed."""
         self._mark_all(self._held.answered(eip.address))
-        before = self._held.eips.get(eip.address)
-        self._held.put(eip)
-        if before is None or before != eip:
+        before = self._held.put(eip)
+        if before != eip:
             self._mark_all(eip.members)
         if before is not None and before.members != eip.members:
             self._mark_all(before.members)
@@ -170,7 +171,7 @@ class Allocator:
         ref = action.service
         record = self._held.record(ref)
         for address in record.planned:
-            if address in self._held.in_flight:
+            if address in record.new:
                 self.remove_eip(address)
             else:
                 self._mark_all(self._held.answered(address))
@@ -251,17 +252,6 @@ class Allocator:
             return self._serve(record, service)
         return self._take_back(record, service, why)
 
-    @property
-    def _rule(self) -> Services:
-        config = self._supply.config
-        return config.services if config is not None else ANY_CLASS_RULE
-
-    @property
-    def _adopting(self) -> bool:
-        """`takeover: adopt`: what a status shows is somebody's in use, ours or not."""
-        config = self._supply.config
-        return config is not None and config.takeover == "adopt"
-
     def _was_ours(self, record: Record, service: Service) -> bool:
         """Only the configuration can have changed: the class cannot, and a change of type clears
         the status. What was given stays."""
@@ -275,10 +265,10 @@ class Allocator:
     def _key(self, service: Service) -> Key:
         """Order of a batch. An address in the status is a claim too: a restored cluster's."""
         ref = service.ref
-        if self._adopting:
+        if self._supply.adopting:
             return not service.ingress, service.created_s, ref.namespace, ref.name
         named = bool(service.ingress) and any(map(self._supply.pool_of, service.ingress))
-        if not named and (service.requested or service.annotations):
+        if not named:
             named = bool(asked(service).addresses)
         return not named, service.created_s, ref.namespace, ref.name
 
@@ -327,7 +317,7 @@ class Allocator:
     def _give_up(self, record: Record, eip: Eip, service: Service | None) -> list[Action]:
         """One address less for a Service."""
         ref = record.ref
-        if eip.phase is not Phase.BOUND or eip.address in self._held.in_flight:
+        if eip.phase is not Phase.BOUND or eip.address in record.new:
             return []
         if not eip.sharers:
             return [ReleaseEip(ref, eip, Reason.RELEASING, service)]
@@ -377,7 +367,7 @@ class Allocator:
 
     def _bind(self, record: Record, service: Service, pick: Pick) -> list[Action]:
         eip, seen = pick.eip, pick.seen
-        if eip is None or (record.planned and eip.address in self._held.in_flight):
+        if eip is None or eip.address in record.new:
             return []
         if eip == seen and eip.address in service.ingress:
             return []  # one that is not shown yet is bound anew first: see `core.actions`
@@ -391,7 +381,7 @@ class Allocator:
         self, record: Record, service: Service, addresses: tuple[Address, ...], kept: list[Pick]
     ) -> list[Action]:
         ref, shown = service.ref, service.ingress
-        if self._adopting and not set(shown) <= set(addresses):
+        if self._supply.adopting and not set(shown) <= set(addresses):
             return []
         if addresses:
             if len(addresses) == len(shown) and set(addresses) == set(shown):
@@ -433,7 +423,7 @@ class Allocator:
         """Remember what was decided; say it once if something could not be given."""
         ref, before = service.ref, record.decision
         missing = [pick for pick in picks if pick.refusal]
-        if addresses and not service.needs_both and _one_family(missing):
+        if missing and addresses and not service.needs_both and _one_family(missing):
             missing = []
         if not missing:
             reason = picks[0].reason if picks[0].eip is not None else Reason.ALLOCATED
@@ -452,6 +442,10 @@ class Allocator:
         if record.decision == before:
             return []
         return [Refused(ref, service, missing[0].reason, sentence)]
+
+
+def _rule_of(config: Config | None) -> Services:
+    return config.services if config is not None else ANY_CLASS_RULE
 
 
 def _to_mark(service: Service, kept: list[Pick]) -> str:

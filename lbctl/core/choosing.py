@@ -13,7 +13,7 @@ from typing import NamedTuple
 from lbctl.core import sharing, tenancy
 from lbctl.core.annotations import Asked, value_of
 from lbctl.core.config_pools import Pool
-from lbctl.core.holdings import Holdings, Record, namespaces
+from lbctl.core.holdings import Holdings, Record
 from lbctl.core.model import Address, Eip, ObjectRef, Phase, Service, Sharer
 from lbctl.core.reasons import SENTENCE, Reason
 from lbctl.core.supply import Free, Line
@@ -77,9 +77,10 @@ class Chooser:
 
         None if that is not so, or the status shows nothing of this family.
         """
-        config = self._supply.config
+        if not self._supply.adopting or not service.ingress:
+            return None
         shown = sorted((a for a in service.ingress if a.version == family), key=int)
-        if not shown or config is None or config.takeover != "adopt":
+        if not shown:
             return None
         for eip in record.eips:
             if eip.address in shown and eip.phase is Phase.BOUND:
@@ -268,7 +269,7 @@ class Chooser:
         if eip.sharing_key != asked.sharing:
             return Reason.SHARING_REFUSED, "it is shared under another key"
         space = service.ref.namespace
-        apart = [name for name in namespaces(eip) if name != space]
+        apart = [name for name in eip.namespaces if name != space]
         if apart and not {space, *apart} <= set(pool.share_across_namespaces):
             said = f"pool {pool.name} does not let namespace {space} share with others"
             return Reason.SHARING_REFUSED, said
@@ -278,7 +279,7 @@ class Chooser:
             return denial
         if pool.drain and eip.address not in service.ingress:
             return Reason.POOL_DRAINING, f"pool {pool.name} is being drained"
-        if space not in namespaces(eip) and not self._supply.has_room(pool.name, space):
+        if space not in eip.namespaces and not self._supply.has_room(pool.name, space):
             return Reason.QUOTA_EXCEEDED, self._quota(pool, service)
         if said := sharing.clash(self._held.members(eip), service):
             return Reason.SHARING_REFUSED, said

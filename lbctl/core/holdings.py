@@ -6,16 +6,15 @@ record per namespace/name, so that a change costs one look-up.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 from lbctl.core.model import Address, Eip, ObjectRef, Service
 from lbctl.core.reasons import SENTENCE, Reason
 from lbctl.core.supply import Supply
 
 
-@dataclass(frozen=True, slots=True)
-class Decision:
+class Decision(NamedTuple):
     """What was decided about a Service; `said` is "" where the reason says it all."""
 
     ref: ObjectRef
@@ -34,33 +33,38 @@ class Decision:
 
 class Record:
     """What is known of one namespace/name. `eips` are sorted by address; `planned` are the
-    addresses whose EIP it is about to write."""
+    addresses whose EIP it is about to write, `new` those of them that have none yet."""
 
-    __slots__ = ("decision", "dirty", "eips", "planned", "ref", "refused", "service")
+    __slots__ = ("decision", "dirty", "eips", "new", "planned", "ref", "refused", "service")
 
     def __init__(self, ref: ObjectRef) -> None:
         self.ref = ref
         self.service: Service | None = None
         self.eips: tuple[Eip, ...] = ()
         self.planned: tuple[Address, ...] = ()
+        self.new: tuple[Address, ...] = ()
         self.decision: Decision | None = None
         self.refused = False
         self.dirty = False
+
+    def add(self, eip: Eip) -> None:
+        """One EIP more."""
+        mine = (*self.eips, eip)
+        self.eips = mine if len(mine) == 1 else tuple(sorted(mine, key=by_address))
 
 
 class Holdings:
     """All records and EIPs.
 
-    pending: what a Service of ours is about to write to an address; `in_flight` are those of them
-    that do not exist yet. wishes: who wants to hear when something about an address changes.
+    pending: which Service is about to write the EIP of an address. wishes: who wants to hear when
+    something about an address changes.
     """
 
     def __init__(self, supply: Supply) -> None:
         self.supply = supply
         self.records: dict[ObjectRef, Record] = {}
-        self.eips: dict[Address, Eip] = {}
+        self.eips: Mapping[Address, Eip] = supply.eips
         self.pending: dict[Address, ObjectRef] = {}
-        self.in_flight: set[Address] = set()
         self.wishes: dict[Address, set[ObjectRef]] = {}
         self._keys: dict[str, set[Address]] = {}
 
@@ -81,38 +85,34 @@ class Holdings:
         found = (self.service(ref) for ref in eip.members)
         return [service for service in found if service is not None]
 
-    def put(self, eip: Eip) -> None:
-        """An EIP as it is now, or is about to be."""
-        before = self.eips.get(eip.address)
-        self.eips[eip.address] = eip
+    def put(self, eip: Eip) -> Eip | None:
+        """An EIP as it is now; what it was before."""
+        before = self.supply.put(eip)
         if before is not None:
             self._unlink(before)
         for ref in eip.members:
             record = self.record(ref)
-            record.eips = tuple(sorted((*record.eips, eip), key=by_address))
+            record.add(eip)
         if eip.sharing_key:
             self._keys.setdefault(eip.sharing_key, set()).add(eip.address)
-        self.supply.use(eip.address, namespaces(eip))
+        return before
 
     def create(self, record: Record, eip: Eip) -> None:
         """An EIP of one Service that is planned."""
         address = eip.address
         self.pending[address] = record.ref
-        self.in_flight.add(address)
-        self.eips[address] = eip
         record.planned = (*record.planned, address)
-        mine = (*record.eips, eip)
-        record.eips = mine if len(mine) == 1 else tuple(sorted(mine, key=by_address))
+        record.new = (*record.new, address)
+        record.add(eip)
         if eip.sharing_key:
             self._keys.setdefault(eip.sharing_key, set()).add(address)
-        self.supply.take(address, eip.owner.namespace, eip.pool)
+        self.supply.take(eip)
 
     def drop(self, address: Address) -> Eip | None:
         """The EIP of an address is gone; what it was."""
-        before = self.eips.pop(address, None)
+        before = self.supply.drop(address)
         if before is not None:
             self._unlink(before)
-            self.supply.unuse(address)
         return before
 
     def _unlink(self, eip: Eip) -> None:
@@ -135,7 +135,7 @@ class Holdings:
         if ref is not None:
             record = self.records[ref]
             record.planned = tuple(a for a in record.planned if a != address)
-            self.in_flight.discard(address)
+            record.new = tuple(a for a in record.new if a != address)
         return self.wishes.pop(address, set()) if self.wishes else set()
 
     def expect(self, record: Record, address: Address) -> None:
@@ -147,13 +147,6 @@ class Holdings:
     def busy(self, address: Address, ref: ObjectRef) -> bool:
         """Whether another Service's write to the EIP of an address is under way."""
         return self.pending.get(address, ref) != ref
-
-
-def namespaces(eip: Eip) -> tuple[str, ...]:
-    """The namespaces of its Services, sorted."""
-    if not eip.sharers:
-        return (eip.owner.namespace,)
-    return tuple(sorted({ref.namespace for ref in eip.members}))
 
 
 def by_address(eip: Eip) -> tuple[int, int]:

@@ -209,6 +209,13 @@ class Eip:
             return (self.owner,)
         return (self.owner, *(sharer.ref for sharer in self.sharers))
 
+    @property
+    def namespaces(self) -> tuple[str, ...]:
+        """The namespaces of its Services, sorted, once each."""
+        if not self.sharers:
+            return (self.owner.namespace,)
+        return tuple(sorted({ref.namespace for ref in self.members}))
+
     def uid_of(self, ref: ObjectRef) -> str | None:
         """The uid under which a Service is on it, None if it is not."""
         if ref == self.owner:

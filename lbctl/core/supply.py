@@ -8,14 +8,14 @@ priority, then name. What is reserved, or avoided by `avoidBuggyIPs`, is not giv
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from ipaddress import IPv4Network, IPv6Network
 from typing import Final, NamedTuple
 
 from lbctl.core import tenancy
 from lbctl.core.config import Config
 from lbctl.core.config_pools import Pool
-from lbctl.core.model import Address, Network, ObjectRef, Service
+from lbctl.core.model import Address, Eip, Network, ObjectRef, Service
 from lbctl.core.space import Space, to_address
 
 Forbidden = Address | Network
@@ -37,11 +37,12 @@ _NO_LABELS: Final[Mapping[str, str]] = {}
 class _Stock:
     """A pool: what it can give by itself, and who has how much of it."""
 
-    __slots__ = ("by_namespace", "pool", "quota", "spaces", "used")
+    __slots__ = ("by_namespace", "pool", "quota", "selects", "spaces", "used")
 
     def __init__(self, pool: Pool) -> None:
         self.pool = pool
         self.quota = bool(pool.quota)
+        self.selects = bool(pool.service_selectors)
         self.spaces: dict[int, Space] = {}
         self.used = 0
         self.by_namespace: Counter[str] = Counter()
@@ -58,15 +59,31 @@ class _Stock:
         """Whether it may be given to one that does not ask for it."""
         return not self.pool.avoids(address) and config.reserved_at(address) is None
 
+    def take(self, eip: Eip) -> None:
+        """One of its addresses gets an EIP object."""
+        self.used += 1
+        number = int(eip.address)
+        self.spaces[eip.address.version].remove(number, number)
+        if self.quota:
+            self.by_namespace.update(eip.namespaces)
+
+    def room(self, namespace: str) -> int:
+        """How many addresses more a namespace may have."""
+        limit = self.pool.quota_of(namespace) if self.quota else None
+        return 1 << 30 if limit is None else limit - self.by_namespace[namespace]
+
 
 class Supply:
-    """Free addresses per pool and family, and every namespace's share."""
+    """Free addresses per pool and family, and every namespace's share.
+
+    eips: every EIP object that exists or is about to be made; only read elsewhere.
+    """
 
     def __init__(self, config: Config | None = None, forbidden: Iterable[Forbidden] = ()) -> None:
         self.config = config
         self.forbidden = frozenset(forbidden)
         self._never: dict[int, Space] = {}
-        self._used: dict[Address, tuple[str, ...]] = {}
+        self.eips: dict[Address, Eip] = {}
         self._cluster: Counter[Address] = Counter()  # ClusterIPs; how many Services have it
         self._stocks: dict[str, _Stock] = {}
         self._labels: dict[str, Mapping[str, str]] = {}
@@ -76,6 +93,8 @@ class Supply:
 
     def _build(self) -> None:
         ranked = self.config.ranked if self.config else ()
+        # `takeover: adopt`: what a status shows is somebody's in use, ours or not.
+        self.adopting = self.config is not None and self.config.takeover == "adopt"
         self._stocks = {pool.name: _Stock(pool) for pool in ranked}
         self._open.clear()
         self._never = {4: Space(), 6: Space()}
@@ -87,8 +106,8 @@ class Supply:
                     stock.spaces[item.version].remove(low, high)
         for address in self._cluster:
             self._withhold(address)
-        for address, namespaces in self._used.items():
-            self._take(address, namespaces, self._stock_of(address))
+        for eip in self.eips.values():
+            self._take(eip)
 
     def configure(self, config: Config | None, forbidden: Iterable[Forbidden]) -> bool:
         """Take a new configuration; True if anything differs from before."""
@@ -128,43 +147,38 @@ class Supply:
         pool = self.pool_of(address)
         return self._stocks[pool.name] if pool is not None else None
 
-    def _take(self, address: Address, namespaces: tuple[str, ...], stock: _Stock | None) -> None:
-        if stock is None:
-            return
-        stock.used += 1
-        number = int(address)
-        stock.spaces[address.version].remove(number, number)
-        if stock.quota:
-            stock.by_namespace.update(namespaces)
+    def take(self, eip: Eip) -> None:
+        """A free address of the pool that it names gets an EIP object."""
+        self.eips[eip.address] = eip
+        self._stocks[eip.pool].take(eip)
 
-    def take(self, address: Address, namespace: str, pool: str) -> None:
-        """A free address of a pool gets an EIP object, for a Service of a namespace."""
-        namespaces = (namespace,)
-        self._used[address] = namespaces
-        self._take(address, namespaces, self._stocks[pool])
-
-    def use(self, address: Address, namespaces: tuple[str, ...]) -> None:
-        """The address has an EIP object; of which namespaces (sorted, once each) its Services
-        are."""
-        before = self._used.get(address)
-        if before == namespaces:
-            return
+    def put(self, eip: Eip) -> Eip | None:
+        """An EIP object as it is now; what it was before."""
+        before = self.eips.get(eip.address)
+        if before is not None and before.namespaces == eip.namespaces:
+            self.eips[eip.address] = eip
+            return before
         if before is not None:
-            self.unuse(address)
-        self._used[address] = namespaces
-        self._take(address, namespaces, self._stock_of(address))
+            self.drop(eip.address)
+        self.eips[eip.address] = eip
+        self._take(eip)
+        return before
 
-    def unuse(self, address: Address) -> None:
-        """The address has no EIP object any more."""
-        namespaces = self._used.pop(address, None)
-        stock = self._stock_of(address)
-        if namespaces is None or stock is None:
-            return
-        stock.used -= 1
-        if stock.quota:
-            stock.by_namespace.subtract(namespaces)
-            self.freed.update((stock.pool.name, namespace) for namespace in namespaces)
-        self._put_back(address, stock)
+    def _take(self, eip: Eip) -> None:
+        stock = self._stock_of(eip.address)
+        if stock is not None:
+            stock.take(eip)
+
+    def drop(self, address: Address) -> Eip | None:
+        """The address has no EIP object any more; what it was."""
+        before, stock = self.eips.pop(address, None), self._stock_of(address)
+        if before is not None and stock is not None:
+            stock.used -= 1
+            if stock.quota:
+                stock.by_namespace.subtract(before.namespaces)
+                self.freed.update((stock.pool.name, space) for space in before.namespaces)
+            self._put_back(address, stock)
+        return before
 
     def _put_back(self, address: Address, stock: _Stock) -> None:
         if self.config is None or self.is_forbidden(address):
@@ -186,7 +200,7 @@ class Supply:
             return False
         del self._cluster[address]
         stock = self._stock_of(address)
-        if stock is None or address in self._used or self.is_forbidden(address):
+        if stock is None or address in self.eips or self.is_forbidden(address):
             return False
         self._put_back(address, stock)
         return True
@@ -203,7 +217,7 @@ class Supply:
 
     def is_free(self, address: Address) -> bool:
         """Whether nobody has the address, it is in a pool, and is not the cluster's own."""
-        if address in self._used or self.pool_of(address) is None:
+        if address in self.eips or self.pool_of(address) is None:
             return False
         return not self.is_forbidden(address)
 
@@ -221,7 +235,7 @@ class Supply:
         namespace = service.ref.namespace
         for stock in self._candidates(service, version, pool):
             number = stock.spaces[version].first()
-            if not self.has_room(stock.pool.name, namespace):
+            if stock.room(namespace) < 1:
                 lines.append((stock.pool.name, namespace))
             elif number is None:
                 lines.append((stock.pool.name, version))
@@ -229,39 +243,33 @@ class Supply:
                 return Free(stock.pool.name, to_address(version, number))
         return tuple(lines)
 
-    def _candidates(self, service: Service, version: int, pool: str) -> Iterator[_Stock]:
+    def _candidates(self, service: Service, version: int, pool: str) -> Sequence[_Stock]:
         if pool:
             stock = self._stocks[pool]
-            if version in stock.spaces:
-                yield stock
-            return
-        for stock in self._opened(service.ref.namespace, version):
-            if not stock.pool.service_selectors or tenancy.serves(stock.pool, service):
-                yield stock
+            return (stock,) if version in stock.spaces else ()
+        key = service.ref.namespace, version
+        opened = self._open.get(key)
+        if opened is None:
+            opened = self._open[key] = self._opened(*key)
+        return [
+            stock for stock in opened if not stock.selects or tenancy.serves(stock.pool, service)
+        ]
 
     def _opened(self, namespace: str, version: int) -> tuple[_Stock, ...]:
         """Pools that give by themselves to a namespace; whom they select is not looked at."""
-        key = namespace, version
-        if key not in self._open:
-            labels = self.labels(namespace)
-            self._open[key] = tuple(
-                stock
-                for stock in self._stocks.values()
-                if version in stock.spaces
-                and stock.pool.gives
-                and tenancy.serves_namespace(stock.pool, namespace, labels)
-            )
-        return self._open[key]
+        labels = self.labels(namespace)
+        return tuple(
+            stock
+            for stock in self._stocks.values()
+            if version in stock.spaces
+            and stock.pool.gives
+            and tenancy.serves_namespace(stock.pool, namespace, labels)
+        )
 
     def has_room(self, pool: str, namespace: str, credit: str = "") -> bool:
         """Whether a namespace may have one more address of a pool. credit: name of a pool that the
         same Service gives an address back to."""
-        stock = self._stocks[pool]
-        return not stock.quota or self._room(stock, namespace) + (credit == pool) > 0
-
-    def _room(self, stock: _Stock, namespace: str) -> int:
-        limit = stock.pool.quota_of(namespace)
-        return 1 << 30 if limit is None else limit - stock.by_namespace[namespace]
+        return self._stocks[pool].room(namespace) + (credit == pool) > 0
 
     def capacity(self, line: Line) -> int:
         """How many of those who wait in a line can be served."""
@@ -269,7 +277,7 @@ class Supply:
         if stock is None:
             return 0
         if isinstance(what, str):
-            return max(0, self._room(stock, what))
+            return max(0, stock.room(what))
         return stock.spaces[what].free if what in stock.spaces else 0
 
 

@@ -243,5 +243,5 @@ class Leader:
     def _fresh(self, action: actions.Action) -> actions.Action:
         """Our own earlier write of the same plan moved the Service's version on; follow it."""
         if isinstance(action, actions.WriteStatus | actions.ClearStatus | actions.RemoveFinalizer):
-            return replace(action, seen=self.fresh.get(action.service, action.seen))
+            return action._replace(seen=self.fresh.get(action.service, action.seen))
         return action
