@@ -155,6 +155,7 @@ class Uninstaller:
     async def _do(self, stage: tuple[Step, ...]) -> None:
         match stage[0]:
             case plans.StopManagers():
+                self._quiet = False
                 await self._delete(plans.MANAGERS)
                 await self._wait(self._managers_left)
             case plans.AwaitRoutes(seconds):
@@ -163,9 +164,7 @@ class Uninstaller:
             case plans.CleanNodes():
                 await self._clean_nodes()
             case _:
-                # In their order: what the others are in (the namespace) is last.
-                at_a_time = 1 if isinstance(stage[0], plans.Delete) else _AT_A_TIME
-                slots = asyncio.Semaphore(at_a_time)
+                slots = asyncio.Semaphore(_AT_A_TIME)
                 await asyncio.gather(*(self._one(step, slots) for step in stage))
 
     async def _one(self, step: Step, slots: asyncio.Semaphore) -> None:
