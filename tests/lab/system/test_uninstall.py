@@ -78,7 +78,8 @@ def test_uninstall_leaves_nothing_and_lets_services_go(system: System) -> None:
     assert system.replies(eip, 1), "it did not ask"
     hurry(system)
     interrupted = lbctl(system, "uninstall", "--yes", "--timeout", "0")
-    assert interrupted.returncode == 1 and "`lbctl uninstall` again" in interrupted.stdout, interrupted
+    assert interrupted.returncode == 1, interrupted
+    assert "`lbctl uninstall` again" in interrupted.stdout
     for words in ("1. stop the managers: the routes of ", "wait 3.5 s", "default/web"):
         assert words in interrupted.stdout, (words, interrupted.stdout)
 
