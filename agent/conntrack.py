@@ -1,8 +1,9 @@
-"""Conntrack entries of UDP flows whose pod has left this node.
+"""Conntrack entries of UDP flows whose pod has left.
 
 A UDP flow has no end: its entry lives as long as the client sends, and leads to the address of a
 pod that is no more. So when a local endpoint leaves, the entries of its EIP that lead to it are
-deleted (kube-proxy does the same for ClusterIPs), and the flow's next packet chooses anew.
+deleted (kube-proxy does the same for ClusterIPs), and the flow's next packet chooses anew. The same
+is done with flows that were handed over to a node, when none of its endpoints takes flows any more.
 Rule: only entries whose original destination is one of our EIP:ports are touched. pyroute2 does the
 same at 2.6 ms an entry; a pod that answers DNS has thousands.
 
@@ -15,7 +16,7 @@ import errno
 import os
 import socket
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -31,13 +32,14 @@ from agent.nfnetlink import (
 )
 from lbctl.core.forwarding import Table
 from lbctl.core.model import Address, Protocol
+from lbctl.core.names import MARK_BASE
 from lbctl.core.pmap import changed
 from lbctl.errors import DataplaneError
 
 _CONNTRACK: Final = 1 << 8
 _GET, _DELETE = 1, 2
 _ACK: Final = 0x4
-_ORIG, _REPLY, _FILTER = 1, 2, 25  # CTA_TUPLE_ORIG, CTA_TUPLE_REPLY, CTA_FILTER
+_ORIG, _REPLY, _MARK, _FILTER = 1, 2, 8, 25  # CTA_TUPLE_ORIG, …_REPLY, CTA_MARK, CTA_FILTER
 _BY_PROTOCOL, _BY_PORT = 1 << 3, 1 << 4  # CTA_FILTER_F_CTA_…
 _LIMIT_S: Final = 5.0
 _FAMILY: Final = {4: socket.AF_INET, 6: socket.AF_INET6}
@@ -45,35 +47,40 @@ _FAMILY: Final = {4: socket.AF_INET, 6: socket.AF_INET6}
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """An EIP:port over UDP, and the pod on this node that it led to."""
+    """An EIP:port over UDP, and the pod on this node that it led to.
+
+    mark: of the node that its flows were handed over to; then the pod is the EIP:port itself.
+    """
 
     eip: Address
     port: int
     pod: Address
     pod_port: int
+    mark: int = 0
 
 
-def left(before: Table, now: Table, me: str) -> tuple[Target, ...]:
-    """The UDP targets of node `me` that `before` had and `now` has no more, sorted.
+def left(before: Table, now: Table, me: str, index: Mapping[str, int]) -> tuple[Target, ...]:
+    """The UDP targets on node `me` that `before` had and `now` has no more, sorted.
 
-    Costs what differs between the two.
+    index: the other nodes' numbers. Costs what differs between the two.
     """
     gone: set[Target] = set()
     for address in changed(before.eips, now.eips):
-        if had := _targets(before, address, me):
-            gone |= had - _targets(now, address, me)
-    return tuple(sorted(gone, key=lambda t: (int(t.eip), t.port, int(t.pod), t.pod_port)))
+        if had := _targets(before, address, me, index):
+            gone |= had - _targets(now, address, me, index)
+    return tuple(sorted(gone, key=lambda t: (int(t.eip), t.port, int(t.pod), t.pod_port, t.mark)))
 
 
-def _targets(table: Table, address: Address, me: str) -> set[Target]:
+def _targets(table: Table, address: Address, me: str, index: Mapping[str, int]) -> set[Target]:
     entry = table.eips.get(address)
-    return {
-        Target(address, port.port, holder.address, holder.port)
-        for port in (entry.ports if entry else ())
-        if port.protocol is Protocol.UDP
-        for holder in port.members
-        if holder.node == me
-    }
+    found: set[Target] = set()
+    for port in entry.ports if entry else ():
+        if port.protocol is Protocol.UDP:
+            own = (address, port.port)
+            found |= {Target(*own, h.address, h.port) for h in port.members if h.node == me}
+            others = {h.node for h in port.endpoints} & index.keys()
+            found |= {Target(*own, *own, MARK_BASE + index[name]) for name in others}
+    return found
 
 
 def forget(targets: Iterable[Target]) -> int:
@@ -114,6 +121,9 @@ def _flows(link: socket.socket, target: Target) -> Iterator[bytes]:
             found = dict(nested(message[4:]))
             source, destination = (1, 2) if target.eip.version == 4 else (3, 4)  # CTA_IP_V…
             to_eip = _end(found[_ORIG], destination, 3) == (target.eip.packed, _port(target.port))
+            mark = int.from_bytes(found.get(_MARK, b""), "big")
+            if target.mark not in (0, mark):
+                continue
             if to_eip and _end(found[_REPLY], source, 2)[0] == target.pod.packed:
                 yield found[_ORIG]
 

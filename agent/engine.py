@@ -25,10 +25,12 @@ from agent.inputs import Inputs
 from agent.reach import Reach
 from agent.rendering import State, render
 from agent.routes import Routes
+from agent.settling import Settling
 from lbctl.core import forwarding, nodeview
 from lbctl.core.clash import Clash
 from lbctl.core.forwarding import EVERYWHERE, Locator, Sources, Table
 from lbctl.core.model import Address, Node
+from lbctl.core.nftrules import UDP_MEMORY_S
 from lbctl.core.pmap import PMap, changed, persistent
 from lbctl.core.ways import assign, current_macs
 from lbctl.errors import DataplaneError
@@ -80,6 +82,7 @@ class Engine:
         self._down: frozenset[str] = frozenset()
         self._fell_s: Mapping[str, float] = {}  # when each of them fell
         self._state = State()
+        self._settling = Settling()
         self._macs: Mapping[Address, str] = {}
         self._locator: tuple[tuple[Node, ...], Locator] = ((), Locator(()))
         self._wake = asyncio.Event()
@@ -193,13 +196,15 @@ class Engine:
         repairing = self._dataplane.kernel is None
         written = await self._dataplane.set(planned.rules)
         await reach.prune()
-        await self._forget(before.table, planned.table)
+        await self._forget(before, planned)
         if not written:
             # Nothing of the kernel's differs, so neither does its generation.
             planned = replace(
                 planned, rules=replace(planned.rules, generation=before.rules.generation)
             )
         self._state = replace(planned, shape=self._dataplane.shape)
+        if self._settling.note(planned.view, time.monotonic()):
+            asyncio.get_running_loop().call_later(UDP_MEMORY_S + 0.1, self._wake.set)
         self._resolve.set()
         self._confirm(self._state)
         self._programmed.set()
@@ -214,16 +219,18 @@ class Engine:
                 took_s=round(time.monotonic() - started, 4),
             )
 
-    async def _forget(self, before: Table, now: Table) -> None:
+    async def _forget(self, before: State, now: State) -> None:
         """End what conntrack knows of UDP flows to pods that left; after the tables know it."""
-        if gone := await asyncio.to_thread(conntrack.left, before, now, self._node):
+        index = {**before.index, **now.index}
+        tables = before.table, now.table
+        if gone := await asyncio.to_thread(conntrack.left, *tables, self._node, index):
             try:
                 count = await asyncio.to_thread(conntrack.forget, gone)
             except DataplaneError as error:  # the tables are right all the same
                 self.failures += 1
                 _log.error("udp_flows_kept", error=str(error))
             else:
-                _log.info("udp_flows_forgotten", count=count, pods=len(gone))
+                _log.info("udp_flows_forgotten", count=count, targets=len(gone))
 
     def _plan(
         self, before: State, inputs: Inputs, down: frozenset[str], index: Mapping[str, int]
@@ -238,6 +245,7 @@ class Engine:
         table = forwarding.revise(before.table, sources)
         past = before if before.rules.generation else self._others(table, sources)
         view = nodeview.advance(past.view, table, self._node, past.table)
+        view = nodeview.settle(view, self._settling.due(time.monotonic()))
         state = State(
             inputs,
             down,

@@ -1,8 +1,8 @@
 """What changes in the big maps between two states, before it is text or bytes.
 
-Rules: the maps with an element per bucket (`deliver late prev steer`) and those with one per port
-(`svc past closed`) change together, port by port. A whole load is the difference to nothing. The
-cost is that of the ports that differ. `nft` makes text of it, `nfbatch` netlink messages.
+Rules: the maps with an element per bucket (`deliver prev spare steer`) and those with one per
+port (`svc past closed`) change together, port by port. A whole load is the difference to nothing.
+The cost is that of the ports that differ. `nft` makes text of it, `nfbatch` netlink messages.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lbctl.core.pmap import changed
 PortKey: TypeAlias = tuple[Address, str, int]  # EIP, protocol as Kubernetes spells it, port
 Value: TypeAlias = Target | str  # a node's number, a pod, a chain; None in a set
 WHOLE: Final = -1  # in place of a bucket, in the maps that have one element for a port
-BUCKET_MAPS: Final = ("deliver", "late", "prev", "steer")
+BUCKET_MAPS: Final = ("deliver", "prev", "spare", "steer")
 PORT_MAPS: Final = ("closed", "past", "svc")
 
 
@@ -59,7 +59,8 @@ def counts(port: PortElements) -> dict[str, int]:
 
 def _port(key: PortKey, old: PortElements | None, new: PortElements | None) -> Iterator[Delta]:
     was, now = (port.targets if port else (None,) for port in (old, new))
-    rows = (("now", "deliver", "steer"), ("past", "late", "prev"))
+    # There are no pods in the past, and no nodes among the spare.
+    rows = (("now", "deliver", "steer"), ("past", "prev", "prev"), ("spare", "spare", "spare"))
     for name, of_pod, of_node in rows:
         one: Sequence[int] = getattr(old, name) if old else b""
         other: Sequence[int] = getattr(new, name) if new else b""

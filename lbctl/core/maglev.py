@@ -2,11 +2,12 @@
 
 Rules: a table is a function of the *set* of endpoint identities alone (the order that they arrive
 in changes nothing), of `SEED` and of `FORMAT`; adding or removing one endpoint moves few buckets of
-the others. Sizes are powers of two, each a multiple of the smaller ones, and skips are odd: so
-every permutation is complete without the sizes being prime, and when a Service outgrows a size the
-old bucket of a packet is its new bucket shifted right (nft's `jhash … mod M` is floor(h·M / 2^32)),
-which keeps the second chance exact over the change. With 10,000 Services a table must be small: a
-row of buckets is bytes.
+the others. Sizes are powers of four, and skips are odd: so every permutation is complete without
+the sizes being prime, and when a Service outgrows a size the old bucket of a packet is its new
+bucket shifted right (nft's `jhash … mod M` is floor(h·M / 2^32)), which keeps the second chance
+exact over the change. An endpoint's order in a big table is its order in the smaller one, each
+bucket's four parts together: so outgrowing a size moves little more than any other endpoint does.
+With 10,000 Services a table must be small: a row of buckets is bytes.
 
 Source: Eisenbud et al., "Maglev: A Fast and Reliable Software Network Load Balancer", NSDI 2016,
 section 3.4.
@@ -16,15 +17,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from hashlib import blake2b
-from itertools import count
 from typing import Final, TypeAlias
 
-FORMAT: Final = 1  # part of every digest; raise it whenever the same input gives another table
+FORMAT: Final = 2  # part of every digest; raise it whenever the same input gives another table
 SEED: Final = 0x6C626374  # of the permutations here and of the packet hash in nftables
 SIZES: Final = (64, 256, 1024, 4096)
 Row: TypeAlias = bytes | tuple[int, ...]  # a small number for each bucket
 _BUCKETS: Final = bytes(range(256))
 _PER_ENDPOINT: Final = 20  # buckets: the spread is then within 1/20
+_COARSE: Final = 256  # the size whose permutations those of bigger ones follow
 
 
 def row(numbers: Sequence[int]) -> Row:
@@ -42,9 +43,12 @@ def translated(numbers: Row, names: Sequence[int]) -> Row:
 def size_for(endpoints: int) -> int:
     """Return the number of buckets for so many endpoints, one of SIZES.
 
-    Up to 204 endpoints the largest share is within 5 % of the smallest; beyond, 4096 it stays.
+    Up to 204 endpoints the largest share is within 5 % of the smallest; beyond, 4096 it stays. The
+    smallest size is for a single endpoint, which has all of it: so leaving it moves nothing extra.
     """
-    for size in SIZES:
+    if endpoints == 1:
+        return SIZES[0]
+    for size in SIZES[1:]:
         if endpoints * _PER_ENDPOINT <= size:
             return size
     return SIZES[-1]
@@ -74,11 +78,13 @@ def table(identities: Sequence[str]) -> Row:
 
 def _walk(value: int, size: int) -> Iterator[int]:
     """The buckets in an endpoint's order, each once."""
-    mask = size - 1
-    position, skip = value & mask, (value >> 32) & mask | 1
-    if size <= 256:  # cut from the numbers 0, 1, … repeated: twice as fast
-        return iter((_BUCKETS[:size] * (skip + 1))[position::skip])
-    return map(mask.__and__, count(position, skip))
+    if size > _COARSE:
+        turn = value >> 40
+        parts = [(turn + part) % 4 for part in range(4)]
+        return (4 * bucket + part for bucket in _walk(value, size // 4) for part in parts)
+    position, skip = value % size, (value >> 32) % size | 1
+    # Cut from the numbers 0, 1, … repeated: twice as fast as counting.
+    return iter((_BUCKETS[:size] * (skip + 1))[position::skip])
 
 
 def _hash(identity: str) -> int:

@@ -4,9 +4,10 @@ Rules:
 - The chains and rules are `nftrules`'s. Text is for them and for small sets; the elements of the
   big maps go as netlink messages (`nfbatch`), and as text for tests and people only.
 - Only numbers, addresses and checked interface names get into the text.
-- Second chance: a packet of an established flow that conntrack does not know here goes to the
-  bucket's last owner, and the flow's conntrack entry remembers that: later changes of the table
-  lead it through the same nodes. `late` is for new flows that a node with an older table sent here.
+- Second chance: a packet of a flow that conntrack does not know here goes to the bucket's last
+  owner (of TCP: of established flows alone), and the flow's conntrack entry remembers that: later
+  changes of the table lead it through the same nodes. `spare` is for new flows that a node with
+  another table sent here.
 - ICMP errors go where the connection goes that they speak of, and there conntrack takes them to the
   pod.
 - A change is a list of steps, each one transaction; a port's elements never span two. The last one

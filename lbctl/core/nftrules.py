@@ -20,11 +20,15 @@ from typing import Final
 from lbctl.core import maglev
 from lbctl.core.model import Address
 from lbctl.core.names import MARK_BASE, MARK_MASK, NFT_TABLE, TUNNEL_DEVICE, TUNNEL_PORT
+from lbctl.core.nodeview import SPARES
 
 BUCKET_BASE: Final = MARK_BASE + 0x1000000  # marks that live for a few hooks only
-# A hand-over follows a flow's own history (conntrack's mark), so it cannot circle unless a node has
-# lost its entries; then this bounds it.
+# What has no more hops than this was handed over (or comes from very far, and has one chance less):
+# on it goes by the flow's own history (conntrack's mark) alone.
 HANDOVER_TTL: Final = 8
+# A UDP flow that says something within this time stays with its pod when buckets move; so long do
+# new flows follow their bucket's former owner. As the kernel's own nf_conntrack_udp_timeout.
+UDP_MEMORY_S: Final = 30
 COUNTERS: Final = (
     "steered",  # packets sent on to the node of their connection
     "errors",  # ICMP errors sent on to the node of the connection that they speak of
@@ -210,6 +214,10 @@ def _timeouts(family: Family) -> str:
     protocol udp; l3proto {family.ip};
     policy = {{ unreplied : 10 }};
   }}
+  ct timeout handed_udp {{
+    protocol udp; l3proto {family.ip};
+    policy = {{ unreplied : {UDP_MEMORY_S} }};
+  }}
 """
 
 
@@ -237,7 +245,7 @@ def _sets(family: Family) -> str:
   map steer {{ typeof {family.raw_key} . meta mark : meta mark; }}
   map prev {{ type {key} . mark : mark; }}
   map deliver {{ type {key} . mark : {address} . inet_service; }}
-  map late {{ type {key} . mark : {address} . inet_service; }}
+  map spare {{ type {key} . mark : {address} . inet_service; }}
 """
 
 
@@ -317,18 +325,25 @@ def _elsewhere(family: Family) -> str:
 
 
 def _chance(family: Family) -> str:
-    """Established flows that conntrack does not know here go to their last owner."""
+    """Flows that conntrack does not know here go to their last owner, but for new ones of TCP.
+
+    What was handed over has few hops left, and is not looked up again: no packet circles. Our pod
+    would reset what another node takes for ours.
+    """
     ip, key = family.ip, family.key
     return f"""  chain handover {{
     {ip} {family.hops} < 2 counter name stray drop
     {ip} {family.hops} > {HANDOVER_TTL} {ip} {family.hops} set {HANDOVER_TTL}
     meta l4proto tcp ct timeout set "handed_tcp"
+    meta l4proto udp ct timeout set "handed_udp"
     ct mark set meta mark
     counter name second_chance accept
   }}
   chain lookup {{
     ct mark & {MARK_MASK:#x} == {MARK_BASE:#x} meta mark set ct mark goto handover
     tcp flags & (syn|rst) != 0 accept
+    meta l4proto tcp {ip} {family.hops} <= {HANDOVER_TTL} counter name stray drop
+    {ip} {family.hops} <= {HANDOVER_TTL} accept
     {key} vmap @past
     meta mark set {key} . meta mark map @prev goto handover
     meta mark set 0
@@ -336,9 +351,10 @@ def _chance(family: Family) -> str:
   chain arrived {{
     ct state related ct mark & {MARK_MASK:#x} == {MARK_BASE:#x} meta mark set ct mark
     ct state != new accept
+    ct status dnat accept
     meta l4proto udp ct timeout set "brief_udp"
     meta l4proto tcp ct timeout set "brief_tcp"
-    meta l4proto tcp goto lookup
+    meta l4proto {{ tcp, udp }} goto lookup
   }}
   chain chance {{
     type filter hook prerouting priority mangle - 5; policy accept;
@@ -350,9 +366,7 @@ def _chance(family: Family) -> str:
 def _delivery(family: Family) -> str:
     """Buckets of ours: to the pod, before kube-proxy; then the bucket's mark goes."""
     ip, key = family.ip, family.key
-    to_pod, to_late = (
-        f"dnat {ip} to {key} . meta mark map @{name}" for name in ("deliver", "late")
-    )
+    to_spare = f"dnat {ip} to {key} . meta mark map @spare"
     return f"""  chain enough {{
   }}
   chain deliver_new {{
@@ -360,10 +374,10 @@ def _delivery(family: Family) -> str:
     jump enough
     {_NODE} dnat to {ip} daddr
     {family.raw_key} vmap @svc
-    meta l4proto {{ tcp, udp, sctp }} {to_pod}
-    {key} vmap @past
-    tcp flags & (fin|syn|rst|ack) == syn {to_late}
-    meta l4proto {{ udp, sctp }} {to_late}
+    meta l4proto {{ tcp, udp, sctp }} dnat {ip} to {key} . meta mark map @deliver
+    meta mark set meta mark & {MARK_MASK | SPARES - 1:#x}
+    tcp flags & (fin|syn|rst|ack) == syn {to_spare}
+    meta l4proto {{ udp, sctp }} {to_spare}
     counter name stray drop
   }}
   chain delivery {{

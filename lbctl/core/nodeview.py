@@ -2,8 +2,10 @@
 
 Rules: a bucket remembers its last other owner while that endpoint exists on a living node. The node
 that owns a bucket hands established flows that it does not know to that owner once (`prev`: the
-second chance); the old owner goes on taking new flows that a node with an older table steers to it,
-but no established one that it does not know: its pod would reset it.
+second chance). A datagram does not say whether its flow is new: of a port that is not TCP, new
+flows are handed over too, so only an owner that takes these is remembered, and only until `settle`.
+What a node gets from another by an older or other table goes to one of its own pods (`spare`), but
+for established TCP that it does not know: the pod would reset it.
 Sizes are powers of two and a bucket is a range of the hash. Where a Service changes its size, the
 past is kept at the finer of the two sizes, and no flow's former owner is forgotten; it goes back to
 the table's own size as soon as nothing is lost by that.
@@ -12,7 +14,7 @@ What there is for each bucket is a row of small numbers (`maglev.Row`) into a sh
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, TypeAlias
 
@@ -22,6 +24,7 @@ from lbctl.core.maglev import Row
 from lbctl.core.model import Address, Protocol
 from lbctl.core.pmap import PMap, changed, persistent
 
+SPARES: Final = 8  # pods that share what comes astray
 NOTHING: Final = 0  # the number of no target, and of no former owner
 
 
@@ -48,8 +51,9 @@ class PortElements:
     """What this node's kernel holds for one EIP:protocol:port.
 
     now, past: for each bucket the place of its target in `targets`, of which the first is None.
-    Nodes of `now` are in the map `steer` and pods in `deliver`; of `past`, nodes are in `prev` and
-    pods in `late` (for new flows alone, in buckets that were ours before).
+    Nodes of `now` are in the map `steer` and pods in `deliver`; nodes of `past` are in `prev`.
+    spare: by a bucket's last bits, who takes new flows of others' that were steered here all the
+    same; empty without a pod here.
     """
 
     address: Address
@@ -60,14 +64,16 @@ class PortElements:
     targets: tuple[Target, ...]
     now: Row
     past: Row
+    spare: Row = b""
 
     def counts(self) -> dict[str, int]:
         """Number of elements by map, for those of buckets."""
-        made = {"deliver": 0, "late": 0, "prev": 0, "steer": 0}
-        for row, of_node, of_pod in ((self.now, "steer", "deliver"), (self.past, "prev", "late")):
-            for place, target in enumerate(self.targets):
-                if target is not None:
-                    made[of_node if isinstance(target, int) else of_pod] += row.count(place)
+        made = {"deliver": 0, "prev": 0, "spare": len(self.spare), "steer": 0}
+        for place, target in enumerate(self.targets):
+            if target is not None:
+                of_node = isinstance(target, int)
+                made["steer" if of_node else "deliver"] += self.now.count(place)
+                made["prev"] += self.past.count(place)
         return made
 
 
@@ -110,6 +116,29 @@ def _view(shared: PortTable, old: PortView | None, me: str) -> PortView:
     return replace(made, former=former, before=before)
 
 
+def settle(view: View, addresses: Iterable[Address]) -> PMap[Address, tuple[PortView, ...]]:
+    """Let the ports of these EIPs that are not TCP forget their past: new flows go to new owners.
+
+    The established ones have left an entry in conntrack by then, which leads them on.
+    """
+    fresh = {
+        address: tuple(
+            replace(port, former=(), before=_nothing(len(port.table.owners)))
+            if unsettled(port)
+            else port
+            for port in view[address]
+        )
+        for address in addresses
+        if address in view
+    }
+    return persistent(view).updated(fresh)
+
+
+def unsettled(view: PortView) -> bool:
+    """Whether new flows of the port go to former owners."""
+    return bool(view.former) and view.table.protocol is not Protocol.TCP
+
+
 def fresh_view(shared: PortTable, me: str) -> PortView:
     """The view of a port without a past, on node `me`."""
     table = restricted(shared, me) if shared.strict else shared
@@ -135,7 +164,8 @@ def _before(table: PortTable, old: PortView) -> tuple[tuple[Holder, ...], Row]:
     if not size:
         return (), b""
     # By number and not by endpoint: this runs for every bucket of every changed port.
-    former = sorted({*old.table.endpoints, *old.former} & set(table.members))
+    known = table.members if table.protocol is Protocol.TCP else table.endpoints
+    former = sorted({*old.table.endpoints, *old.former} & set(known))
     place = {holder: number for number, holder in enumerate(former, 1)}
     names = {holder: number for number, holder in enumerate(table.endpoints)}
     same = [names.get(holder, -1) for holder in old.table.endpoints]
@@ -195,14 +225,18 @@ def elements(address: Address, view: PortView, me: str, index: Mapping[str, int]
     if was:
         here = _stretched(now, len(past))
         there = maglev.translated(past, [NOTHING, *was])
-        local = [isinstance(target, tuple) for target in targets]
-        # An owner's past is where established flows may be, another's past is what it may send.
+        ours = [isinstance(target, tuple) for target in targets]
+        # What we own was with others; what was with our own pods is in conntrack here.
         past = maglev.row(
-            [old if local[new] != local[old] else 0 for new, old in zip(here, there, strict=True)]
+            [
+                old if ours[new] and not ours[old] else NOTHING
+                for new, old in zip(here, there, strict=True)
+            ]
         )
-    return PortElements(
-        address, table.protocol, table.port, table.by_client, table.closed, targets, now, past
-    )
+    pods = [place[aim] for aim in aims[: len(table.endpoints)] if isinstance(aim, tuple)]
+    spare = b"" if table.closed else maglev.row((pods * SPARES)[:SPARES])
+    head = (address, table.protocol, table.port, table.by_client, table.closed)
+    return PortElements(*head, targets, now, past, spare)
 
 
 def _aim(holder: Holder, me: str, index: Mapping[str, int]) -> Target:

@@ -33,9 +33,10 @@ def port(
     found: tuple[Target, ...] = tuple((ip_address(a), p) for a, p in chosen)
     targets: tuple[Target, ...] = (None, 1, *found, 7)
     now = bytes((b + turn) % 5 for b in range(size))
-    past = bytes((3 * b + turn) % 5 for b in range(4 * size))
+    past = bytes((0, 1, 4)[(3 * b + turn) % 5 % 3] for b in range(4 * size))  # no pods
     closed = (turn + number) % 2 == 0
-    made = PortElements(address, protocol, number, number % 3 == 0, closed, targets, now, past)
+    head = (address, protocol, number, number % 3 == 0, closed)
+    made = PortElements(*head, targets, now, past, bytes((2, 3) * 4) if turn % 3 else b"")
     return (address, protocol.value, number), made
 
 

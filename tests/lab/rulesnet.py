@@ -28,6 +28,7 @@ from lbctl.core.forwarding import Locator, Table
 from lbctl.core.model import (
     Eip,
     Endpoint,
+    ForwardingOptions,
     Node,
     ObjectRef,
     PortEndpoints,
@@ -312,6 +313,7 @@ def table(
     pods: tuple[int, ...] = (1, 2),
     of: Service | None = None,
     unready: tuple[int, ...] = (),
+    options: ForwardingOptions = forwarding.DEFAULTS,
 ) -> Table:
     """The common table with these pods behind both EIPs of both families."""
     of = of or service()
@@ -324,7 +326,7 @@ def table(
         of.ref, tuple(PortEndpoints(p.name, p.protocol, found) for p in of.ports)
     )
     eips = [Eip(ip_address(a), "public", of.ref, "uid") for f in (EIP, OTHER) for a in f.values()]
-    return forwarding.build(eips, {of.ref: of}, {of.ref: behind}, Locator(NODES))
+    return forwarding.build(eips, {of.ref: of}, {of.ref: behind}, Locator(NODES), options=options)
 
 
 def rules(

@@ -20,7 +20,7 @@ import pytest
 from lbctl.core import nft, nodeview
 from lbctl.core.model import Protocol
 from lbctl.core.names import MARK_BASE
-from lbctl.core.nftrules import FAMILIES
+from lbctl.core.nftrules import FAMILIES, HANDOVER_TTL
 from lbctl.core.nftsets import Policy
 from tests.unit.faketable import FakeTable
 from tests.unit.forwarding_cases import EIP, EIP6, pod, ruleset, service, table
@@ -87,7 +87,9 @@ def cases() -> dict[str, list[str]]:
     first = nodeview.advance({}, table(*PODS[:3]), "n1")
     second = nodeview.advance(first, table(*PODS), "n1")
     empty = nodeview.advance(second, table(), "n1")
-    udp = nodeview.advance({}, table(*PODS, of=service(affinity=True, protocol=Protocol.UDP)), "n1")
+    udp = nodeview.advance(
+        {}, table(*PODS, of=service(affinity=True, protocols=(Protocol.UDP,))), "n1"
+    )
     unready = (pod(n, p, "") for n in (1, 2) for p in (2, 3))
     refusing = nodeview.advance(second, table(*unready), "n1")
     one, two = ruleset(first, "n1", 1), ruleset(second, "n1", 2)
@@ -138,6 +140,7 @@ class Case:
     syn: bool = True
     odd: bool = False
     about: bool = False
+    handed: bool = False
 
     def packet(self, eip: str, source: int) -> bytes:
         four = frames.version(eip) == 4
@@ -153,6 +156,8 @@ class Case:
         else:
             flags = frames.SYN if self.syn else frames.ACK
             packet = frames.tcp(self.client, source, eip, self.port, flags)
+        if self.handed:
+            packet = frames.with_hops(packet, HANDOVER_TTL)
         return frames.odd(packet) if self.odd else packet
 
 
@@ -170,19 +175,21 @@ def kinds(version: int) -> list[Case]:
         *(Case(allowed, port, about=True) for port in (80, 81)),
         Case(allowed, about=True, odd=True),
         *(Case(allowed, peer=peer, protocol="icmp") for peer in (False, True)),
-        Case(allowed, protocol="udp"),
+        *(Case(allowed, peer=peer, protocol="udp") for peer in (False, True)),
+        *(Case(allowed, peer=True, protocol=p, syn=False, handed=True) for p in ("tcp", "udp")),
     ]
 
 
 CLIENTS = {4: ("203.0.113.10", "203.0.114.10"), 6: ("2001:db8:3::10", "2001:db8:4::10")}
 ALLOWED = ("203.0.113.0/24", "2001:db8:3::/64")
+WORDS = ("protocol", "syn", "peer", "odd", "about", "handed")
 
 
 @pytest.mark.parametrize("version", [4, 6])
 def test_the_fake_says_what_the_kernel_does(space: str, version: int) -> None:
     eip = str(EIP if version == 4 else EIP6)
     pods = [pod(n, p, version=version) for n in (1, 2, 3) for p in (2, 3)]
-    of = service(sources=ALLOWED)
+    of = service(sources=ALLOWED, protocols=(Protocol.TCP, Protocol.UDP))
     tables = [table(*some, of=of, eips=(EIP, EIP6)) for some in (pods[:3], pods)]
     first = nodeview.advance({}, tables[0], "n1")
     views = [first, nodeview.advance(first, tables[1], "n1")]
@@ -206,7 +213,7 @@ def test_the_fake_says_what_the_kernel_does(space: str, version: int) -> None:
     found = seen(space, family.ip, eip)
     ways = set()
     for source, case in asked.items():
-        words = {name: getattr(case, name) for name in ("protocol", "syn", "peer", "odd", "about")}
+        words = {name: getattr(case, name) for name in WORDS}
         said = fake.where(eip, case.port, case.client, source, **words)
         ways.add(said.split()[0])
         assert found.get(source, "nowhere") == expected(said), (source, case, said)

@@ -7,12 +7,15 @@ from __future__ import annotations
 import contextlib
 import socket
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from ipaddress import ip_address
 
 import pytest
 
-from lbctl.core import nft
-from lbctl.core.model import Protocol
+from agent import conntrack
+from lbctl.core import nft, nodeview
+from lbctl.core.model import ForwardingOptions, Protocol, TrafficPolicy
 from lbctl.core.nftrules import PINGS_PER_SECOND
 from lbctl.core.nftsets import Policy
 
@@ -186,3 +189,113 @@ def test_an_endpoint_on_no_node_sees_the_node(net: RulesNet, version: int) -> No
         server.close()
         net.enter(1)
         both(net, table())
+
+
+def test_no_flow_moves_when_a_pod_comes_and_the_switch_hashes_anew(net: RulesNet) -> None:
+    """TCP and UDP, one size class up; and when the pod goes, its datagrams find another at once."""
+    old, new = table((1,)), table()
+    views = {n: nodeview.advance({}, old, f"n{n}") for n in (1, 2)}
+    grown = {n: nodeview.advance(view, new, f"n{n}") for n, view in views.items()}
+    for n in (1, 2):
+        net.load(n, *nft.full(rules(old, n)))
+    open_flows = [net.connect(v) for v in (4, 6) for _ in range(30)]
+    senders = [net.opened("c", v, socket.SOCK_DGRAM) for v in (4, 6) for _ in range(30)]
+
+    def pods(which: list[socket.socket]) -> list[int]:
+        return [
+            net.asked(s, b"x", (EIP[4 if s.family == socket.AF_INET else 6], 53)) for s in which
+        ]
+
+    assert pods(senders) == [1] * 60 and {flow.pod for flow in open_flows} == {1}
+    for n in (1, 2):
+        net.load(n, *nft.difference(rules(old, n), rules(new, n, view=grown[n])))
+    net.enter(2)
+    before = net.counters(2)["second_chance"]
+    assert all(flow.echoes() for flow in open_flows)
+    assert pods(senders) == [1] * 60
+    # About half of the flows, and none of them circles.
+    assert 30 <= net.counters(2)["second_chance"] - before <= 300
+
+    settled = {n: nodeview.settle(view, list(view)) for n, view in grown.items()}
+    for n in (1, 2):
+        net.load(n, *nft.difference(rules(new, n, view=grown[n]), rules(new, n, view=settled[n])))
+    assert pods(senders) == [1] * 60
+    later = [net.opened("c", v, socket.SOCK_DGRAM) for v in (4, 6) for _ in range(15)]
+    found = pods(later)
+    assert set(found) == {1, 2}
+    # A flow of one direction is no new one, whatever its bucket remembers.
+    net.load(2, *nft.difference(rules(new, 2, view=settled[2]), rules(new, 2, view=grown[2])))
+    assert pods(later) == found
+
+    last = table((2,))
+    for n in (1, 2):
+        view = nodeview.advance(grown[n], last, f"n{n}")
+        net.load(n, *nft.full(rules(last, n, view=view)))
+        targets = conntrack.left(new, last, f"n{n}", {f"n{3 - n}": 3 - n})
+        assert net.inside(f"n{n}", partial(conntrack.forget, targets)) > 0
+    assert pods(senders) == [2] * 60
+    for flow in open_flows:
+        flow.close()
+    net.enter(1)
+    both(net, table())
+
+
+def test_zero_endpoints_and_back(net: RulesNet) -> None:
+    """A client is refused by its first packet, and not by a timeout; then it is answered again."""
+    for gone in (table(()), table((), unready=(1, 2))):
+        both(net, gone)
+        for version in (4, 6):
+            before = net.counters(1)["refused"]
+            for kind, port in ((socket.SOCK_STREAM, PORT), (socket.SOCK_DGRAM, 53)):
+                client = net.opened("c", version, kind)
+                with pytest.raises(ConnectionRefusedError):
+                    client.connect((EIP[version], port))
+                    client.send(b"x")
+                    client.recv(1)
+            assert net.counters(1)["refused"] == before + 2  # nothing was sent twice
+        both(net, table())
+        for version in (4, 6):
+            client = net.opened("c", version, socket.SOCK_DGRAM)
+            assert net.asked(client, b"x", (EIP[version], 53))
+            assert net.connect(version).echoes()
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_strict_local_delivery(net: RulesNet, version: int) -> None:
+    """Each node delivers to its own pod, and one without a pod drops: nothing is steered."""
+    local = replace(service(), policy=TrafficPolicy.LOCAL)
+    strict = ForwardingOptions(local_delivery="strict")
+    both(net, table(of=local, options=strict))
+    before = net.counters(1)["steered"] + net.counters(2)["steered"]
+    for node in (1, 2):
+        net.enter(node)
+        assert {net.connect(version).pod for _ in range(10)} == {node}
+    both(net, table((1,), of=local, options=strict))
+    client = net.opened("c", version, socket.SOCK_DGRAM)
+    stray = net.counters(2)["stray"]
+    client.sendto(b"x", (EIP[version], 53))
+    wait_for("the datagram to be dropped", lambda: net.counters(2)["stray"] == stray + 1)
+    assert net.counters(1)["steered"] + net.counters(2)["steered"] == before
+    net.enter(1)
+    assert net.connect(version).pod == 1
+    both(net, table())
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_sctp_reaches_a_pod(net: RulesNet, version: int) -> None:
+    try:
+        server = net.opened("p1", version, socket.SOCK_STREAM, socket.IPPROTO_SCTP)
+    except OSError as error:
+        pytest.skip(f"this kernel has no SCTP sockets (CONFIG_IP_SCTP): {error}")
+    server.bind((POD[version].format(1), POD_PORT))
+    server.listen()
+    both(net, table((1,), of=service(Protocol.SCTP)))
+    for node in (1, 2):
+        net.enter(node)
+        client = net.opened("c", version, socket.SOCK_STREAM, socket.IPPROTO_SCTP)
+        client.connect((EIP[version], PORT))
+        accepted, _ = server.accept()
+        assert Flow(client, accepted, 1).echoes()
+        accepted.close()
+    net.enter(1)
+    both(net, table())

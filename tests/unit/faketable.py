@@ -12,18 +12,19 @@ from ipaddress import ip_address, ip_network
 
 from lbctl.core.names import MARK_BASE
 from lbctl.core.nftrules import BUCKET_BASE
+from lbctl.core.nodeview import SPARES
 from lbctl.core.packet import bucket
 
 _COMMAND = re.compile(r"(add|delete) element (ip6?) lbctl (\w+) \{ (.*) \}$")
 
 
-def _key(prefix: str, chain: str | None, client: str, source: int) -> str:
-    """What a packet is looked up by, with the bucket that a chain of the table gives it."""
+def _key(prefix: str, chain: str | None, client: str, source: int, of: int = 1 << 24) -> str:
+    """What a packet is looked up by, with the bucket that a chain of the table gives it, modulo."""
     if chain is None:
         return prefix
     kind, size = re.fullmatch(r"jump (flow|client)(\d+)", chain).groups()  # type: ignore[union-attr]
     number = bucket(ip_address(client), source if kind == "flow" else None, int(size))
-    return f"{prefix} . {BUCKET_BASE + number:#x}"
+    return f"{prefix} . {BUCKET_BASE + number % of:#x}"
 
 
 @dataclass
@@ -67,13 +68,15 @@ class FakeTable:
         known: bool = False,
         odd: bool = False,
         about: bool = False,
+        handed: bool = False,
     ) -> str:
         """Say what becomes of a packet that comes in by an uplink.
 
         protocol: "icmp" is an echo request. peer: another node sent it. known: conntrack has its
         flow here. odd: with IP options or extension headers. about: not this flow's packet, but an
-        ICMP error about one of its answers. Out: `node INDEX`, `pod ADDRESS:PORT`, `chance INDEX`,
-        `ping`, `established`, or what counts the drop: `refused`, `sources`, `odd` or `stray`.
+        ICMP error about one of its answers. handed: with few hops left, as after a hand-over.
+        Out: `node INDEX`, `pod ADDRESS:PORT`, `chance INDEX`, `ping`, `established`, or what counts
+        the drop: `refused`, `sources`, `odd` or `stray`.
         """
         prefix = f"{address} . {protocol} . {port}"
         if odd:
@@ -94,19 +97,15 @@ class FakeTable:
         if known or about:
             return "established" if known else "stray"
         past = _key(prefix, self._of(address, "past").get(prefix), client, source)
-        return self._second(address, key, past, syn and protocol == "tcp", protocol)
-
-    def _second(self, address: str, key: str, past: str, syn: bool, protocol: str) -> str:
-        """What the delivering stage does with a packet that conntrack does not know."""
-        tcp = protocol == "tcp"
-        if tcp and not syn and (mark := self._of(address, "prev").get(past)):
+        asked = protocol in ("tcp", "udp") and not (syn and protocol == "tcp")
+        if asked and handed and protocol == "tcp":
+            return "stray"
+        if asked and not handed and (mark := self._of(address, "prev").get(past)):
             return f"chance {int(mark, 16) - MARK_BASE}"
-        if pod := self._of(address, "deliver").get(key):
-            return "pod " + pod.replace(" . ", ":")
-        late = self._of(address, "late").get(past)
-        if late and (syn or not tcp):
-            return "pod " + late.replace(" . ", ":")
-        return "stray"
+        pod = self._of(address, "deliver").get(key)
+        if syn or protocol != "tcp":
+            pod = pod or self._of(address, "spare").get(_key(prefix, chain, client, source, SPARES))
+        return "pod " + pod.replace(" . ", ":") if pod else "stray"
 
     def _of(self, address: str, name: str) -> dict[str, str]:
         family = "ip6" if ":" in address else "ip"

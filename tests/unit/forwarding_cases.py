@@ -61,10 +61,10 @@ def pod(n: int, p: int, flags: str = "rs", version: int = 4) -> Endpoint:
 def service(
     *,
     affinity: bool = False,
-    protocol: Protocol = Protocol.TCP,
+    protocols: tuple[Protocol, ...] = (Protocol.TCP,),
     sources: tuple[str, ...] = (),
 ) -> Service:
-    ports = (ServicePort("", protocol, 80),)
+    ports = tuple(ServicePort("", protocol, 80) for protocol in protocols)
     return Service(
         WEB,
         "uid",

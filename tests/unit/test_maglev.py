@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from lbctl.core import maglev
 
-MOVED = 0.1  # of all buckets, beyond those of the endpoint that comes or goes
+MOVED = 0.2  # of all buckets, beyond those of the endpoint that comes or goes
 
 
 def names(count: int) -> list[str]:
@@ -41,30 +41,34 @@ def test_order_changes_nothing(identities: set[str], random: object) -> None:
     assert owners(shuffled) == owners(identities)
 
 
-@pytest.mark.parametrize("count", [2, 3, 5, 10, 12, 13, 40, 51, 100, 204])
-def test_one_endpoint_less_moves_few_of_the_others(count: int) -> None:
+def moved(before: list[str], after: list[str], gone: str) -> float:
+    """Share of the buckets that change between two that both stay."""
+    size = max(len(before), len(after))
+    one, other = ([o for o in row for _ in range(size // len(row))] for row in (before, after))
+    return sum(b != a for b, a in zip(one, other, strict=True) if b != gone) / size
+
+
+@pytest.mark.parametrize(
+    ("count", "most"),
+    [(2, 0), (3, 0.05), (4, 0.06), (5, 0.06), (10, 0.08), (13, 0.1), (40, 0.1), (52, 0.16)],
+)
+def test_one_endpoint_less_moves_few_of_the_others(count: int, most: float) -> None:
     """About 1/n has to move with the endpoint; of the rest the paper (figure 12) saw a few percent.
 
-    A change of the size class moves more: then the sizes nest, and the second chance covers it.
+    Also where a size is outgrown: at 2, 13 and 52.
     """
     before, after = owners(names(count)), owners(names(count - 1))
-    if len(before) != len(after):
-        return
     gone = names(count)[-1]
-    moved = sum(b != a for b, a in zip(before, after, strict=True) if b != gone)
-    assert moved <= len(before) * MOVED
+    assert moved(before, after, gone) <= most
     assert gone not in after
 
 
-@given(st.sets(st.integers(0, 10_000), min_size=13, max_size=50), st.integers(0, 49))
+@given(st.sets(st.integers(0, 10_000), min_size=13, max_size=60), st.integers(0, 59))
 @settings(max_examples=60, deadline=None)
 def test_any_one_endpoint_moves_few_of_the_others(numbers: set[int], which: int) -> None:
     known = [f"10.244.{n // 250}.{n % 250}|8080" for n in sorted(numbers)]
     gone = known.pop(which % len(known))
-    before, after = owners([*known, gone]), owners(known)
-    if len(before) == len(after):
-        moved = sum(b != a for b, a in zip(before, after, strict=True) if b != gone)
-        assert moved <= len(before) * MOVED
+    assert moved(owners([*known, gone]), owners(known), gone) <= MOVED
 
 
 def test_nobody_gives_no_table() -> None:
@@ -77,6 +81,6 @@ def test_sizes_nest() -> None:
 
 def test_the_format_is_frozen() -> None:
     """Another result for the same input needs another FORMAT: nodes would differ."""
-    assert maglev.FORMAT == 1
-    text = "\n".join(owners(names(10))).encode()
-    assert sha256(text).hexdigest()[:16] == "829ae4c2beb9a9bf"
+    assert maglev.FORMAT == 2
+    text = "\n".join(owners(names(10)) + owners(names(60))).encode()
+    assert sha256(text).hexdigest()[:16] == "0e92f63e84ab686a"
