@@ -20,7 +20,6 @@ from .rulesnet import CLIENT, EIP, GATE_MAC, PORT, ROUTER_MAC, RulesNet, made, r
 PACKETS = 300
 SOURCES = itertools.count(20000)
 KINDS = {"syn": frames.SYN, "established": frames.ACK}
-SWAP = bytes((1, 0)).ljust(256, b"\0")
 NAMES = ("steered", "delivered", "second_chance", "stray", "refused")
 
 
@@ -72,7 +71,10 @@ def other_format(node: int) -> list[str]:
     common = table()
     eips = {
         address: replace(
-            entry, ports=tuple(replace(p, owners=p.owners.translate(SWAP)) for p in entry.ports)
+            entry,
+            ports=tuple(
+                replace(p, owners=maglev.translated(p.owners, (1, 0))) for p in entry.ports
+            ),
         )
         for address, entry in common.eips.items()
     }

@@ -9,9 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lbctl.core import nft, nodeview
-from lbctl.core.forwarding import Locator
+from lbctl.core.forwarding import Locator, Table
 from lbctl.core.model import Endpoint, Node, Protocol
-from lbctl.core.nodeview import PortView
 from lbctl.errors import DataplaneError
 
 from .faketable import FakeTable
@@ -28,15 +27,15 @@ class Cluster:
 
     def __init__(self) -> None:
         self.fakes = {name: FakeTable() for name in INDEX}
-        self.views: dict[str, dict[object, tuple[PortView, ...]]] = {n: {} for n in INDEX}
+        self.views: dict[str, nodeview.View] = {n: {} for n in INDEX}
         self.rules = {name: nft.Ruleset() for name in INDEX}
         self.generation = 0
 
-    def apply(self, new: object, only: tuple[str, ...] = tuple(INDEX)) -> None:
+    def apply(self, new: Table, only: tuple[str, ...] = tuple(INDEX)) -> None:
         self.generation += 1
         for name in only:
-            self.views[name] = nodeview.advance(self.views[name], new, name)  # type: ignore[arg-type, assignment]
-            rules = ruleset(self.views[name], name, self.generation)  # type: ignore[arg-type]
+            self.views[name] = nodeview.advance(self.views[name], new, name)
+            rules = ruleset(self.views[name], name, self.generation)
             old = self.rules[name]
             for piece in nft.difference(old, rules) if old.generation else nft.full(rules):
                 self.fakes[name].apply(piece)
@@ -77,7 +76,7 @@ class Cluster:
         self.generation += 1
         for name, view in self.views.items():
             self.views[name] = nodeview.settle(view, list(view))
-            rules = ruleset(self.views[name], name, self.generation)  # type: ignore[arg-type]
+            rules = ruleset(self.views[name], name, self.generation)
             for piece in nft.difference(self.rules[name], rules):
                 self.fakes[name].apply(piece)
             self.rules[name] = rules
@@ -324,7 +323,7 @@ def test_a_difference_is_the_changed_buckets_only() -> None:
     cluster = Cluster()
     cluster.apply(table(*PODS))
     before = cluster.rules["n1"]
-    view = nodeview.advance(cluster.views["n1"], table(*PODS[1:]), "n1")  # type: ignore[arg-type]
+    view = nodeview.advance(cluster.views["n1"], table(*PODS[1:]), "n1")
     after = ruleset(view, "n1", 2)
     (text,) = nft.difference(before, after)
     changed = text.count("198.51.100.1 . tcp")
