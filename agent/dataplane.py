@@ -20,7 +20,7 @@ import structlog
 from agent.nfnetlink import BatchWriter, Fingerprint, Nfnetlink
 from lbctl.core import nft
 from lbctl.core.nft import Ruleset, SetKey, Step
-from lbctl.core.nftrules import FAMILIES
+from lbctl.core.nftrules import FAMILIES, TIMEOUT_TRIAL
 from lbctl.errors import DataplaneError
 
 NFT_LIMIT_S: Final = 60.0
@@ -49,6 +49,7 @@ class Dataplane:
         self._shape: tuple[object, ...] | None = None
         self._seen = -1
         self.figures = Figures()
+        self.lacking: tuple[str, ...] = ()  # what this kernel or nft cannot do, in words
 
     @property
     def kernel(self) -> Ruleset | None:
@@ -59,6 +60,16 @@ class Dataplane:
         """Close the netlink sockets; the tables stay."""
         self._netlink.close()
         self._writer.close()
+
+    async def survey(self) -> None:
+        """Find out what this kernel and nft lack; before the first `set`."""
+        try:
+            await run_nft(TIMEOUT_TRIAL, "--check")
+        except DataplaneError as error:
+            self.lacking = (
+                f"ct timeout objects cannot be used ({error}): unanswered flows stay in conntrack as"
+                " long as net.netfilter.nf_conntrack_*_timeout_* say, so a flood fills more of it",
+            )
 
     @property
     def shape(self) -> str:
@@ -87,7 +98,7 @@ class Dataplane:
         """
         started = time.monotonic()
         known = self._kernel
-        steps = nft.steps(known, rules)
+        steps = nft.steps(known, rules, timeouts=not self.lacking)
         # A big load is made step by step: what is not made yet takes no memory.
         step = await asyncio.to_thread(next, steps, None)
         if step is None:
@@ -163,11 +174,12 @@ def _shape(found: _Found) -> tuple[object, ...]:
     return tuple(one and one.shape() for _, one in sorted(found.items()))
 
 
-async def run_nft(text: str) -> None:
+async def run_nft(text: str, *options: str) -> None:
     """Give one transaction to nft. Raises DataplaneError with what it said."""
     try:
         process = await asyncio.create_subprocess_exec(
             "nft",
+            *options,
             "-f",
             "-",
             stdin=asyncio.subprocess.PIPE,

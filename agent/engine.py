@@ -150,6 +150,7 @@ class Engine:
     # -- loops ---------------------------------------------------------------------------------
     async def run(self) -> None:
         """Program the node for ever; ends only by cancellation."""
+        await self._dataplane.survey()
         async with asyncio.TaskGroup() as group:
             group.create_task(self._program(), name="program")
             group.create_task(self._check(), name="check")
@@ -311,7 +312,7 @@ class Engine:
             _log.warning("repaired", what="nftables")
             self._inputs = inputs
             self._wake.set()
-        found = settings.problems(self._reach.ipv6)
+        found = settings.problems(self._reach.ipv6) + self._dataplane.lacking
         found += (f"tunnel: {self._reach.trouble}",) if self._reach.trouble else ()
         if found != self._known_problems:
             self._known_problems = found

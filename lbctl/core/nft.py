@@ -100,15 +100,16 @@ def _address(family: Family, value: int) -> Address:
 Step: TypeAlias = str | Batch  # a transaction: text for nft, or messages
 
 
-def steps(old: Ruleset | None, new: Ruleset) -> Iterator[Step]:
+def steps(old: Ruleset | None, new: Ruleset, timeouts: bool = True) -> Iterator[Step]:
     """Yield the transactions that turn the kernel's `old` (None: whatever is there) into `new`.
 
-    Nothing if only the number differs. The generation is written by the last, and taken away by the
-    first of several: tables that bear one are complete.
+    timeouts: whether the kernel takes `ct timeout` objects. Nothing if only the number differs. The
+    generation is written by the last, and taken away by the first of several: tables that bear one
+    are complete.
     """
     if old is None:
         # Until the last step, what has no entry yet is dropped and not reset: a sender repeats.
-        yield _beginning(new)
+        yield _beginning(new, timeouts)
         yield from nfbatch.pieces(deltas({}, new.ports))
         yield "".join(map(refusals, FAMILIES))
         yield Batch([], nfbatch.mark(new.generation))
@@ -153,8 +154,9 @@ def reshapes(old: Ruleset, new: Ruleset) -> bool:
     return old.policy.new_flows != new.policy.new_flows
 
 
-def _beginning(rules: Ruleset) -> str:
-    return removal() + "".join(map(skeleton, FAMILIES)) + "".join(_small_sets(Ruleset(), rules))
+def _beginning(rules: Ruleset, timeouts: bool = True) -> str:
+    tables = "".join(skeleton(family, timeouts) for family in FAMILIES)
+    return removal() + tables + "".join(_small_sets(Ruleset(), rules))
 
 
 def totals(rules: Ruleset) -> dict[SetKey, int]:

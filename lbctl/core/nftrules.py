@@ -143,11 +143,21 @@ def family_of(address: Address) -> Family:
     return V4 if address.version == 4 else V6
 
 
-def skeleton(family: Family) -> str:
-    """Return the table without elements: sets, maps, chains and rules."""
+# What `nft --check` says of it tells whether the tables can have timeouts of their own.
+TIMEOUT_TRIAL: Final = """table ip lbctl_trial {
+  ct timeout trial { protocol udp; l3proto ip; policy = { unreplied : 10 }; }
+}
+"""
+
+
+def skeleton(family: Family, timeouts: bool = True) -> str:
+    """Return the table without elements: sets, maps, chains and rules.
+
+    timeouts: whether conntrack entries get other ones than the kernel's.
+    """
     parts = (
         "".join(f"  counter {name} {{ }}\n" for name in COUNTERS),
-        _timeouts(family),
+        _timeouts(family) if timeouts else "",
         _sets(family),
         _hash_chains(family),
         _icmp(family),
@@ -158,7 +168,9 @@ def skeleton(family: Family) -> str:
         _guards(family),
         _outgoing(family),
     )
-    return f"table {family.table} {{\n" + "".join(parts) + "}\n"
+    lines = "".join(parts).splitlines(keepends=True)
+    kept = "".join(line for line in lines if timeouts or "ct timeout set" not in line)
+    return f"table {family.table} {{\n{kept}}}\n"
 
 
 def refusals(family: Family) -> str:

@@ -244,3 +244,34 @@ def seen(space: str, ip: str, eip: str) -> dict[int, str]:
                 continue  # an error that no node takes: dropped when it would be routed
             result[int(source, 0)] = way
     return result
+
+
+LACKING = """
+import asyncio
+from agent.dataplane import Dataplane
+from lbctl.core.nft import Ruleset
+
+async def main():
+    plane = Dataplane()
+    await plane.survey()
+    print(*plane.lacking)
+    print(await plane.set(Ruleset(1, ("eth0",))))
+
+asyncio.run(main())
+"""
+
+
+def test_without_ct_timeouts_it_is_said_and_the_rest_works(space: str, tmp_path: Path) -> None:
+    """An nft that refuses these objects stands for a kernel without them."""
+    known = sh("which", "nft").strip()
+    (tmp_path / "nft").write_text(
+        '#!/bin/sh\ntext=$(cat)\ncase "$text" in *"ct timeout"*) echo "no such thing" >&2; exit 1;;'
+        f' esac\necho "$text" | exec {known} "$@"\n'
+    )
+    (tmp_path / "nft").chmod(0o755)
+    path = f"PATH={tmp_path}:{os.environ['PATH']}"
+    where = f"PYTHONPATH={GOLDEN.parent.parent.parent}"
+    command = ("ip", "netns", "exec", space, "env", path, where, sys.executable, "-c", LACKING)
+    said, written = sh(*command).splitlines()
+    assert said.startswith("ct timeout objects cannot be used (nft: no such thing): ")
+    assert written == "True"
