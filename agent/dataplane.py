@@ -67,8 +67,9 @@ class Dataplane:
             await run_nft(TIMEOUT_TRIAL, "--check")
         except DataplaneError as error:
             self.lacking = (
-                f"ct timeout objects cannot be used ({error}): unanswered flows stay in conntrack"
-                " as long as net.netfilter.nf_conntrack_*_timeout_* say, and a flood fills more of it",
+                f"ct timeout objects cannot be used ({error}): unanswered flows stay in"
+                " conntrack as long as net.netfilter.nf_conntrack_*_timeout_* say, and a flood"
+                " fills more of it",
             )
 
     @property
