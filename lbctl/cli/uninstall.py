@@ -272,7 +272,11 @@ class Uninstaller:
         return True
 
     async def _still(self, thing: Thing) -> str:
-        return f"{thing} is still there" if await self._exists(thing) else ""
+        if not await self._exists(thing):
+            return ""
+        pods = await self._pods(names.AGENT_APP) if thing == plans.SPACE else []
+        held = [f"Pod {p['metadata']['name']} on {p['spec'].get('nodeName')}" for p in pods]
+        return f"{thing} is still there" + (f", by {', '.join(held)}" if held else "")
 
     async def _delete(self, thing: Thing) -> None:
         await self._client.delete(_path(thing))
