@@ -44,7 +44,8 @@ LANES: tuple[tuple[Part, ...], ...] = (
     ),
     (
         ("unit", ["tests/unit"], {}),
-        ("kube", ["-n", "4", "--dist", "loadfile", "tests/kube"], {}),
+        ("kube", ["-n", "4", "--dist", "loadfile", "-m", "not alone", "tests/kube"], {}),
+        ("managers", ["-m", "alone", "tests/kube"], {}),
         ("speaker", list(SPEAKER), {}),
         ("system on kubernetes", ["-m", "both or real", "tests/lab/system"], REAL),
     ),

@@ -1,7 +1,8 @@
 """Fixtures of the contract suite: every test here runs against both clusters of the lab.
 
-`cluster` is one per test run and kind, shared by all xdist workers until the run ends, but for
-files that say OWN_CLUSTER: a manager sees all Services, so it needs a cluster without other tests'.
+`cluster` is one per test run and kind, shared by all xdist workers until the run ends. A manager
+sees all Services, so files marked `alone` share another one, one after the other; each leaves it as
+it found it.
 `space` is a namespace of the test's own. Without the real cluster's programs its half is skipped
 with the reason, unless LBCTL_REQUIRE_KUBERNETES=1, which builds them and turns a skip into a
 failure.
@@ -71,15 +72,21 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 @pytest.fixture(scope="module", params=KINDS)
-def cluster(request: pytest.FixtureRequest) -> SharedCluster:
+def cluster(request: pytest.FixtureRequest) -> Iterator[SharedCluster]:
     """A running cluster of each kind; it lives as long as the whole run."""
     kind: ClusterKind = request.param
     if kind == "kubernetes":
         need_kubernetes()
-    own = (
-        request.module.__name__.rpartition(".")[2] if hasattr(request.module, "OWN_CLUSTER") else ""
-    )
-    access = _join(kind, _directory(kind, own))
+    if request.node.get_closest_marker("alone") is None:
+        yield _shared(kind, _directory(kind, ""))
+        return
+    directory = _directory(kind, "alone")
+    with _lock(directory, "users"):
+        yield _shared(kind, directory)
+
+
+def _shared(kind: ClusterKind, directory: Path) -> SharedCluster:
+    access = _join(kind, directory)
     if "error" in access:
         skip_or_fail(str(access["error"]), missing=bool(access["missing"]))
     return SharedCluster(
@@ -129,15 +136,15 @@ def node(cluster: SharedCluster) -> Iterator[str]:
         yield found.name
 
 
-def _directory(kind: str, own: str) -> Path:
+def _directory(kind: str, group: str) -> Path:
     """Where a cluster of this run has its state; the run is the pytest that the user started."""
     run = os.getppid() if "PYTEST_XDIST_WORKER" in os.environ else os.getpid()
-    return BASE / f"lbctl-kube-{run}-{kind}{own}"
+    return BASE / f"lbctl-kube-{run}-{kind}{group}"
 
 
 def _join(kind: str, directory: Path) -> dict[str, object]:
     """The run's cluster of this kind; the first worker to ask starts it."""
-    with _lock(directory):
+    with _lock(directory, "start"):
         directory.mkdir(parents=True, exist_ok=True)
         if not (directory / "holder.pid").exists():
             run = directory.name.split("-")[2]
@@ -151,8 +158,8 @@ def _join(kind: str, directory: Path) -> dict[str, object]:
 
 
 @contextmanager
-def _lock(directory: Path) -> Iterator[None]:
-    with directory.with_suffix(".lock").open("w") as lock:
+def _lock(directory: Path, purpose: str) -> Iterator[None]:
+    with directory.with_suffix(f".{purpose}").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
@@ -189,4 +196,5 @@ def _stop(directory: Path) -> None:
         while _alive(pid) and time.monotonic() < end:
             time.sleep(0.05)
     shutil.rmtree(directory, ignore_errors=True)
-    directory.with_suffix(".lock").unlink(missing_ok=True)
+    for purpose in ("start", "users"):
+        directory.with_suffix(f".{purpose}").unlink(missing_ok=True)

@@ -1,7 +1,7 @@
 """Parts of a manager put together for tests: caches, configuration, allocation; no speaker.
 
 Every test has a namespace of its own for the ConfigMaps, the Lease and the Services, and a pool of
-its own; allocation looks at the whole cluster, so files that allocate say OWN_CLUSTER.
+its own; allocation looks at the whole cluster, so files that allocate are marked `alone`.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from manager.allocating import Allocating
 from manager.configuration import Configuration
 from manager.inputs import Inputs
 from manager.metrics import Metrics
+from tests import command
 
 CRD = Path(__file__).parents[2] / "deploy" / "kustomize" / "base" / "crd.yaml"
 
@@ -75,6 +76,14 @@ async def define(client: Client) -> None:
                 return
             except (errors.NotFound, errors.Unreachable):  # 429 while it prepares storage
                 await asyncio.sleep(0.05)
+
+
+async def lbctl(cluster: Cluster, *words: str, stdin: str = "") -> tuple[int, str, str]:
+    """Run the command on a cluster; exit code, stdout, stderr."""
+    words = (*words, "--kubeconfig", str(cluster.kubeconfig))
+    async with asyncio.timeout(120):
+        done = await asyncio.to_thread(command.lbctl, *words, stdin=stdin)
+    return done.returncode, done.stdout, done.stderr
 
 
 def configuration(*addresses: str) -> str:

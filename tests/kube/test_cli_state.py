@@ -6,10 +6,7 @@ On the embedded cluster only: the real one's proxy refuses Pods on loopback, and
 
 from __future__ import annotations
 
-import asyncio
 import json
-import os
-import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -23,9 +20,8 @@ from lbctl.core.state import ConfigState, ManagerState, to_json
 from lbctl.kube.client import PODS, SERVICES, TOKEN_REVIEWS, Client
 from lbctl.lab.cluster import embedded
 from lbctl.lab.cluster.handle import Cluster, ClusterSpec
+from tests.kube.manager_parts import lbctl
 
-OWN_CLUSTER = True
-CHECKOUT = Path(__file__).parents[2]
 ONE, TWO = "127.74.80.1", "127.74.80.2"
 
 
@@ -63,22 +59,6 @@ class Manager:
             yield
         finally:
             await runner.cleanup()
-
-
-async def lbctl(cluster: Cluster, *words: str) -> tuple[int, str, str]:
-    """Run the command; exit code, stdout, stderr."""
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        *("-c", "from lbctl.cli.main import main; main()"),
-        *words,
-        *("--kubeconfig", str(cluster.kubeconfig)),
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": str(CHECKOUT)},
-    )
-    async with asyncio.timeout(120):
-        out, err = await process.communicate()
-    return process.returncode or 0, out.decode(), err.decode()
 
 
 def connect(cluster: Cluster) -> Client:

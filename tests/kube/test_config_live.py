@@ -3,13 +3,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
-import os
-import sys
 from collections.abc import AsyncIterator
-from pathlib import Path
 
 import pytest
 
@@ -30,12 +26,12 @@ from tests.kube.manager_parts import (
     connect,
     define,
     eventually,
+    lbctl,
     until,
 )
 
-OWN_CLUSTER = True
+pytestmark = pytest.mark.alone
 LEASE: Timing = {"lease_duration_s": 3.0, "renew_deadline_s": 2.0, "retry_period_s": 0.3}
-CHECKOUT = Path(__file__).parents[2]
 FIRST = configuration("198.51.100.16/31")
 SECOND = configuration("198.51.100.16/31", "198.51.100.20/32")
 MAPS = (names.CONFIG_MAP, names.ACCEPTED_CONFIG_MAP, *names.HISTORY_CONFIG_MAPS)
@@ -70,25 +66,9 @@ async def _clean(site: Site) -> None:
     await site.client.delete(api.LEASES.path(site.namespace, names.LEASE))
 
 
-async def lbctl(cluster: Cluster, *words: str, stdin: str = "") -> tuple[int, str, str]:
+async def config(cluster: Cluster, *words: str, stdin: str = "") -> tuple[int, str, str]:
     """Run `lbctl config …`; exit code, stdout, stderr."""
-    return await run(cluster, "config", *words, stdin=stdin)
-
-
-async def run(cluster: Cluster, *words: str, stdin: str = "") -> tuple[int, str, str]:
-    """Run `lbctl …`; exit code, stdout, stderr."""
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        *("-c", "from lbctl.cli.main import main; main()"),
-        *(*words, "--kubeconfig", str(cluster.kubeconfig)),
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": str(CHECKOUT)},
-    )
-    async with asyncio.timeout(120):
-        out, err = await process.communicate(stdin.encode())
-    return process.returncode or 0, out.decode(), err.decode()
+    return await lbctl(cluster, "config", *words, stdin=stdin)
 
 
 @contextlib.asynccontextmanager
@@ -110,24 +90,24 @@ async def kept(client: Client, *generations: int) -> None:
 
 async def test_apply_history_and_rollback(cluster: Cluster, site: Site) -> None:
     async with leader(cluster, site):
-        code, out, err = await lbctl(cluster, "apply", "-", "--wait", "60", stdin=FIRST)
+        code, out, err = await config(cluster, "apply", "-", "--wait", "60", stdin=FIRST)
         assert code == 0, err
         assert f"generation 1, hash {config_hash(FIRST)}" in out
-        code, out, err = await lbctl(cluster, "diff", "-", stdin=FIRST)
+        code, out, err = await config(cluster, "diff", "-", stdin=FIRST)
         assert code == 0 and "the same configuration is in force" in out, out + err
         await site.add("a")
         await site.address("a")
-        code, out, err = await lbctl(cluster, "apply", "-", "--wait", "60", stdin=SECOND)
+        code, out, err = await config(cluster, "apply", "-", "--wait", "60", stdin=SECOND)
         assert code == 0 and "generation 2" in out and "1 keeps" in out, out + err
         await kept(site.client, 2, 1)
-        code, out, err = await lbctl(cluster, "history", "-o", "json")
+        code, out, err = await config(cluster, "history", "-o", "json")
         found = json.loads(out)
         assert [(e["generation"], e["in_force"]) for e in found] == [(2, True), (1, False)]
         assert found[1]["text"] == FIRST and found[1]["accepted_at"]
-        code, out, err = await lbctl(cluster, "rollback", "1", "--wait", "60")
+        code, out, err = await config(cluster, "rollback", "1", "--wait", "60")
         assert code == 0 and f"generation 3, hash {config_hash(FIRST)}" in out, out + err
         await kept(site.client, 3, 2, 1)
-        code, out, err = await lbctl(cluster, "rollback", "9")
+        code, out, err = await config(cluster, "rollback", "9")
         assert code == 2 and "there are: 3, 2, 1" in err
 
 
@@ -136,13 +116,13 @@ async def test_what_diff_refuses_is_not_applied(cluster: Cluster, site: Site) ->
         await site.configure(SECOND)
         ref = await site.add("a", loadBalancerIP="198.51.100.20")
         assert await site.address("a") == "198.51.100.20"
-        code, out, _ = await lbctl(cluster, "diff", "-", stdin=FIRST)
+        code, out, _ = await config(cluster, "diff", "-", stdin=FIRST)
         assert code == 1 and f"refused: Service {ref} uses 198.51.100.20" in out
-        code, out, _ = await lbctl(cluster, "diff", "-", "-o", "json", stdin=FIRST)
+        code, out, _ = await config(cluster, "diff", "-", "-o", "json", stdin=FIRST)
         assert code == 1 and json.loads(out)["refused"] is True
-        code, out, err = await lbctl(cluster, "apply", "-", stdin=FIRST)
+        code, out, err = await config(cluster, "apply", "-", stdin=FIRST)
         assert code == 1 and str(ref) in err and not out
-        code, _, err = await lbctl(cluster, "apply", "-", stdin="version: 1\n")
+        code, _, err = await config(cluster, "apply", "-", stdin="version: 1\n")
         assert code == 1 and "stdin:1:1: pools: is missing" in err
         path = api.CONFIG_MAPS.path(site.namespace, names.CONFIG_MAP)
         assert (await site.client.get(path))["data"][names.CONFIG_KEY] == SECOND
@@ -151,9 +131,9 @@ async def test_what_diff_refuses_is_not_applied(cluster: Cluster, site: Site) ->
 
 
 async def test_without_a_leader_nothing_is_promised(cluster: Cluster, site: Site) -> None:
-    code, out, err = await lbctl(cluster, "apply", "-", "--wait", "0.5", stdin=FIRST)
+    code, out, err = await config(cluster, "apply", "-", "--wait", "0.5", stdin=FIRST)
     assert code == 1 and "not accepted within 0.5 s" in err and not out
-    code, out, err = await lbctl(cluster, "history")
+    code, out, err = await config(cluster, "history")
     assert code == 0 and "none" in out
 
 
@@ -174,14 +154,14 @@ async def test_uninstall_lets_services_go_when_the_managers_are_gone(
         await site.configure(FIRST)
         await site.add("a")
         await site.address("a")
-    code, out, err = await run(cluster, "uninstall", "--yes", "--keep-config")
+    code, out, err = await lbctl(cluster, "uninstall", "--yes", "--keep-config")
     assert code == 0, out + err
     found = await site.service("a")
     assert found is not None and not found.ingress and not found.finalizers
     assert names.ANNOTATION_POOL not in dict(found.annotations)
     await site.delete("a")
     assert await site.service("a") is None
-    again, out, err = await run(cluster, "uninstall", "--yes", "--keep-config")
+    again, out, err = await lbctl(cluster, "uninstall", "--yes", "--keep-config")
     assert again == 0 and "nothing of lbctl" in out, out + err
     path = api.CONFIG_MAPS.path(site.namespace, names.CONFIG_MAP)
     assert (await site.client.get(path))["data"][names.CONFIG_KEY] == FIRST

@@ -10,13 +10,15 @@ import asyncio
 from collections.abc import Mapping
 from typing import Any
 
+import pytest
+
 from lbctl import errors
 from lbctl.core import names
 from lbctl.kube.client import MERGE, Client
 from lbctl.lab.cluster.handle import Cluster
 from tests.kube.manager_parts import Replica, Site, Timing, connect, until
 
-OWN_CLUSTER = True
+pytestmark = pytest.mark.alone
 LEASE: Timing = {"lease_duration_s": 3.0, "renew_deadline_s": 2.0, "retry_period_s": 0.3}
 
 

@@ -25,7 +25,7 @@ from lbctl.lab.cluster.handle import Cluster
 from manager.access import Gate
 from tests.kube.manager_parts import CRD, Site, configuration, connect, define, eventually
 
-OWN_CLUSTER = True
+pytestmark = pytest.mark.alone
 BASE = CRD.parent
 CHECKOUT = BASE.parents[2]
 PLURAL = {"ServiceAccount": "serviceaccounts", "ConfigMap": "configmaps"}

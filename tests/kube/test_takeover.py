@@ -23,7 +23,7 @@ from tests.kube.manager_parts import (
     until,
 )
 
-OWN_CLUSTER = True
+pytestmark = pytest.mark.alone
 LEASE: Timing = {"lease_duration_s": 3.0, "renew_deadline_s": 2.0, "retry_period_s": 0.3}
 POOL = "198.51.100.16/30"
 

@@ -1,18 +1,15 @@
-"""`lbctl config validate`, as a process."""
+"""`lbctl config validate`, as it is typed."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from lbctl.core.config import config_hash
+from tests.command import lbctl
 
-CHECKOUT = Path(__file__).parents[2]
 GOOD = """\
 version: 1
 pools: [{name: public, addresses: [198.51.100.0/30]}]
@@ -25,18 +22,6 @@ pools:
   - {name: a, addresses: [10.0.0.9]}
 bgp: {asn: 64512, peers: []}
 """
-
-
-def lbctl(*words: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", "from lbctl.cli.main import main; main()", *words],
-        input=stdin,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-        env={**os.environ, "PYTHONPATH": str(CHECKOUT)},
-    )
 
 
 def test_a_valid_file(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from lbctl.core.imports.convert import convert
 from lbctl.core.imports.draft import PLACEHOLDER_ASN
 from lbctl.core.positions import load
 from lbctl.errors import ConfigError
-from tests.unit.test_cli_config import lbctl
+from tests.command import lbctl
 
 FILES = Path(__file__).parent / "imports"
 ORIGINS = sorted(path.stem for path in FILES.glob("*.yaml"))

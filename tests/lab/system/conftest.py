@@ -2,6 +2,8 @@
 
 LBCTL_LAB_CLUSTER=kubernetes takes the real cluster. LBCTL_TEST_LAB=NAME uses a lab that is up, and
 leaves it up. After a failure the logs of a lab of our own are kept, and their place is printed.
+Tests with a topology of their own come first, so that two labs are not up at a time; a node that
+was added stays, so that test is the last.
 """
 
 from __future__ import annotations
@@ -20,6 +22,13 @@ from lbctl.lab.lab import Lab, take_down
 from tests.programs import need_kubernetes
 
 from .support import TOPOLOGY, System
+
+ORDER = {"test_racks": -1, "test_node_add": 1}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep this folder's tests in the order of its files, but for those in ORDER."""
+    items.sort(key=lambda item: ORDER.get(item.path.stem, 0))
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ import pytest
 
 from lbctl.lab.api import wait
 from lbctl.lab.bringup import KUBECONFIG
+from tests import command
 
 from .support import System
 
@@ -20,6 +21,11 @@ LBCTL = str(Path(sys.executable).with_name("lbctl"))
 
 
 def lbctl(system: System, *words: str) -> subprocess.CompletedProcess[str]:
+    return command.lbctl(*words, "--kubeconfig", str(system.lab.directory / KUBECONFIG))
+
+
+def typed(system: System, *words: str) -> subprocess.CompletedProcess[str]:
+    """As a process of its own, with the cluster from the environment."""
     environment = {**os.environ, "KUBECONFIG": str(system.lab.directory / KUBECONFIG)}
     return subprocess.run(
         [LBCTL, *words], capture_output=True, text=True, env=environment, timeout=60
@@ -36,7 +42,7 @@ def test_status_says_that_all_is_well(system: System) -> None:
     for word in (eip, "public", "default/seen", "tor-a", "tor-b", "node-1", "node-3"):
         assert word in done.stdout, (word, done.stdout)
     assert "\x1b" not in done.stdout, "no colour off a terminal"
-    data: dict[str, Any] = json.loads(lbctl(system, "status", "--output", "json").stdout)
+    data: dict[str, Any] = json.loads(typed(system, "status", "--output", "json").stdout)
     assert eip in json.dumps(data)
 
 
