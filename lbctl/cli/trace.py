@@ -33,9 +33,10 @@ from lbctl.cli.status import merge_or_stop
 from lbctl.core import forwarding, names
 from lbctl.core import trace as tracing
 from lbctl.core.config import Config, parse
-from lbctl.core.forwarding import Locator
+from lbctl.core.forwarding import EVERYWHERE, Locator
 from lbctl.core.model import Address, Protocol
-from lbctl.core.reasons import SENTENCE
+from lbctl.core.nftrules import UDP_MEMORY_S
+from lbctl.core.reasons import SENTENCE, Reason
 from lbctl.core.state import to_plain
 from lbctl.core.trace import Action, Ingress, Packet, Scene, Trace, Verdict
 from lbctl.errors import KubeError, LbctlError, NotFound
@@ -119,6 +120,7 @@ async def fetch_scene(client: Client) -> tuple[Scene, Live]:
         {known.service: known for known in index.all()},
         Locator(nodes),
         tracing.down_set(managers, nodes),
+        options=config.forwarding_options,
     )
     return Scene(config, table, tuple(nodes), managers, live.agents), live
 
@@ -153,6 +155,10 @@ def show(found: Trace, live: Live, out: Console) -> None:
     out.print(f"{ends[0]} to {ends[1]}, {packet.protocol.value}, a new flow", style="bold")
     for line in told(found.verdict):
         out.print(f"  {clean(line)}")
+    if packet.protocol is Protocol.UDP and found.verdict.endpoint is not None:
+        out.print(
+            f"  Within {UDP_MEMORY_S} s of a change of endpoints the bucket's former one may."
+        )
     out.print("Where it may come in", style="bold")
     for one in found.ingress:
         out.print(f"  {clean(one.node)}: {clean(_way(one, found))}")
@@ -178,18 +184,26 @@ def _ended(address: Address, port: int) -> str:
 def told(verdict: Verdict) -> list[str]:
     """The rule, in sentences."""
     lines = [] if verdict.service is None else [f"It is for Service {verdict.service}."]
+    said = SENTENCE[verdict.reason]
+    if verdict.reason is Reason.OWN_ENDPOINTS:
+        return [*lines, f"{said[0].upper()}{said[1:]}. [{verdict.reason.value}]"]
     if verdict.endpoint is None:
-        said = SENTENCE[verdict.reason]
         return [*lines, f"Nobody gets it: {said}. [{verdict.reason.value}]"]
     what = (
         "client's address (ClientIP affinity)" if verdict.by_client else "client's address and port"
     )
-    where = f"on {verdict.node}" if verdict.node != "*" else "on no node"
-    pod = f"pod {verdict.pod}, " if verdict.pod else ""
+    where = f"on {verdict.node}"
+    if verdict.node == EVERYWHERE:
+        where = "on no node, in the name of the node that it comes in by"
     lines.append(f"By the {what} it falls into bucket {verdict.bucket} of {verdict.buckets}.")
-    end = _ended(verdict.endpoint, verdict.port)
-    lines.append(f"That bucket's endpoint gets it: {pod}{end} {where}. [{verdict.reason.value}]")
+    end = _taker(verdict)
+    lines.append(f"That bucket's endpoint gets it: {end} {where}. [{verdict.reason.value}]")
     return lines
+
+
+def _taker(verdict: Verdict) -> str:
+    pod = f"pod {verdict.pod}, " if verdict.pod else ""
+    return pod + _ended(verdict.endpoint, verdict.port) if verdict.endpoint else ""
 
 
 _WAYS = {
@@ -205,6 +219,10 @@ def _way(one: Ingress, found: Trace) -> str:
         does = f"steers it to {one.to} ({one.via}) {_WAYS[found.steering]}"
     elif one.action is Action.LEAVES:
         does = "does nothing with it: the node's own routes and rules decide"
+    elif one.action is Action.DELIVERS and found.verdict.endpoint is None:
+        does = f"delivers it to {_taker(one.verdict)}"
+    elif one.verdict.reason is Reason.NO_LOCAL_ENDPOINT:
+        does = f"drops it: {SENTENCE[one.verdict.reason]} [{one.verdict.reason.value}]"
     else:
         does = f"{does} it"
     seen = f"a next hop at {', '.join(one.switches)}" if one.switches else "no next hop"

@@ -72,6 +72,7 @@ class Reason(StrEnum):
     NO_NEXT_HOP = "NoNextHop"
     # a packet
     DELIVERED = "Delivered"
+    OWN_ENDPOINTS = "OwnEndpoints"
     NOT_AN_EIP = "NotAnEip"
     SOURCE_REFUSED = "SourceRangeRefused"
     NO_SUCH_PORT = "NoSuchPort"
@@ -140,6 +141,7 @@ SENTENCE: Final[dict[Reason, str]] = {
     Reason.LAST_NEXT_HOP: "the node is doubtful but no other is left, so it stays a next hop",
     Reason.NO_NEXT_HOP: "no node can carry it",
     Reason.DELIVERED: "an endpoint gets it",
+    Reason.OWN_ENDPOINTS: "each node delivers to its own endpoints alone (localDelivery: strict)",
     Reason.NOT_AN_EIP: "no Service has the address",
     Reason.SOURCE_REFUSED: "the Service's loadBalancerSourceRanges do not let the client in",
     Reason.NO_SUCH_PORT: "the Service has no such port",

@@ -1,9 +1,11 @@
 """Where a packet for an EIP goes, and by which rule: computed from what every node computes from.
 
-Rules: `judge` says what the table that all nodes share makes of a new flow's first packet (an
-established one stays where its connection is); `trace` adds what each node does with it, and which
-switches may choose that node. Nothing is asked of the kernel: where an agent's digest differs from
-the one computed here, its node is marked, for it may do otherwise.
+Rules: `judge` says what the table that all nodes share makes of a new flow's first packet, or a
+node's own where it has one (`localDelivery: strict`); `trace` adds what each node does with it, and
+which switches may choose that node. An established flow stays where it is, and for 30 s after a
+change of endpoints a new one of UDP may go to its bucket's former owner. Nothing is asked of the
+kernel: where an agent's digest differs from the one computed here, its node is marked, for it may
+do otherwise.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from typing import Final
 
 from lbctl.core import packet as hashing
 from lbctl.core.config import Config
-from lbctl.core.forwarding import PortTable, Table
+from lbctl.core.forwarding import EVERYWHERE, PortTable, Table, restricted
 from lbctl.core.model import (
     Address,
     Node,
@@ -54,10 +56,11 @@ class Packet:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What the common table makes of it. Without an endpoint nobody gets it, for `reason`.
+    """What a table makes of it. Without an endpoint nobody gets it, for `reason`; but with
+    OWN_ENDPOINTS each node's own table has another answer.
 
     buckets: size of the port's table, 0 without one. by_client: the bucket is the client's
-    address's alone. node: of the endpoint. pod: "" if it is none.
+    address's alone. node: of the endpoint, EVERYWHERE if it is on none. pod: "" if it is none.
     """
 
     reason: Reason
@@ -85,11 +88,13 @@ class Judged:
 class Ingress:
     """One node that the packet may come in by.
 
-    to, via: the node that it steers to and that one's address. switches: those that may choose it.
-    digest: of its table, "" if no manager knows; differs: from the one computed.
+    verdict: of its own table. to, via: the node that it steers to and that one's address.
+    switches: those that may choose it. digest: of its table, "" if no manager knows; differs: from
+    the one computed.
     """
 
     node: str
+    verdict: Verdict
     action: Action
     to: str = ""
     via: Address | None = None
@@ -123,7 +128,8 @@ class Trace:
     @property
     def arrives(self) -> bool:
         """Whether it is delivered, by whichever switch it comes."""
-        return self.verdict.endpoint is not None and any(one.switches for one in self.ingress)
+        arriving = (Action.DELIVERS, Action.STEERS)
+        return any(one.switches and one.action in arriving for one in self.ingress)
 
 
 def trace(packet: Packet, scene: Scene) -> Trace:
@@ -133,11 +139,13 @@ def trace(packet: Packet, scene: Scene) -> Trace:
     addresses = {node.name: _address(node, packet.eip.version) for node in scene.nodes}
     ingress = []
     for name in sorted(addresses if scene.agents is None else addresses.keys() & scene.agents):
-        action, to = _does(verdict, name, addresses)
+        own = judge(packet, scene.config, scene.table, name)
+        action, to = _does(own, name, addresses)
         known = _digest(scene.managers, name)
         ingress.append(
             Ingress(
                 name,
+                own,
                 action,
                 to,
                 addresses.get(to),
@@ -151,8 +159,8 @@ def trace(packet: Packet, scene: Scene) -> Trace:
     return Trace(packet, verdict, tuple(ingress), steering, digest)
 
 
-def judge(packet: Packet, config: Config, table: Table) -> Verdict:
-    """What the table that all nodes share makes of it."""
+def judge(packet: Packet, config: Config, table: Table, node: str = "") -> Verdict:
+    """What the table that all nodes share makes of it, or the one of a node."""
     if config.pool_of(packet.eip) is None:
         return Verdict(Reason.ADDRESS_OUTSIDE_POOLS, Action.LEAVES)
     eip = table.sources.eips.get(packet.eip)
@@ -172,6 +180,12 @@ def judge(packet: Packet, config: Config, table: Table) -> Verdict:
         return Verdict(why, Action.REFUSES, eip.owner)
     if port.closed:
         return Verdict(Reason.NO_NEW_FLOWS, Action.REFUSES, eip.owner, len(port.owners))
+    if port.strict:
+        if not node:
+            return Verdict(Reason.OWN_ENDPOINTS, Action.DELIVERS, eip.owner)
+        port = restricted(port, node)
+        if not port.owners:
+            return Verdict(Reason.NO_LOCAL_ENDPOINT, Action.DROPS, eip.owner)
     return _delivered(packet, eip.owner, port, table.sources.endpoints.get(eip.owner))
 
 
@@ -205,7 +219,7 @@ def _address(node: Node, version: int) -> Address | None:
 
 
 def _does(verdict: Verdict, node: str, addresses: dict[str, Address | None]) -> tuple[Action, str]:
-    if verdict.endpoint is None or verdict.node == node:
+    if verdict.endpoint is None or verdict.node in (node, EVERYWHERE):
         return verdict.action, ""
     if addresses.get(verdict.node) is None:
         return Action.DROPS, ""

@@ -20,6 +20,7 @@ from lbctl.core.model import (
     Address,
     Eip,
     Endpoint,
+    ForwardingOptions,
     Node,
     NodeState,
     ObjectRef,
@@ -29,6 +30,7 @@ from lbctl.core.model import (
     Service,
     ServiceEndpoints,
     ServicePort,
+    TrafficPolicy,
 )
 from lbctl.core.reasons import Reason
 from lbctl.core.state import EipState, HopState, ManagerState, NodeStatus, SessionState
@@ -65,13 +67,18 @@ def pods(version: int, ready: bool = True) -> tuple[Endpoint, ...]:
 
 
 def built(
-    *, ready: bool = True, down: frozenset[str] = frozenset(), **changes: object
+    *,
+    ready: bool = True,
+    down: frozenset[str] = frozenset(),
+    options: ForwardingOptions = forwarding.DEFAULTS,
+    every: tuple[Endpoint, ...] = (),
+    **changes: object,
 ) -> forwarding.Table:
     """Service `web` with two ports on an EIP of each family, and `idle` without endpoints."""
     ports = (ServicePort("a", Protocol.TCP, 80), ServicePort("b", Protocol.UDP, 53))
     web = replace(Service(WEB, "uid", 0.0, ports, True), **changes)  # type: ignore[arg-type]
     idle = Service(IDLE, "uid", 0.0, ports[:1], True)
-    every = (*pods(4, ready), *pods(6, ready))
+    every = every or (*pods(4, ready), *pods(6, ready))
     behind = (
         PortEndpoints("a", Protocol.TCP, every),
         PortEndpoints("b", Protocol.UDP, every),
@@ -87,6 +94,7 @@ def built(
         {WEB: ServiceEndpoints(WEB, behind)},
         Locator(NODES),
         down,
+        options=options,
     )
 
 
@@ -211,8 +219,8 @@ def manager(name: str, table: forwarding.Table, **changes: object) -> ManagerSta
     return replace(made, **changes)  # type: ignore[arg-type]
 
 
-def traced(*managers: ManagerState) -> Trace:
-    table = built()
+def traced(*managers: ManagerState, table: forwarding.Table | None = None) -> Trace:
+    table = table or built()
     managers = managers or (manager("one", table),)
     return trace(Packet(EIP, 80, CLIENT, 40000), Scene(CONFIG, table, NODES, managers))
 
@@ -230,6 +238,34 @@ def test_what_each_node_does() -> None:
     assert [one.switches for one in found.ingress] == [("tor-a",), ("tor-a",), ()]
     assert found.ingress[2].judged[0].reason is Reason.NODE_DRAINING
     assert not any(one.differs for one in found.ingress)
+
+
+def test_strict_local_delivery_is_each_node_s_own() -> None:
+    """The switches lead to n1 and n2; the endpoints are on n2 and n3."""
+    strict = ForwardingOptions(local_delivery="strict")
+    local = {"policy": TrafficPolicy.LOCAL, "options": strict}
+    found = traced(table=built(every=pods(4)[1:], **local))  # type: ignore[arg-type]
+    assert found.verdict.reason is Reason.OWN_ENDPOINTS and found.arrives
+    assert [one.action for one in found.ingress] == [
+        Action.DROPS,
+        Action.DELIVERS,
+        Action.DELIVERS,
+    ]
+    assert [one.verdict.pod for one in found.ingress] == ["", "web-2", "web-3"]
+    text = page(found)
+    assert "its own endpoints alone (localDelivery: strict). [OwnEndpoints]" in text
+    assert "n2: a next hop at tor-a; delivers it to pod web-2, 10.244.2.2:8080" in text
+    assert "n1: a next hop at tor-a; drops it: " in text and "[NoLocalEndpoint" in text
+    assert not traced(table=built(every=pods(4)[2:], **local)).arrives  # type: ignore[arg-type]
+
+
+def test_an_endpoint_on_no_node_is_delivered_by_every_node() -> None:
+    outside = (Endpoint(ip_address("203.0.113.80"), 8080),)
+    table = built(every=outside, options=ForwardingOptions(external="masquerade"))
+    found = traced(table=table)
+    assert found.arrives and found.verdict.node == forwarding.EVERYWHERE
+    assert {(one.action, one.to) for one in found.ingress} == {(Action.DELIVERS, "")}
+    assert "203.0.113.80:8080 on no node, in the name of the node" in page(found)
 
 
 def test_a_switch_without_add_path_or_family_is_not_counted_for_more_than_it_has() -> None:

@@ -1,4 +1,6 @@
-"""`lbctl trace` against where packets really go: a thousand random flows, and what is refused."""
+"""`lbctl trace` against where packets really go: a thousand random flows of both families, and what
+is refused.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,6 @@ from dataclasses import dataclass
 from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -26,6 +27,7 @@ from lbctl.lab.bringup import KUBECONFIG
 
 from .support import CLIENT, System
 from .test_cli import lbctl
+from .test_dual_stack import CLIENT6, pair
 
 CASES = 1000
 APP = "traced"
@@ -100,15 +102,22 @@ def site(running: System) -> Iterator[Site]:
     """Five pods; Services without conditions, with affinity, and with source ranges."""
     system = running
     system.wait_system_ready()
-    eips = {"open": system.deploy(APP, replicas=5, ports=PORTS)}
-    affinity: dict[str, Any] = {"sessionAffinity": "ClientIP"}
-    for name, more in (("sticky", affinity), ("closed", {"loadBalancerSourceRanges": [ALLOWED]})):
+    system.deploy(APP, replicas=5, ports=PORTS)
+    # These have all endpoints from the start: no bucket has a former owner that datagrams go to.
+    eips = {}
+    for name, more in (
+        ("open", {"ipFamilyPolicy": "RequireDualStack"}),
+        ("sticky", {"sessionAffinity": "ClientIP"}),
+        ("closed", {"loadBalancerSourceRanges": [ALLOWED]}),
+    ):
         made = workload.service(name, app=APP, ports=PORTS)
         made["spec"].update(more)
         system.api.apply(made)
         system.made.append(name)
         eips[name] = wait(f"an EIP for {name}", partial(system.api.eip_of, name))
         system.wait_routed(eips[name])
+    eips["open"], eips["six"] = wait("both EIPs", lambda: pair(system.api.eips_of("open")))
+    system.wait_routed(eips["six"])
     client = system.lab.machine("client")
     try:
         for address in CLIENTS[1:]:
@@ -127,9 +136,10 @@ def flows(site: Site, count: int) -> list[Packet]:
     ports = chance.sample(range(10000, 32000), count)  # below those that the kernel picks
     found = []
     for source in ports:
-        name = chance.choice(("open", "open", "sticky", "closed"))
+        name = chance.choice(("open", "six", "sticky", "closed"))
         protocol, port = chance.choice(((Protocol.TCP, 80), (Protocol.UDP, 80), (Protocol.TCP, 81)))
         client = chance.choice(CLIENTS if name != "closed" else CLIENTS[1:12])
+        client = CLIENT6 if name == "six" else client
         eip = ip_address(site.eips[name])
         found.append(Packet(eip, port, ip_address(client), source, protocol))
     return found
@@ -172,9 +182,9 @@ def test_what_is_refused_is_refused_as_it_says(site: Site) -> None:
 
 
 def test_the_command_says_who_gets_it_and_what_each_node_does(site: Site) -> None:
-    eip = site.eips["open"]
-    (pod,) = site.ask([Packet(ip_address(eip), 80, ip_address(CLIENT), 61010, Protocol.UDP)])
-    words = ("trace", f"{eip}:80", "--from", f"{CLIENT}:61010", "--proto", "udp")
+    eip = site.eips["six"]
+    (pod,) = site.ask([Packet(ip_address(eip), 80, ip_address(CLIENT6), 61010, Protocol.UDP)])
+    words = ("trace", f"[{eip}]:80", "--from", f"[{CLIENT6}]:61010", "--proto", "udp")
     done = lbctl(site.system, *words, "--output", "json")
     assert done.returncode == 0, done.stdout + done.stderr
     data = json.loads(done.stdout)
@@ -185,5 +195,5 @@ def test_the_command_says_who_gets_it_and_what_each_node_does(site: Site) -> Non
     assert sorted(does) == ["node-1", "node-2", "node-3"]
     for node in does:
         assert does[node] == (("delivers", "") if node == home else ("steers", home))
-    unheard = lbctl(site.system, "trace", f"{eip}:99", "--from", f"{CLIENT}:61011")
+    unheard = lbctl(site.system, "trace", f"{site.eips['open']}:99", "--from", f"{CLIENT}:1")
     assert unheard.returncode == 1 and "[NoSuchPort]" in unheard.stdout
