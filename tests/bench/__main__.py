@@ -1,7 +1,8 @@
 """Print the medians that `docs/benchmarks.md` holds, as a Markdown table.
 
-`python -m tests.bench [--runs N] [--services N] [--only pure|scale|lab|memory|beside]`. Absolute
-times depend on the machine, which is printed; compare rows of one run.
+`python -m tests.bench [--runs N] [--services N] [--eips N] [--only PART]`, PART one of pure, scale,
+lab, memory, beside, announce. Absolute times depend on the machine, which is printed; compare rows
+of one run.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import beside, lab, pure, scale
+from . import announce, beside, lab, pure, scale
 
-_PARTS = ("pure", "scale", "lab", "memory", "beside")
+_PARTS = ("pure", "scale", "lab", "memory", "beside", "announce")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +55,14 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--services", type=int, default=1000)
+    parser.add_argument("--eips", type=int, default=10_000)
     parser.add_argument("--only", choices=_PARTS, default=None)
     chosen = parser.parse_args(argv)
     print(f"{dt.datetime.now(dt.UTC):%Y-%m-%d %H:%M} UTC, {machine()}\n")
     if chosen.only == "beside":
         return _beside()
+    if chosen.only == "announce":
+        return _announce(chosen.eips)
     print("| what | median | worst | runs |\n|---|---|---|---|")
     if chosen.only in (None, "pure"):
         for what, values, unit in pure.measure(chosen.runs):
@@ -72,6 +76,12 @@ def main(argv: Sequence[str]) -> int:
         ):
             print(Row(what, values, unit).render(), flush=True)
     return 0 if chosen.only else _beside()
+
+
+def _announce(count: int) -> int:
+    for line in announce.measure(count):
+        print(line, flush=True)
+    return 0
 
 
 def _beside() -> int:
