@@ -4,7 +4,8 @@ Pure and sans-IO, as h11 is: the port feeds what arrived (`connected`, `held`, `
 asks `take()` what to send. Rules:
 
 - At most `WINDOW` commands are in flight; withdraws go before announces; up to 200 prefixes with
-  the same attributes share a command.
+  the same attributes share a command. Attribute sets take turns, so that all next hops of a prefix
+  come close together: a switch then works out its route once, not once for each next hop.
 - A withdraw carries its announce's attributes. Where a new path replaces one by the same next hop
   or in the same slot, the announce is acknowledged before the old path is withdrawn. A *slot* is
   what BGP tells apart: (prefix, path-id), or the prefix alone towards a peer without ADD-PATH; what
@@ -38,6 +39,8 @@ PRUNE_EVERY: Final = 512  # numbers between two clearances of what is remembered
 
 
 Paths: TypeAlias = frozenset[Path] | PMap[Network, frozenset[Path]]
+Routes: TypeAlias = dict[int, list[Route]]  # by family, 4 and 6
+_NONE: Final[frozenset[Path]] = frozenset()
 
 
 def by_prefix(paths: Paths) -> PMap[Network, frozenset[Path]]:
@@ -142,14 +145,17 @@ class Announcer:
         or one (prefix, path-id) occurs twice.
         """
         before, after = self._paths, by_prefix(paths)
+        added: list[tuple[Network, Iterable[Path]]] = []
+        removed: list[tuple[Network, Iterable[Path]]] = []
         touched = changed(before, after)
-        added: set[Path] = set()
-        removed: set[Path] = set()
         for prefix in touched:
-            was, now = before.get(prefix, frozenset()), after.get(prefix, frozenset())
-            _check(prefix, now)
-            added |= now - was
-            removed |= was - now
+            was, now = before.get(prefix, _NONE), after.get(prefix, _NONE)
+            fresh, lost = now - was, was - now
+            _check(prefix, now, fresh)
+            if fresh:
+                added.append((prefix, fresh))
+            if lost:
+                removed.append((prefix, lost))
         new, gone = self._routes(added, True), self._routes(removed, True)
         self._number += 1
         if self._number % PRUNE_EVERY == 0:
@@ -168,25 +174,27 @@ class Announcer:
                 self._tables[peer] = table = Table(peer, self._modes.get(peer), peer in self._up)
                 self._learn(table, self._unclaimed.pop(peer, ()))
                 self._fill(table)
-            elif known.modes is not None and (new or gone):
+            elif touched:
                 self._follow(known, new, gone, before, touched)
         return self._number
 
     def _text(self, path: Path, identified: bool) -> str:
-        key = (path.next_hop, path.path_id, path.communities, path.med, identified)
+        hop = path.next_hop
+        key = (int(hop), hop.version, path.path_id, path.communities, path.med, identified)
         text = self._texts.get(key)
         if text is None:
             text = self._texts[key] = exabgp.attributes(path, identified)
         return text
 
-    def _routes(self, paths: Iterable[Path], several: bool) -> list[Route]:
-        """The routes for a peer, in order: all paths, or the first of each prefix."""
-        routes: dict[object, Route] = {}
-        for path in sorted(paths, key=_order):
-            text = exabgp.prefix(path.prefix, path.next_hop)
-            route = Route(self._text(path, several), text)
-            routes.setdefault(len(routes) if several else text, route)
-        return list(routes.values())
+    def _routes(self, paths: Iterable[tuple[Network, Iterable[Path]]], several: bool) -> Routes:
+        """The routes for a peer, by family and in order: all paths, or the first of each prefix."""
+        routes: Routes = {4: [], 6: []}
+        for prefix, some in sorted(paths, key=_order):
+            ranked = sorted(some, key=_rank)
+            text = exabgp.prefix(prefix, *(path.next_hop for path in ranked))
+            for path in ranked if several else ranked[:1]:
+                routes[prefix.version].append(Route(self._text(path, several), text))
+        return routes
 
     def _fill(self, table: Table) -> None:
         """Make `wanted` anew."""
@@ -194,38 +202,34 @@ class Announcer:
         fresh = [
             route
             for version, several in sorted((table.modes or {}).items())
-            for route in self._routes(_flat(self._paths, self._paths, version), several)
+            for route in self._routes(_of_family(self._paths, self._paths, version), several)[
+                version
+            ]
         ]
         for route in fresh:
             table.want(route)
         for route in (*sorted(old - table.wanted), *fresh):
             self._consider(table, route)
 
-    def _change(self, table: Table, new: list[Route], gone: list[Route]) -> None:
-        table.wanted.difference_update(gone)
-        for route in new:
-            table.want(route)
-        for route in (*gone, *new):
-            self._consider(table, route)
-
     def _follow(
         self,
         table: Table,
-        new: list[Route],
-        gone: list[Route],
+        new: Routes,
+        gone: Routes,
         before: Mapping[Network, frozenset[Path]],
         touched: set[Network],
     ) -> None:
         """Take in what changed, family by family; new, gone: the routes of a peer with ADD-PATH."""
         for version, several in sorted((table.modes or {}).items()):
-            if several:
-                fresh = [route for route in new if route.version == version]
-                old = [route for route in gone if route.version == version]
-            else:
-                # Look again which path of these prefixes it gets.
-                fresh = self._routes(_flat(self._paths, touched, version), False)
-                old = self._routes(_flat(before, touched, version), False)
-            self._change(table, fresh, old)
+            fresh, old = new[version], gone[version]
+            if not several:  # look again which path of these prefixes it gets
+                fresh = self._routes(_of_family(self._paths, touched, version), False)[version]
+                old = self._routes(_of_family(before, touched, version), False)[version]
+            table.wanted.difference_update(old)
+            for route in fresh:
+                table.want(route)
+            for route in (*old, *fresh):
+                self._consider(table, route)
 
     def _consider(self, table: Table, route: Route) -> None:
         table.consider(route, self._number)
@@ -282,8 +286,8 @@ class Announcer:
     def _learn(self, table: Table, ledger: Iterable[Held]) -> None:
         """Plan for a peer of which exactly this is known."""
         for entry in ledger:
-            for prefix in entry.prefixes:
-                table.learn(Route(entry.attributes, prefix), entry.sure)
+            routes = [Route(entry.attributes, prefix) for prefix in entry.prefixes]
+            table.learn(entry.attributes, routes, entry.sure)
         table.unsure -= table.held
         table.blocked = table.modes is not None and table.stray()
         if table.modes is not None:
@@ -323,23 +327,23 @@ class Announcer:
                 self._answer(table, id, command, ok)
 
     def _answer(self, table: Table, id: int, command: Command, ok: bool) -> None:
-        for prefix in command.prefixes:
-            route = Route(command.attributes, prefix)
-            if table.busy.get(route) != id:
-                continue  # sent for a table of this peer that is no more
+        routes = [Route(command.attributes, prefix) for prefix in command.prefixes]
+        # The others were sent for a table of this peer that is no more.
+        routes = [route for route in routes if table.busy.get(route) == id]
+        for route in routes:
             del table.busy[route]
-            if not ok:
-                table.refused.add(route)
-                table.held.discard(route)
-                table.learn(route, False)
-                self._consider(table, route)
-                continue
-            if command.verb is Verb.ANNOUNCE:
-                table.learn(route, True)
-            else:
-                table.lose(route)
-            for other in (route, *table.displace(route)):
-                self._consider(table, other)
+        if not ok:
+            table.refused.update(routes)
+            table.held.difference_update(routes)
+            table.learn(command.attributes, routes, False)
+        elif command.verb is Verb.ANNOUNCE:
+            table.learn(command.attributes, routes, True)
+            routes += table.displace(command.attributes, routes)
+        else:
+            table.lose(routes)
+            routes += table.displace(command.attributes, routes)
+        for route in routes:
+            self._consider(table, route)
 
     def retry(self) -> None:
         """Try again what was refused. The port calls it now and then."""
@@ -409,31 +413,30 @@ class Announcer:
         chosen = [
             table
             for table in tables
-            if table is first
-            or all(prefix in table.todo[verb].get(attributes, ()) for prefix in prefixes)
+            if table is first or table.todo[verb].get(attributes, {}).keys() >= set(prefixes)
         ]
         for table in chosen:
-            for prefix in prefixes:
-                route = Route(attributes, prefix)
-                table.enqueue(route, None)
-                table.busy[route] = self._next_id
+            table.take(verb, attributes, prefixes, self._next_id)
         return Command(verb, tuple(table.peer for table in chosen), attributes, prefixes)
 
 
-def _order(path: Path) -> tuple[int, int, int, int, int]:
-    network, hop = path.prefix, path.next_hop
-    return network.version, int(network.network_address), network.prefixlen, int(hop), path.path_id
+def _order(entry: tuple[Network, object]) -> tuple[int, int, int]:
+    prefix = entry[0]
+    return prefix.version, int(prefix.network_address), prefix.prefixlen
 
 
-def _flat(
+def _rank(path: Path) -> tuple[int, int]:
+    return int(path.next_hop), path.path_id
+
+
+def _of_family(
     paths: Mapping[Network, frozenset[Path]], prefixes: Iterable[Network], version: int
-) -> Iterator[Path]:
-    of_family = (prefix for prefix in prefixes if prefix.version == version)
-    return (path for prefix in of_family for path in paths.get(prefix, ()))
+) -> Iterator[tuple[Network, frozenset[Path]]]:
+    return ((p, paths.get(p, _NONE)) for p in prefixes if p.version == version)
 
 
-def _check(prefix: Network, paths: frozenset[Path]) -> None:
-    if any(path.prefix != prefix for path in paths):
+def _check(prefix: Network, paths: frozenset[Path], fresh: Iterable[Path]) -> None:
+    if any(path.prefix is not prefix and path.prefix != prefix for path in fresh):
         raise SpeakerError(f"a path of {prefix} is for another prefix")
     if len({path.path_id for path in paths}) != len(paths):
         raise SpeakerError("two paths have the same prefix and path-id")

@@ -79,41 +79,49 @@ class Table:
 
     def successor(self, old: Route) -> Route | None:
         """A wanted route, not there yet, that takes the place of `old`."""
-        if self.foreign(old):
+        attributes = old.attributes
+        others = {a for key in _keys(attributes) for a in self.kin.get(key, ()) if a != attributes}
+        if not others or self.foreign(old):
             return None
-        for key in _keys(old.attributes):
-            for attributes in sorted(self.kin.get(key, ())):
-                new = Route(attributes, old.prefix)
-                if new in self.wanted and new not in self.held:
-                    return new
+        for other in sorted(others):
+            new = Route(other, old.prefix)
+            if new in self.wanted and new not in self.held:
+                return new
         return None
 
-    def learn(self, route: Route, sure: bool) -> None:
-        """The route is there, or may be."""
-        (self.held if sure else self.unsure).add(route)
+    def learn(self, attributes: str, routes: list[Route], sure: bool) -> None:
+        """These routes, all with these attributes, are there, or may be."""
+        (self.held if sure else self.unsure).update(routes)
         if sure:
-            self.unsure.discard(route)
-        self.slots.setdefault(_keys(route.attributes)[1], set()).add(route.attributes)
+            self.unsure.difference_update(routes)
+        self.slots.setdefault(_keys(attributes)[1], set()).add(attributes)
 
-    def displace(self, route: Route) -> list[Route]:
-        """A command for the route was done: what else was in its slot is not there any more."""
-        gone = []
-        for attributes in sorted(self.slots.get(_keys(route.attributes)[1], ())):
-            other = Route(attributes, route.prefix)
-            if other != route and (other in self.held or other in self.unsure):
-                self.lose(other)
-                gone.append(other)
+    def displace(self, attributes: str, routes: list[Route]) -> list[Route]:
+        """A command for them was done: what else was in their slots is not there any more."""
+        others = self.slots.get(_keys(attributes)[1], set()) - {attributes}
+        candidates = [Route(a, route.prefix) for a in sorted(others) for route in routes]
+        gone = [other for other in candidates if other in self.held or other in self.unsure]
+        self.lose(gone)
         return gone
 
-    def lose(self, route: Route) -> None:
-        """The route is not there."""
-        self.held.discard(route)
-        self.unsure.discard(route)
+    def lose(self, routes: list[Route]) -> None:
+        """The routes are not there."""
+        self.held.difference_update(routes)
+        self.unsure.difference_update(routes)
+
+    def take(self, verb: Verb, attributes: str, prefixes: tuple[str, ...], id: int) -> None:
+        """These are in the command `id` now; what is left of their queue goes behind the others."""
+        queue = self.todo[verb].pop(attributes)
+        for prefix in prefixes:
+            del queue[prefix]
+            self.busy[Route(attributes, prefix)] = id
+        if queue:
+            self.todo[verb][attributes] = queue
 
     def enqueue(self, route: Route, verb: Verb | None) -> None:
         """Put the route into the queue of `verb` and no other."""
         for other, grouped in self.todo.items():
-            if other == verb:
+            if other is verb:
                 grouped.setdefault(route.attributes, {})[route.prefix] = None
             elif (prefixes := grouped.get(route.attributes)) is not None:
                 prefixes.pop(route.prefix, None)

@@ -177,13 +177,23 @@ def _large_community(text: str) -> str:
     return text
 
 
-def prefix(value: object, hop: Address | None = None) -> str:
-    """The canonical text of a prefix; SpeakerError if it is none or not of the family of `hop`."""
+def prefix(value: object, *hops: Address) -> str:
+    """The canonical text of a prefix; SpeakerError if it is none, or a hop of another family."""
     if not isinstance(value, IPv4Network | IPv6Network):
         raise SpeakerError("prefix must be an IP network")
-    if hop is not None and value.version != hop.version:
-        raise SpeakerError(f"next hop {hop} is not of the family of {value}")
+    for hop in hops:
+        if value.version != hop.version:
+            raise SpeakerError(f"next hop {hop} is not of the family of {value}")
     return str(value)
+
+
+@lru_cache(maxsize=1 << 15)
+def _family(text: str) -> int:
+    """The IP version of a prefix in canonical form; ValueError if it is not."""
+    network = ip_network(text)
+    if str(network) != text:
+        raise ValueError(f"{text} is not canonical")
+    return network.version
 
 
 @lru_cache(maxsize=1 << 16)
@@ -235,9 +245,8 @@ def check_command(command: Command) -> Command:
             if checked_address(ip_address(peer), "peer") != peer:
                 raise MessageError("peer is not in canonical form")
         for text in command.prefixes:
-            network = ip_network(text)
-            if str(network) != text or network.version != version:
-                raise MessageError("prefix is not canonical or not of the next hop's family")
+            if _family(text) != version:
+                raise MessageError("prefix is not of the next hop's family")
     except (ValueError, SpeakerError) as error:
         raise MessageError(f"command is not valid: {error}") from error
     return command

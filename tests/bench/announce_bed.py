@@ -50,8 +50,8 @@ class Bed:
         run(*ip, "link", "add", "rack", "type", "bridge")
         run(*ip, "address", "add", f"{SPEAKER}/24", "dev", "rack")
         run(*ip, "link", "set", "rack", "up")
-        for address in (FED, *FEEDERS):
-            run(*ip, "address", "add", f"{address}/24", "dev", "lo")
+        for fed in (FED, *FEEDERS):
+            run(*ip, "address", "add", f"{fed}/24", "dev", "lo")
         for namespace, address in self.switches.items():
             port = f"port-{namespace[-1]}"
             end = ("type", "veth", "peer", "name", "eth0", "netns", namespace)
