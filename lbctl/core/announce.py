@@ -34,7 +34,7 @@ from lbctl.core.model import Agreed, Network, Path
 from lbctl.core.pmap import PMap, changed
 from lbctl.errors import MessageError, SpeakerError
 
-WINDOW: Final = 8
+WINDOW: Final = 32
 PRUNE_EVERY: Final = 512  # numbers between two clearances of what is remembered for speed
 
 
