@@ -79,9 +79,11 @@ def table(identities: Sequence[str]) -> Row:
 def _walk(value: int, size: int) -> Iterator[int]:
     """The buckets in an endpoint's order, each once."""
     if size > _COARSE:
-        turn = value >> 40
-        parts = [(turn + part) % 4 for part in range(4)]
-        return (4 * bucket + part for bucket in _walk(value, size // 4) for part in parts)
+        turn, parts, inside = value >> 40, size // _COARSE, [0]
+        while len(inside) < parts:
+            inside = [4 * place + (turn + part) % 4 for place in inside for part in range(4)]
+        starts = map(parts.__mul__, _walk(value, _COARSE))
+        return (start + place for start in starts for place in inside)
     position, skip = value % size, (value >> 32) % size | 1
     # Cut from the numbers 0, 1, … repeated: twice as fast as counting.
     return iter((_BUCKETS[:size] * (skip + 1))[position::skip])

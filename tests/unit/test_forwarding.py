@@ -243,6 +243,23 @@ def test_affinity_takes_the_clients_address_alone() -> None:
     assert len({cluster.lands("n1", client) for client in CLIENTS}) == 1
 
 
+@pytest.mark.parametrize(("count", "most"), [(3, 0.32), (6, 0.22), (12, 0.2)])
+def test_affinity_moves_the_new_endpoint_s_share_of_the_clients(count: int, most: float) -> None:
+    """New connections of a client: the same pod by every node; shares as in docs/forwarding.md."""
+    pods = [pod(n, p) for p in range(2, 7) for n in (1, 2, 3)]
+    clients = [(f"203.0.{112 + k // 250}.{k % 250}", 20000 + 7 * k) for k in range(500)]
+    cluster = Cluster()
+    homes = []
+    for some in (pods[:count], pods[: count + 1]):
+        cluster.apply(table(*some, of=service(affinity=True)))
+        homes.append([cluster.lands("n1", client) for client in clients])
+        for entry in ("n2", "n3"):  # the switch hashes anew, the client takes another port
+            again = [cluster.lands(entry, (address, 1 + port)) for address, port in clients]
+            assert again == homes[-1]
+    moved = sum(was != now for was, now in zip(*homes, strict=True)) / len(clients)
+    assert 0.5 / count < moved <= most
+
+
 def test_sctp_is_carried() -> None:
     (port,) = table(*PODS, of=service(protocols=(Protocol.SCTP,))).eips[EIP].ports
     assert port.protocol is Protocol.SCTP and len(port.endpoints) == len(PODS)
