@@ -48,7 +48,7 @@ class Chooser:
         for address in asked.addresses:
             if address.version not in service.families:
                 said = f"{address} is asked for, but the Service has no IPv{address.version} family"
-                return self._refuse(service, have, Reason.ADDRESS_OUTSIDE_POOLS, said)
+                return self._refuse(service, asked, have, Reason.ADDRESS_OUTSIDE_POOLS, said)
         wish, why = asked.address(family) if asked.addresses else None, "is asked for"
         if wish is None and have is None and not asked.pool:
             wish, why = self._supply.reserved_for(service.ref, family), "is reserved for it"
@@ -70,7 +70,7 @@ class Chooser:
 
     def keep(self, record: Record, service: Service, family: int, why: tuple[Reason, str]) -> Pick:
         """What it has, when nothing that it asks for can be followed."""
-        return self._refuse(service, self.have(record, service, family), *why)
+        return self._refuse(service, None, self.have(record, service, family), *why)
 
     def adopt(self, record: Record, service: Service, asked: Asked, family: int) -> Pick | None:
         """`takeover: adopt`: what the status shows stays, whatever the rules of giving say.
@@ -101,7 +101,7 @@ class Chooser:
                 return joined
             why = f"which Service {holder.owner} holds"
         said = f"its status shows {address}, {why}; it is left as it is"
-        return self._refuse(service, None, Reason.NOT_ADOPTED, said)._replace(wish=address)
+        return self._refuse(service, asked, None, Reason.NOT_ADOPTED, said)._replace(wish=address)
 
     def have(self, record: Record, service: Service, family: int) -> Eip | None:
         """The EIP of a family that is its own now."""
@@ -140,7 +140,7 @@ class Chooser:
         if self._supply.config is not None:
             if pool is None:
                 said = f"it has {have.address}, which is in none of the accepted pools"
-                return self._refuse(service, have, Reason.ADDRESS_OUTSIDE_POOLS, said)
+                return self._refuse(service, asked, have, Reason.ADDRESS_OUTSIDE_POOLS, said)
             if asked.pool and asked.pool != pool.name:
                 return self._any(service, asked, have.address.version, have)
         kept = self._own(service, have, asked)
@@ -221,28 +221,30 @@ class Chooser:
         """An address asked for. The old one is kept until the new one can be had."""
         config, pool = self._supply.config, self._supply.pool_of(wish)
         if config is None:
-            return self._refuse(service, have, Reason.WAITING_FOR_CONFIG, "")
+            return self._refuse(service, asked, have, Reason.WAITING_FOR_CONFIG, "")
         mine = next((eip for eip in record.eips if eip.address == wish), None)
         if pool is None or (mine is None and self._supply.is_forbidden(wish)):
             said = f"{wish} {why}, but it is in none of the accepted pools"
             if pool is not None:
                 said = f"{wish} {why}, but it belongs to the cluster itself"
-            return self._refuse(service, have, Reason.ADDRESS_OUTSIDE_POOLS, said)
+            return self._refuse(service, asked, have, Reason.ADDRESS_OUTSIDE_POOLS, said)
         if asked.pool not in ("", pool.name):
             said = f"{wish} {why}, but it is not in pool {value_of(asked.pool)}, asked for as well"
-            return self._refuse(service, have, Reason.ADDRESS_OUTSIDE_POOLS, said)
+            return self._refuse(service, asked, have, Reason.ADDRESS_OUTSIDE_POOLS, said)
         labels = self._supply.labels(service.ref.namespace)
         if mine is not None and self._may_return(service, pool, wish):
             return self._rebound(service, asked, mine)
         denial = tenancy.may_ask(config, pool, service, labels, wish)
         if denial is not None:
-            return self._refuse(service, have, *denial)
+            return self._refuse(service, asked, have, *denial)
         holder = self._held.eips.get(wish)
         if holder is not None:
             return self._wish_held(service, asked, holder, why, have)
         credit = have.pool if have is not None else ""
         if not self._supply.has_room(pool.name, service.ref.namespace, credit):
-            refused = self._refuse(service, have, Reason.QUOTA_EXCEEDED, self._quota(pool, service))
+            refused = self._refuse(
+                service, asked, have, Reason.QUOTA_EXCEEDED, self._quota(pool, service)
+            )
             return refused._replace(lines=((pool.name, service.ref.namespace),))
         return self._new(service, asked, wish, Reason.ALLOCATED)
 
@@ -259,7 +261,7 @@ class Chooser:
             if isinstance(joined, Pick):
                 return joined
             reason, said = joined[0], f"{address} {why}, but {joined[1]}"
-        return self._refuse(service, have, reason, said)._replace(wish=address)
+        return self._refuse(service, asked, have, reason, said)._replace(wish=address)
 
     def _join(self, service: Service, asked: Asked, eip: Eip) -> Pick | tenancy.Denial:
         """Onto an address that others have, or why not."""
@@ -292,14 +294,14 @@ class Chooser:
         """A free address of the pool asked for, or of the pools that give by themselves."""
         config = self._supply.config
         if config is None:
-            return self._refuse(service, have, Reason.WAITING_FOR_CONFIG, "")
+            return self._refuse(service, asked, have, Reason.WAITING_FOR_CONFIG, "")
         if asked.pool and (denial := self._pool_denied(service, asked.pool)):
-            return self._refuse(service, have, *denial)
+            return self._refuse(service, asked, have, *denial)
         found = self._supply.first(service, family, asked.pool)
         if isinstance(found, Free):
             return self._new(service, asked, found.address, Reason.ALLOCATED, found.pool)
         reason, said = self._none_free(service, asked, family, found)
-        return self._refuse(service, have, reason, said)._replace(lines=found)
+        return self._refuse(service, asked, have, reason, said)._replace(lines=found)
 
     def _pool_denied(self, service: Service, name: str) -> tenancy.Denial | None:
         config = self._supply.config
@@ -363,8 +365,10 @@ class Chooser:
         same = seen.owner_uid == service.uid
         return Pick(eip, seen, Reason.RESTORED if same else Reason.RECREATED)
 
-    def _refuse(self, service: Service, have: Eip | None, reason: Reason, said: str) -> Pick:
-        kept = self._own(service, have) if have is not None else None
+    def _refuse(
+        self, service: Service, asked: Asked | None, have: Eip | None, reason: Reason, said: str
+    ) -> Pick:
+        kept = self._own(service, have, asked) if have is not None else None
         return Pick(kept, have, reason, f"Service {service.ref}: {said or SENTENCE[reason]}")
 
 

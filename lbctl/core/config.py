@@ -206,7 +206,7 @@ class Config(Model):
         return self._owned.get((service, version))
 
 
-@dataclass(frozen=True, slots=True, order=True)
+@dataclass(frozen=True, slots=True)
 class ShrinkConflict:
     """A Service that would lose its address. `str()` is a sentence."""
 
@@ -228,15 +228,14 @@ def shrink_conflicts(eips: Iterable[Eip], new: Config) -> tuple[ShrinkConflict, 
 
     Those of a pool that says `release: true` are let go.
     """
-    return tuple(
-        sorted(
-            ShrinkConflict(eip.owner, eip.address, eip.pool)
-            for eip in eips
-            if eip.phase is Phase.BOUND
-            and new.pool_of(eip.address) is None
-            and not new.lets_go(eip.pool)
-        )
-    )
+    found = [
+        ShrinkConflict(eip.owner, eip.address, eip.pool)
+        for eip in eips
+        if eip.phase is Phase.BOUND
+        and new.pool_of(eip.address) is None
+        and not new.lets_go(eip.pool)
+    ]
+    return tuple(sorted(found, key=lambda c: (c.service, c.address.version, int(c.address))))
 
 
 def parse(text: str, source: str = "config.yaml") -> Config:

@@ -44,6 +44,7 @@ class Server:
     def __init__(self) -> None:
         self.services: dict[ObjectRef, Service] = {}
         self.eips: dict[Address, Eip] = {}
+        self.labels: dict[str, dict[str, str]] = {}  # of namespaces
         self.watchers: dict[int, list[ObjectRef | Address]] = {}
         self.now_s = 1000.0
         self._version = 0
@@ -134,6 +135,7 @@ class Leader:
 
     server: Server
     allocator: Allocator
+    facts: Facts = FACTS
     queue: list[ObjectRef | Address] = field(default_factory=list)
     todo: list[actions.Action] = field(default_factory=list)
     releases: Releases = field(default_factory=Releases)
@@ -146,13 +148,21 @@ class Leader:
     @classmethod
     def start(cls, server: Server, accepted: Config) -> Leader:
         """A new leader: everything is listed before anything is planned."""
-        leader = cls(server, Allocator(accepted))
+        leader = cls(server, Allocator())
+        leader.configure(accepted)
+        for name, labels in server.labels.items():
+            leader.allocator.set_namespace(name, labels)
         for eip in server.eips.values():
             leader.see(eip)
         for service in server.services.values():
             leader.see(service)
         server.watchers[id(leader)] = leader.queue
         return leader
+
+    def configure(self, accepted: Config) -> None:
+        """A configuration is in force."""
+        self.allocator.configure(accepted)
+        self.facts = replace(FACTS, rule=accepted.services)
 
     def see(self, found: Eip | Service) -> None:
         if isinstance(found, Eip):
@@ -186,13 +196,21 @@ class Leader:
         self.lose(key) if found is None else self.see(found)
 
     def decide(self) -> None:
+        self.plan()
+        self.release()
+
+    def plan(self) -> None:
+        """What the allocator wants."""
         self.skip.clear()
         self.fresh.clear()
         self.todo += self.allocator.plan()
+
+    def release(self) -> None:
+        """The next step of every address that is given back."""
         for eip in sorted(self.cached.values(), key=lambda e: int(e.address)):
             owned = self.allocator.owned(eip.owner)
             service = self.services.get(eip.owner)
-            step = self.releases.step(eip, service, owned, FACTS, self.server.now_s)
+            step = self.releases.step(eip, service, owned, self.facts, self.server.now_s)
             self.todo += step.actions
 
     def act(self, limit: int | None = None) -> None:

@@ -168,3 +168,13 @@ def test_a_drained_pool_on_request_and_by_joining() -> None:
     world.put(*late)
     assert set(world.addresses()) == {"s"}
     assert world.reason("shop/asks") is world.reason("shop/joins") is Reason.POOL_DRAINING
+
+
+def test_a_cleared_sharing_key_counts_though_the_rest_is_refused() -> None:
+    """Nobody joins what its owner no longer shares, whatever else it asks for in vain."""
+    world = World(config("name: a, addresses: [10.0.0.0/24]"))
+    world.put(sharing("web", 1, "k"))
+    world.put(service("web", 1, annotations={"lbctl.io/address-pool": "none"}))
+    assert world.reason("web") is Reason.POOL_UNKNOWN
+    world.put(sharing("dns", 2, "k", ports=ports("53/UDP")))
+    assert world.addresses() == {"web": "10.0.0.0", "dns": "10.0.0.1"}

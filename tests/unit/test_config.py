@@ -418,6 +418,7 @@ def test_a_pool_that_shrinks_under_addresses_in_use() -> None:
     web, api = ObjectRef("default", "web"), ObjectRef("default", "api")
     eips = [
         Eip(ip_address("198.51.100.70"), "public", web, "u1"),
+        Eip(ip_address("2001:db8::1"), "public", web, "u1"),  # of both families, the same owner
         Eip(ip_address("198.51.100.5"), "public", web, "u1"),
         Eip(ip_address("198.51.100.71"), "public", api, "u2"),
         Eip(ip_address("198.51.100.72"), "public", web, "u3", phase=Phase.RELEASING),
@@ -425,6 +426,7 @@ def test_a_pool_that_shrinks_under_addresses_in_use() -> None:
     assert [str(conflict) for conflict in shrink_conflicts(eips, new)] == [
         "Service default/api uses 198.51.100.71 of pool public",
         "Service default/web uses 198.51.100.70 of pool public",
+        "Service default/web uses 2001:db8::1 of pool public",
     ]
 
 
