@@ -32,6 +32,7 @@ from lbctl.kube.client import Client, Resource
 
 POLL_S: Final = 0.3
 _AT_A_TIME: Final = 16
+_TRIES: Final = 20  # of a write that meets others'
 _SHOWN: Final = 10  # steps of one kind
 Say = Callable[[str], None]
 
@@ -222,7 +223,7 @@ class Uninstaller:
     async def _let_go(self, step: plans.LetGo) -> None:
         """Status first: what holds a Service is taken off when nothing of it is left."""
         ref = step.service
-        while True:
+        for _ in range(_TRIES):
             try:
                 item = await self._client.get(api.SERVICES.path(ref.namespace, ref.name))
                 of_status, of_meta = plans.let_go(step, item)
@@ -237,6 +238,7 @@ class Uninstaller:
                 return
             except Conflict:
                 continue  # somebody wrote in between: look again
+        raise KubeError(f"Service {ref}: somebody else writes it all the time")
 
     async def _wait(self, look: Callable[[], Awaitable[str]]) -> None:
         """Until `look` finds nothing ("") left. Raises KubeError with what is, at the limit."""
