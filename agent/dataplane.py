@@ -10,8 +10,10 @@ our table is seen by its handles and its element counts, never by reading all el
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import subprocess
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final
 
@@ -44,6 +46,7 @@ class Dataplane:
     def __init__(self) -> None:
         self._netlink = Nfnetlink()
         self._writer = BatchWriter()
+        self._sender = ThreadPoolExecutor(1, "kernel")
         self._kernel: Ruleset | None = None  # None: unknown
         self._counted: tuple[Ruleset, dict[SetKey, int]] = (Ruleset(), {})
         self._shape: tuple[object, ...] | None = None
@@ -58,13 +61,14 @@ class Dataplane:
 
     def close(self) -> None:
         """Close the netlink sockets; the tables stay."""
+        self._sender.shutdown()
         self._netlink.close()
         self._writer.close()
 
     async def survey(self) -> None:
         """Find out what this kernel and nft lack; before the first `set`."""
         try:
-            await run_nft(TIMEOUT_TRIAL, "--check")
+            await asyncio.to_thread(run_nft, TIMEOUT_TRIAL, "--check")
         except DataplaneError as error:
             self.lacking = (
                 f"ct timeout objects cannot be used ({error}): unanswered flows stay in"
@@ -99,17 +103,14 @@ class Dataplane:
         """
         started = time.monotonic()
         known = self._kernel
-        steps = nft.steps(known, rules, timeouts=not self.lacking)
-        # A big load is made step by step: what is not made yet takes no memory.
-        step = await asyncio.to_thread(next, steps, None)
-        if step is None:
-            return False
         self._kernel = None
         try:
-            while step is not None:
-                await self._take(step)
-                step = await asyncio.to_thread(next, steps, None)
-            self._remember(rules, fresh=known is None or nft.reshapes(known, rules))
+            steps = nft.steps(known, rules, timeouts=not self.lacking)
+            count = await asyncio.to_thread(self._write, steps)
+            if not count:
+                self._kernel = known
+                return False
+            self._remember(rules, count, fresh=known is None or nft.reshapes(known, rules))
         except DataplaneError:
             self.figures.failed += 1
             raise
@@ -118,14 +119,30 @@ class Dataplane:
         self.figures.last_s = time.monotonic() - started
         return True
 
-    async def _take(self, step: Step) -> None:
-        if isinstance(step, str):
-            await run_nft(step)
-        else:
-            await asyncio.to_thread(self._writer.send, step)
+    def _write(self, steps: Iterator[Step]) -> int:
+        """Runs in a thread. The next step is made while the kernel takes one; how many there were.
 
-    def _remember(self, rules: Ruleset, fresh: bool) -> None:
-        self._seen = self._netlink.generation()
+        What is not made yet takes no memory.
+        """
+        count, step = 0, next(steps, None)
+        while step is not None:
+            taken = self._sender.submit(self._take, step)
+            step = next(steps, None)
+            taken.result()
+            count += 1
+        return count
+
+    def _take(self, step: Step) -> None:
+        if isinstance(step, str):
+            run_nft(step)
+        else:
+            self._writer.send(step)
+
+    def _remember(self, rules: Ruleset, count: int, fresh: bool) -> None:
+        before, self._seen = self._seen, self._netlink.generation()
+        if not fresh and self._seen == before + count:
+            self._kernel = rules  # nobody else wrote meanwhile
+            return
         found = self._fingerprints()
         if not self._fits(found, rules):
             raise DataplaneError("someone changed our nftables table while it was written")
@@ -165,40 +182,26 @@ class Dataplane:
         """Packets by named counter."""
         return self._netlink.counters()
 
-    async def remove(self) -> None:
-        """Remove every trace."""
-        self._kernel = None
-        await run_nft(nft.removal())
-
 
 def _shape(found: _Found) -> tuple[object, ...]:
     return tuple(one and one.shape() for _, one in sorted(found.items()))
 
 
-async def run_nft(text: str, *options: str) -> None:
+def run_nft(text: str, *options: str) -> None:
     """Give one transaction to nft. Raises DataplaneError with what it said."""
     try:
-        process = await asyncio.create_subprocess_exec(
-            "nft",
-            *options,
-            "-f",
-            "-",
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.DEVNULL,
-            stderr=asyncio.subprocess.PIPE,
+        done = subprocess.run(
+            ("nft", *options, "-f", "-"),
+            input=text.encode(),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            timeout=NFT_LIMIT_S,
+            check=False,
         )
     except OSError as error:
         raise DataplaneError(f"nft cannot be run: {error}") from error
-    try:
-        async with asyncio.timeout(NFT_LIMIT_S):
-            _, stderr = await process.communicate(text.encode())
-    except TimeoutError as error:
+    except subprocess.TimeoutExpired as error:
         raise DataplaneError(f"nft took longer than {NFT_LIMIT_S:.0f} s") from error
-    finally:
-        if process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
-            await process.wait()
-    if process.returncode:
-        said = stderr.decode("utf-8", "replace").strip().splitlines()
-        raise DataplaneError(f"nft: {said[0] if said else process.returncode}")
+    if done.returncode:
+        said = done.stderr.decode("utf-8", "replace").strip().splitlines()
+        raise DataplaneError(f"nft: {said[0] if said else done.returncode}")

@@ -193,11 +193,11 @@ class Engine:
         reach.plan(inputs, index)
         await reach.ensure()
         await reach.loosen()
-        planned = await asyncio.to_thread(self._plan, before, inputs, down, index)
+        planned, gone = await asyncio.to_thread(self._plan, before, inputs, down, index)
         repairing = self._dataplane.kernel is None
         written = await self._dataplane.set(planned.rules)
         await reach.prune()
-        await self._forget(before, planned)
+        await self._forget(gone)
         if not written:
             # Nothing of the kernel's differs, so neither does its generation.
             planned = replace(
@@ -220,11 +220,9 @@ class Engine:
                 took_s=round(time.monotonic() - started, 4),
             )
 
-    async def _forget(self, before: State, now: State) -> None:
+    async def _forget(self, gone: tuple[conntrack.Target, ...]) -> None:
         """End what conntrack knows of UDP flows to pods that left; after the tables know it."""
-        index = {**before.index, **now.index}
-        tables = before.table, now.table
-        if gone := await asyncio.to_thread(conntrack.left, *tables, self._node, index):
+        if gone:
             try:
                 count = await asyncio.to_thread(conntrack.forget, gone)
             except DataplaneError as error:  # the tables are right all the same
@@ -235,8 +233,11 @@ class Engine:
 
     def _plan(
         self, before: State, inputs: Inputs, down: frozenset[str], index: Mapping[str, int]
-    ) -> State:
-        """Runs in a thread: pure, and at the cost of what differs from `before`."""
+    ) -> tuple[State, tuple[conntrack.Target, ...]]:
+        """Runs in a thread: pure, and at the cost of what differs from `before`.
+
+        Returns the UDP targets that are no more, too.
+        """
         locator = self._located(inputs.nodes)
         since_s = time.monotonic() - FALLEN_S
         fallen = frozenset(name for name in down if self._fell_s.get(name, 0.0) > since_s)
@@ -259,7 +260,10 @@ class Engine:
             tunnel_peers=self._reach.tunnel_peers,
             tunnel_mtu=self._reach.tunnel_mtu,
         )
-        return render(state, self._node, before.rules.generation + 1, self._reach.uplinks, before)
+        generation = before.rules.generation + 1
+        made = render(state, self._node, generation, self._reach.uplinks, before)
+        numbers = {**before.index, **index}
+        return made, conntrack.left(before.table, table, self._node, numbers)
 
     def _others(self, table: Table, sources: Sources) -> State:
         """What every other node has had until now, while this one was off or not there.

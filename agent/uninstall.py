@@ -5,6 +5,7 @@ rp_filter of the uplinks stays as it is: what it was before is not known.
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import structlog
@@ -19,7 +20,7 @@ _log = structlog.get_logger()
 
 async def uninstall(directory: Path) -> None:
     """Remove everything of ours; again is harmless. Raises DataplaneError."""
-    await run_nft(nft.removal())
+    await asyncio.to_thread(run_nft, nft.removal())
     async with routes.opened() as links:
         removed = await links.remove()
     Store(directory, "").remove()

@@ -78,18 +78,23 @@ _Targets = tuple[tuple[Target, ...], Sequence[int]]
 def _rows(pods: Delta, nodes: Delta, old: _Targets, new: _Targets) -> tuple[Delta, Delta]:
     """Fill in the buckets whose target differs."""
     (was, one), (now, other) = old, new
+    if old == new or (not one and other.count(NOTHING) == len(other)):
+        return pods, nodes
     names = {target: number for number, target in enumerate(now)}
     same = [names.get(target, -1) for target in was]
     gone = [pods.gone if isinstance(t, tuple) else nodes.gone for t in was]
     fresh: list[list[int]] = [[] for _ in now]
-    for bucket, (before, after) in enumerate(zip_longest(one, other, fillvalue=NOTHING)):
-        if same[before] != after:
-            if before:
-                gone[before].append(bucket)
-            if after:
+    if not one:  # a whole load: twice as fast
+        for bucket, after in enumerate(other):
+            fresh[after].append(bucket)
+    else:
+        for bucket, (before, after) in enumerate(zip_longest(one, other, fillvalue=NOTHING)):
+            if same[before] != after:
+                if before:
+                    gone[before].append(bucket)
                 fresh[after].append(bucket)
     for target, buckets in zip(now, fresh, strict=True):
-        if buckets:
+        if buckets and target is not None:
             (pods if isinstance(target, tuple) else nodes).fresh[target] = buckets
     return pods, nodes
 

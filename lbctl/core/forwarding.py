@@ -108,28 +108,35 @@ class EipTable:
 class Locator:
     """Which node an endpoint's address is on. A function of the nodes alone."""
 
-    __slots__ = ("_addresses", "_cidrs", "_lengths", "_names", "key")
+    __slots__ = ("_addresses", "_cidrs", "_names", "_shifts", "key")
 
     def __init__(self, nodes: Iterable[Node]) -> None:
         every = sorted(nodes, key=lambda node: node.name)
         self.key = tuple((node.name, node.addresses, node.pod_cidrs) for node in every)
         self._names = frozenset(node.name for node in every)
-        self._addresses = {a: node.name for node in reversed(every) for a in node.addresses}
-        cidrs = [(cidr, node.name) for node in reversed(every) for cidr in node.pod_cidrs]
-        # By numbers: making a network of an address took most of a table's time.
-        self._cidrs = {_place(c.network_address, c.prefixlen): name for c, name in cidrs}
-        self._lengths = sorted({(c.version, c.prefixlen) for c, _ in cidrs}, reverse=True)
+        # By numbers: to hash an address takes longer than all the rest of `locate`.
+        self._addresses = {
+            (a.version, int(a)): node.name for node in reversed(every) for a in node.addresses
+        }
+        self._cidrs: dict[tuple[int, int, int], str] = {}
+        shifts = set()
+        for node in reversed(every):
+            for cidr in node.pod_cidrs:
+                shift = cidr.max_prefixlen - cidr.prefixlen
+                self._cidrs[cidr.version, shift, int(cidr.network_address) >> shift] = node.name
+                shifts.add((cidr.version, shift))
+        self._shifts = sorted(shifts)  # the longest prefix of a family first
 
     def locate(self, endpoint: Endpoint) -> str | None:
         """The node's name; None if the address is on no node."""
-        address = endpoint.address
-        if not deliverable(address):
+        version, number = endpoint.address.version, int(endpoint.address)
+        if not _deliverable(version, number):
             return None
-        if name := self._addresses.get(address):
+        if name := self._addresses.get((version, number)):
             return name
-        for version, length in self._lengths:
-            if version == address.version:
-                name = self._cidrs.get(_place(address, length))
+        for family, shift in self._shifts:
+            if family == version:
+                name = self._cidrs.get((version, shift, number >> shift))
                 if name:
                     return name
         if not self._cidrs and endpoint.pod and endpoint.node in self._names:
@@ -139,14 +146,13 @@ class Locator:
 
 def deliverable(address: Address) -> bool:
     """Whether packets can be sent to it at all: not loopback, multicast or unspecified."""
-    number = int(address)  # by numbers: the address's own properties are slow
-    if address.version == 4:
+    return _deliverable(address.version, int(address))
+
+
+def _deliverable(version: int, number: int) -> bool:
+    if version == 4:
         return 0 < number >> 24 != 127 and number >> 28 != 0xE
     return number > 1 and number >> 120 != 0xFF
-
-
-def _place(address: Address, length: int) -> tuple[int, int, int]:
-    return address.version, length, int(address) >> (address.max_prefixlen - length)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -293,6 +299,7 @@ def _eip(
     old: EipTable | None,
 ) -> EipTable:
     ports: list[PortTable] = []
+    named: list[_Names] = []
     refused: list[Refusal] = []
     nodes: set[str] = set()
     behind = {ref: known.ports for ref, _, known in members if known is not None}
@@ -304,17 +311,19 @@ def _eip(
             given = by_port.get((port.name, port.protocol), ())
             located, odd = _located(eip.address, given, sources)
             refused += odd
-            nodes.update(holder.node for holder, _ in located)
+            nodes.update(entry.holder.node for entry in located)
             made = _port(port, _way(service, sources.options), located, sources)
             if made is not None:
-                ports.append(_filled(made, before.get((port.protocol, port.port))))
+                table, names = made
+                ports.append(_filled(table, names, before.get((port.protocol, port.port))))
+                named.append(names)
     allowed = _sources(eip.address, shown[0][0] if shown else None)
     return EipTable(
         eip.address,
         eip.owner,
         tuple(ports),
         tuple(refused),
-        _digest(eip.address, allowed, ports),
+        _digest(eip.address, allowed, zip(ports, named, strict=True)),
         allowed,
         inputs,
         frozenset(nodes),
@@ -342,7 +351,13 @@ def _sources(eip: Address, service: Service | None) -> tuple[Network, ...]:
     )
 
 
-_Located = tuple[Holder, Endpoint]
+class _Located(NamedTuple):
+    name: str  # the holder's identity: making it takes longer than most of what is done with it
+    holder: Holder
+    endpoint: Endpoint
+
+
+_Names = tuple[str, ...]  # of a port's endpoints
 
 
 def _located(
@@ -363,8 +378,8 @@ def _located(
             continue
         holder = Holder(endpoint.address, endpoint.port, node)
         name = identity(holder)
-        if name not in found or (endpoint.ready and not found[name][1].ready):
-            found[name] = holder, endpoint
+        if name not in found or (endpoint.ready and not found[name].endpoint.ready):
+            found[name] = _Located(name, holder, endpoint)
     return [found[name] for name in sorted(found)], refused
 
 
@@ -377,54 +392,60 @@ def _elsewhere(endpoint: Endpoint, sources: Sources) -> str | None:
 
 def _port(
     port: ServicePort, way: tuple[bool, bool], located: list[_Located], sources: Sources
-) -> PortTable | None:
-    """The port's table but for its buckets."""
+) -> tuple[PortTable, _Names] | None:
+    """The port's table but for its buckets, and the identities of its endpoints."""
     down, gone = sources.down, sources.down - sources.fallen
-    alive = [(holder, endpoint) for holder, endpoint in located if holder.node not in down]
-    takers = {id(endpoint) for endpoint in taking(tuple(endpoint for _, endpoint in alive))}
-    chosen = tuple(holder for holder, endpoint in alive if id(endpoint) in takers)
-    members = tuple(holder for holder, _ in located if holder.node not in gone)
+    alive = [entry for entry in located if entry.holder.node not in down]
+    takers = {id(endpoint) for endpoint in taking(tuple(entry.endpoint for entry in alive))}
+    chosen = [entry for entry in alive if id(entry.endpoint) in takers]
     # With nowhere to send new flows, established ones stay where they are, on down nodes too:
     # should the judgement be wrong, nothing was lost by it.
-    holders = chosen or tuple(holder for holder, _ in alive or located)
-    if not holders:
+    entries = chosen or alive or located
+    if not entries:
         return None
     by_client, strict = way
+    holders = tuple(entry.holder for entry in entries)
+    members = tuple(entry.holder for entry in located if entry.holder.node not in gone)
     members = holders if members == holders else members
-    return PortTable(port.protocol, port.port, by_client, not chosen, holders, b"", members, strict)
+    closed = not chosen
+    table = PortTable(port.protocol, port.port, by_client, closed, holders, b"", members, strict)
+    return table, tuple(entry.name for entry in entries)
 
 
-def _filled(table: PortTable, old: PortTable | None) -> PortTable:
+def _filled(table: PortTable, names: _Names, old: PortTable | None) -> PortTable:
     """The table with its buckets; the old one if it says the same."""
     if old is not None and old.endpoints == table.endpoints:
         made = replace(table, endpoints=old.endpoints, owners=old.owners)
         return old if made == old else made
-    return replace(table, owners=_owners(table.endpoints))
-
-
-def _owners(holders: Iterable[Holder]) -> maglev.Row:
-    return maglev.table([identity(holder) for holder in holders])
+    return replace(table, owners=maglev.table(names))
 
 
 def restricted(table: PortTable, node: str) -> PortTable:
     """A strict port's table on one node: its own endpoints alone."""
     own = tuple(e for e in table.endpoints if e.node in (node, EVERYWHERE))
     members = tuple(e for e in table.members if e.node in (node, EVERYWHERE))
-    return replace(table, endpoints=own, owners=_owners(own), members=members)
+    owners = maglev.table([identity(holder) for holder in own])
+    return replace(table, endpoints=own, owners=owners, members=members)
 
 
 def identity(holder: Holder) -> str:
     """What an endpoint is hashed by: its address and port, never its name or its node."""
-    return f"{holder.address}|{holder.port}"
+    address = holder.address
+    if address.version == 6:
+        return f"{address}|{holder.port}"
+    a, b, c, d = address.packed  # str() takes three times as long, for a hundred thousand
+    return f"{a}.{b}.{c}.{d}|{holder.port}"
 
 
-def _digest(address: Address, sources: tuple[Network, ...], ports: Iterable[PortTable]) -> int:
+def _digest(
+    address: Address, sources: tuple[Network, ...], ports: Iterable[tuple[PortTable, _Names]]
+) -> int:
     total = blake2b(f"{maglev.FORMAT}|{maglev.SEED}|{address}".encode(), digest_size=8)
     total.update(",".join(map(str, sources)).encode())
-    for table in ports:
+    for table, names in ports:
         lines = [f"\n{table.protocol}|{table.port}"]
         lines.append(f"{table.by_client}|{table.closed}|{table.strict}")
-        lines += [f"{identity(endpoint)}|{endpoint.node}" for endpoint in table.endpoints]
+        lines += [f"{name}|{e.node}" for name, e in zip(names, table.endpoints, strict=True)]
         total.update("\n".join(lines).encode())
         owners = table.owners
         total.update(owners if isinstance(owners, bytes) else repr(owners).encode())

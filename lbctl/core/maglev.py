@@ -16,6 +16,7 @@ section 3.4.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from hashlib import blake2b
 from typing import Final, TypeAlias
 
@@ -23,7 +24,6 @@ FORMAT: Final = 2  # part of every digest; raise it whenever the same input give
 SEED: Final = 0x6C626374  # of the permutations here and of the packet hash in nftables
 SIZES: Final = (64, 256, 1024, 4096)
 Row: TypeAlias = bytes | tuple[int, ...]  # a small number for each bucket
-_BUCKETS: Final = bytes(range(256))
 _PER_ENDPOINT: Final = 20  # buckets: the spread is then within 1/20
 _COARSE: Final = 256  # the size whose permutations those of bigger ones follow
 
@@ -85,8 +85,15 @@ def _walk(value: int, size: int) -> Iterator[int]:
         starts = map(parts.__mul__, _walk(value, _COARSE))
         return (start + place for start in starts for place in inside)
     position, skip = value % size, (value >> 32) % size | 1
-    # Cut from the numbers 0, 1, … repeated: twice as fast as counting.
-    return iter((_BUCKETS[:size] * (skip + 1))[position::skip])
+    every = _twice(skip, size)
+    start = every.index(position)
+    return iter(every[start : start + size])
+
+
+@lru_cache(maxsize=256)
+def _twice(skip: int, size: int) -> bytes:
+    """The walk from 0, two times; there is one for each odd skip below the size."""
+    return bytes(step * skip % size for step in range(size)) * 2
 
 
 def _hash(identity: str) -> int:

@@ -128,12 +128,8 @@ class _Writer:
         self, place: tuple[int, int, str], prefix: bytes, buckets: Sequence[int], data: bytes
     ) -> None:
         length = len(prefix) + (0 if buckets[0] == WHOLE else 4)
-        head = (
-            struct.pack("=HH", 12 + length + len(data), 1 | _NESTED)
-            + struct.pack("=HH", 8 + length, 1 | _NESTED)
-            + struct.pack("=HH", 4 + length, 1)
-            + prefix
-        )
+        sizes = 12 + length + len(data), 1 | _NESTED, 8 + length, 1 | _NESTED, 4 + length, 1
+        head = struct.pack("=6H", *sizes) + prefix
         each = len(head) + length - len(prefix) + len(data)
         most = _LIMIT // each
         for start in range(0, len(buckets), most):
@@ -143,7 +139,7 @@ class _Writer:
                 self._close(place)
                 known = self._open.setdefault(place, bytearray())
             # What is alike between two buckets is the separator of a join.
-            known += head + (data + head).join([_BUCKETS[b] for b in part]) + data
+            known += head + (data + head).join(map(_BUCKETS.__getitem__, part)) + data
 
     def _close(self, place: tuple[int, int, str]) -> None:
         kind, version, name = place

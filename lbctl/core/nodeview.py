@@ -68,13 +68,14 @@ class PortElements:
 
     def counts(self) -> dict[str, int]:
         """Number of elements by map, for those of buckets."""
-        made = {"deliver": 0, "prev": 0, "spare": len(self.spare), "steer": 0}
-        for place, target in enumerate(self.targets):
-            if target is not None:
-                of_node = isinstance(target, int)
-                made["steer" if of_node else "deliver"] += self.now.count(place)
-                made["prev"] += self.past.count(place)
-        return made
+        pods = [place for place, target in enumerate(self.targets) if isinstance(target, tuple)]
+        own, none = sum(map(self.now.count, pods)), self.now.count(NOTHING)
+        return {
+            "deliver": own,
+            "prev": len(self.past) - self.past.count(NOTHING),
+            "spare": len(self.spare),
+            "steer": len(self.now) - none - own,
+        }
 
 
 def advance(

@@ -10,7 +10,7 @@ the hashes, no order at all: sort where it matters.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Set
+from collections.abc import Hashable, ItemsView, Iterable, Iterator, Mapping, Set, ValuesView
 from typing import Any, Final, Self, TypeVar
 
 K = TypeVar("K", bound=Hashable)
@@ -50,6 +50,8 @@ class PMap(Mapping[K, V]):
         return made
 
     def _with(self, put: Mapping[K, V], drop: Iterable[K]) -> tuple[tuple[_Branch, ...], int]:
+        if not self._size and len(put) >= _LEAVES:
+            return _built(put), len(put)
         leaves: dict[int, _Leaf] = {}
         size = self._size
 
@@ -105,8 +107,45 @@ class PMap(Mapping[K, V]):
                 for leaf in branch:
                     yield from leaf
 
+    def items(self) -> ItemsView[K, V]:
+        """Keys with their values."""
+        return _Items(self)
+
+    def values(self) -> ValuesView[V]:
+        """The values."""
+        return _Values(self)
+
+    def entries(self) -> Iterator[tuple[K, V]]:
+        """Keys with their values, without looking each up."""
+        for branch in self._branches:
+            if branch is not _NO_BRANCH:
+                for leaf in branch:
+                    yield from leaf.items()
+
     def __repr__(self) -> str:
         return f"PMap({dict(self)!r})"
+
+
+class _Items(ItemsView[K, V]):
+    _mapping: PMap[K, V]
+
+    def __iter__(self) -> Iterator[tuple[K, V]]:
+        return self._mapping.entries()
+
+
+class _Values(ValuesView[V]):
+    _mapping: PMap[Any, V]
+
+    def __iter__(self) -> Iterator[V]:
+        return (value for _, value in self._mapping.entries())
+
+
+def _built(items: Mapping[Any, Any]) -> tuple[_Branch, ...]:
+    """The branches of a big map of these entries alone."""
+    leaves: list[_Leaf] = [{} for _ in range(_LEAVES)]
+    for key, value in items.items():
+        leaves[hash(key) % _LEAVES][key] = value
+    return tuple(tuple(leaves[n : n + _WIDTH]) for n in range(0, _LEAVES, _WIDTH))
 
 
 def changed(old: Mapping[K, V], new: Mapping[K, V]) -> set[K]:

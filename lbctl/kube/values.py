@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from ipaddress import ip_address, ip_network
+from ipaddress import IPv4Address, ip_address, ip_network
+from socket import AF_INET, inet_pton
 
 from lbctl import errors
 from lbctl.core.model import Address, Network, Protocol
@@ -41,6 +42,10 @@ def protocol(text: str) -> Protocol:
 
 
 def address(text: str) -> Address:
+    try:  # a fifth of the time, and the same strictness; there may be a hundred thousand
+        return IPv4Address(inet_pton(AF_INET, text))
+    except (OSError, ValueError):
+        pass
     try:
         return ip_address(text)
     except ValueError as error:

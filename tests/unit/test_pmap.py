@@ -27,6 +27,7 @@ def test_it_is_a_map_and_old_versions_stay(steps: list[tuple[dict[int, str], set
     for made, plain in versions:
         assert made == plain and len(made) == len(plain) and set(made) == set(plain)
         assert all(made[key] is plain[key] and key in made for key in plain)
+        assert dict(made.items()) == plain and sorted(made.values()) == sorted(plain.values())
         assert made.get(12345) is None and 12345 not in made
         for other, as_dict in versions:
             apart = {k for k in plain.keys() | as_dict.keys() if plain.get(k) != as_dict.get(k)}
@@ -43,6 +44,7 @@ def test_no_change_is_the_same_object() -> None:
 
 def test_a_change_shares_all_but_one_leaf() -> None:
     made = PMap({n: str(n) for n in range(10_000)})
+    assert len(made) == 10_000 and made[9_999] == "9999"
     other = made.updated({77: "new"})
     was = [leaf for branch in made._branches for leaf in branch]
     now = [leaf for branch in other._branches for leaf in branch]
