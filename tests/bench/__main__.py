@@ -11,6 +11,7 @@ import argparse
 import datetime as dt
 import os
 import platform
+import signal
 import statistics
 import sys
 from collections.abc import Sequence
@@ -79,6 +80,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _announce(count: int) -> int:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # its namespaces go, whatever ends it
     for line in announce.measure(count):
         print(line, flush=True)
     return 0
