@@ -28,8 +28,8 @@ from agent.routes import Routes
 from agent.settling import Settling
 from lbctl.core import forwarding, nodeview
 from lbctl.core.clash import Clash
-from lbctl.core.forwarding import EVERYWHERE, Locator, Sources, Table
-from lbctl.core.model import Address, Node
+from lbctl.core.forwarding import EVERYWHERE, EipTable, Locator, Sources, Table
+from lbctl.core.model import Address, Behind, Node
 from lbctl.core.nftrules import UDP_MEMORY_S
 from lbctl.core.pmap import PMap, changed, persistent
 from lbctl.core.ways import assign, current_macs
@@ -50,14 +50,13 @@ _log = structlog.get_logger()
 class Confirmed:
     """What the kernel has taken.
 
-    eips: those that it carries, with whether one of its endpoints that takes new flows is on this
-    node.
+    eips: those that it carries, with where their endpoints are that take new flows.
     """
 
     generation: int = 0
     config_generation: int = 0
     table: Table = forwarding.EMPTY
-    eips: Mapping[Address, bool] = field(default_factory=PMap)
+    eips: Mapping[Address, Behind] = field(default_factory=PMap)
 
 
 class Engine:
@@ -369,17 +368,21 @@ async def _finished(work: Coroutine[Any, Any, None]) -> None:
         raise
 
 
-def confirmed_eips(me: str, last: Confirmed, table: Table) -> PMap[Address, bool]:
+def confirmed_eips(me: str, last: Confirmed, table: Table) -> PMap[Address, Behind]:
     """`Confirmed.eips` of a table on node `me`, made from the last."""
-    fresh: dict[Address, bool] = {}
+    fresh: dict[Address, Behind] = {}
     gone: list[Address] = []
     for address in changed(last.table.eips, table.eips):
         entry = table.eips.get(address)
         if entry is None:
             gone.append(address)
         else:
-            fresh[address] = any(
-                not port.closed and any(e.node in (me, EVERYWHERE) for e in port.endpoints)
-                for port in entry.ports
-            )
+            fresh[address] = _behind(me, entry)
     return persistent(last.eips).updated(fresh, gone)
+
+
+def _behind(me: str, entry: EipTable) -> Behind:
+    nodes = {e.node for port in entry.ports if not port.closed for e in port.endpoints}
+    if nodes & {me, EVERYWHERE}:
+        return Behind.HERE
+    return Behind.AWAY if nodes else Behind.NOTHING

@@ -23,7 +23,7 @@ from lbctl.core import names, probe
 from lbctl.core.changelog import ChangeLog
 from lbctl.core.downset import DownSet, hear, heard, resolve
 from lbctl.core.keys import Key, KeyRing, Keys, parse_keys
-from lbctl.core.model import Address
+from lbctl.core.model import Address, Behind
 from lbctl.errors import ConfigError, DataplaneError, MessageError
 from lbctl.udp import UdpSocket
 
@@ -78,7 +78,7 @@ class Responder:
         return self._socket.port if self._socket else 0
 
     def publish(
-        self, confirmed: Mapping[Address, bool], digest: int, config_generation: int
+        self, confirmed: Mapping[Address, Behind], digest: int, config_generation: int
     ) -> None:
         """Tell the managers from now on what this node forwards, the whole of it.
 

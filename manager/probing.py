@@ -443,6 +443,7 @@ def _view(target: _Target, lags: bool, now_s: float) -> NodeView:
         lags,
         target.digest,
         target.reader.confirmed,
+        target.reader.empty,
         target.reader.local_ready,
         health.since_s,
     )

@@ -13,7 +13,7 @@ from bisect import bisect_right
 from collections.abc import Mapping
 from itertools import islice
 
-from lbctl.core.model import Address
+from lbctl.core.model import Address, Behind
 from lbctl.core.pmap import PMap, PSet, changed, persistent
 from lbctl.core.probe import PAGE_ROOM, Cursor, Entry, Page, PageRequest, address_key, entry_bytes
 
@@ -28,12 +28,12 @@ class ChangeLog:
         self.generation = 0
         self._floor = 0  # removals up to this generation are forgotten
         self._changed: dict[bytes, tuple[int, Entry]] = {}
-        self._confirmed: Mapping[Address, bool] = PMap()
+        self._confirmed: Mapping[Address, Behind] = PMap()
         self._removed: dict[bytes, int] = {}  # the oldest first
         self._order: list[tuple[int, bytes]] = []  # with outdated places, skipped when read
 
-    def replace(self, confirmed: Mapping[Address, bool]) -> bool:
-        """Take the whole of what is confirmed: EIP → has a ready endpoint on this node.
+    def replace(self, confirmed: Mapping[Address, Behind]) -> bool:
+        """Take the whole of what is confirmed: EIP → what is behind it.
 
         Returns whether something changed.
         """
@@ -41,8 +41,8 @@ class ChangeLog:
         self._confirmed = persistent(confirmed)
         changes: dict[bytes, Entry] = {}
         for address in touched:
-            key, local = address_key(address), confirmed.get(address)
-            entry = Entry(address, local is not None, bool(local))
+            key, behind = address_key(address), confirmed.get(address)
+            entry = Entry(address, behind is not None, behind or Behind.NOTHING)
             if self._entry(key) != entry:
                 changes[key] = entry
         if not changes:
@@ -106,11 +106,13 @@ class PageReader:
         self.boot = 0
         self.generation = 0
         self.confirmed: PSet[Address] = PSet()
+        self.empty: PSet[Address] = PSet()
         self.local_ready: PSet[Address] = PSet()
         self._boot = 0  # of the list that is being read
         self._since = 0
         self._cursor = Cursor(0)
         self._reading: PMap[Address, None] = PMap()
+        self._empty: PMap[Address, None] = PMap()
         self._local: PMap[Address, None] = PMap()
 
     def current(self, boot: int, generation: int) -> bool:
@@ -126,11 +128,13 @@ class PageReader:
         if page.full or page.boot != self._boot:
             # Removals after this moment will be listed; those before concern nothing we hold.
             self._reading, self._boot, self._since = PMap(), page.boot, page.generation
-            self._local = PMap()
+            self._empty = self._local = PMap()
         latest = {entry.address: entry for entry in page.entries}
         there = {a: None for a, entry in latest.items() if entry.present}
-        local = {a: None for a in there if latest[a].local_ready}
+        empty = {a: None for a in there if latest[a].behind is Behind.NOTHING}
+        local = {a: None for a in there if latest[a].behind is Behind.HERE}
         self._reading = self._reading.updated(there, latest.keys() - there.keys())
+        self._empty = self._empty.updated(empty, latest.keys() - empty.keys())
         self._local = self._local.updated(local, latest.keys() - local.keys())
         if page.cursor is not None:
             self._cursor = page.cursor
@@ -138,5 +142,6 @@ class PageReader:
         self.boot, self.generation = page.boot, page.generation
         self._since = page.generation
         self._cursor = Cursor(page.generation, b"\xff")
-        self.confirmed, self.local_ready = PSet(self._reading), PSet(self._local)
+        self.confirmed, self.empty = PSet(self._reading), PSet(self._empty)
+        self.local_ready = PSet(self._local)
         return True

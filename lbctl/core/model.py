@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Set
 from dataclasses import dataclass, field
-from enum import StrEnum
+from enum import IntEnum, StrEnum
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from typing import Literal, TypeAlias
 
@@ -291,12 +291,21 @@ class NodeState(StrEnum):
     DOWN = "Down"
 
 
+class Behind(IntEnum):
+    """What takes an EIP's new connections by a node's table: a route needs more than NOTHING."""
+
+    NOTHING = 0
+    AWAY = 1  # endpoints on other nodes only
+    HERE = 2
+
+
 @dataclass(frozen=True, slots=True)
 class NodeView:
     """What one manager knows of one node, the input to route selection.
 
-    `confirmed` are the EIPs that its agent forwards, `local_ready` those of them with a ready
-    endpoint on the node itself. `since_s` (monotonic) is when the state began.
+    `confirmed` are the EIPs that its agent forwards, `empty` those of them that its table has no
+    endpoint for, `local_ready` those with a ready endpoint on the node itself. `since_s`
+    (monotonic) is when the state began.
     """
 
     name: str
@@ -306,5 +315,6 @@ class NodeView:
     lags: bool = False
     digest: int = 0
     confirmed: Set[Address] = frozenset()
+    empty: Set[Address] = frozenset()
     local_ready: Set[Address] = frozenset()
     since_s: float = 0.0

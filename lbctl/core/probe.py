@@ -22,7 +22,7 @@ from ipaddress import IPv4Address, IPv6Address
 from typing import Any
 
 from lbctl.core.keys import Key, KeyRing
-from lbctl.core.model import Address
+from lbctl.core.model import Address, Behind
 from lbctl.errors import MessageError
 
 VERSION = 1
@@ -48,6 +48,7 @@ _MORE = 2
 _V6 = 1
 _PRESENT = 2
 _LOCAL_READY = 4
+_EMPTY = 8  # a predecessor that knows no such bit has endpoints
 
 
 class Kind(IntEnum):
@@ -122,11 +123,11 @@ class PageRequest:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One EIP on one node: forwarding confirmed or not; a ready endpoint on the node itself."""
+    """One EIP on one node: forwarding confirmed or not, and what is behind it."""
 
     address: Address
     present: bool
-    local_ready: bool = False
+    behind: Behind = Behind.AWAY
 
 
 @dataclass(frozen=True, slots=True)
@@ -386,7 +387,8 @@ def _encode_entry(entry: Entry) -> bytes:
     flags = (
         (_V6 if entry.address.version == 6 else 0)
         | (_PRESENT if entry.present else 0)
-        | (_LOCAL_READY if entry.local_ready else 0)
+        | (_LOCAL_READY if entry.behind is Behind.HERE else 0)
+        | (_EMPTY if entry.behind is Behind.NOTHING else 0)
     )
     return bytes((flags,)) + entry.address.packed
 
@@ -408,4 +410,5 @@ def _read_entries(data: bytes, count: int) -> tuple[Entry, ...]:
 def _entry(flags: int, packed: bytes) -> Entry:
     # Cached: a thousand nodes confirm the same EIPs, one object each is enough.
     address = IPv4Address(packed) if len(packed) == 4 else IPv6Address(packed)
-    return Entry(address, bool(flags & _PRESENT), bool(flags & _LOCAL_READY))
+    behind = Behind.NOTHING if flags & _EMPTY else Behind.AWAY
+    return Entry(address, bool(flags & _PRESENT), Behind.HERE if flags & _LOCAL_READY else behind)

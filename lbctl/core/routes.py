@@ -162,13 +162,13 @@ Evidence: TypeAlias = Callable[[Address], tuple[frozenset[str], frozenset[str]]]
 
 
 class Confirmations:
-    """By EIP: the nodes that confirmed it, and those that have a ready endpoint of it.
+    """By EIP: the nodes that confirmed it with endpoints, those that have a ready one themselves.
 
     `take` costs what differs between two views of a node; an instance is an `Evidence`.
     """
 
     def __init__(self) -> None:
-        self._of: tuple[dict[Address, frozenset[str]], ...] = ({}, {})
+        self._of: tuple[dict[Address, frozenset[str]], ...] = ({}, {}, {})
         self._same: dict[frozenset[str], frozenset[str]] = {}  # few distinct ones are kept
 
     def take(self, name: str, old: NodeView | None, new: NodeView | None) -> set[Address]:
@@ -177,7 +177,8 @@ class Confirmations:
         found: set[Address] = set()
         for known, was, now in (
             (self._of[0], old.confirmed, new.confirmed),
-            (self._of[1], old.local_ready, new.local_ready),
+            (self._of[1], old.empty, new.empty),
+            (self._of[2], old.local_ready, new.local_ready),
         ):
             touched = differing(was, now)
             for address in touched:
@@ -193,14 +194,15 @@ class Confirmations:
         return found
 
     def __call__(self, address: Address) -> tuple[frozenset[str], frozenset[str]]:
-        """The nodes that confirmed the EIP; those that have a ready endpoint of it."""
-        return self._of[0].get(address, _NOBODY), self._of[1].get(address, _NOBODY)
+        """The nodes that confirmed the EIP with endpoints; those that have a ready one."""
+        confirmed, empty, local = (known.get(address, _NOBODY) for known in self._of)
+        return confirmed - empty if empty else confirmed, local
 
 
 def _asked(nodes: Iterable[str], views: Mapping[str, NodeView]) -> Evidence:
     known = [(name, views[name]) for name in nodes if name in views]
     return lambda address: (
-        frozenset(name for name, view in known if address in view.confirmed),
+        frozenset(n for n, v in known if address in v.confirmed and address not in v.empty),
         frozenset(name for name, view in known if address in view.local_ready),
     )
 
@@ -280,7 +282,10 @@ def select_eip(
 
 @dataclass(frozen=True, slots=True)
 class _Candidates:
-    """The nodes in view of one EIP: `confirmed` forward it, `local` have a ready endpoint of it."""
+    """The nodes in view of one EIP: `confirmed` have endpoints for it, `local` ones of their own.
+
+    A table without endpoints refuses new connections: it is not enough that the manager knows some.
+    """
 
     verdicts: Mapping[str, _Verdict]
     locator: Locator

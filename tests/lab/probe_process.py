@@ -15,7 +15,7 @@ from ipaddress import ip_address
 
 from agent.responder import Responder
 from lbctl.core.keys import Keys
-from lbctl.core.model import Node
+from lbctl.core.model import Behind, Node
 from manager.nodes import NodeWatch
 
 KEYS = Keys(bytes(range(50, 82)))
@@ -31,7 +31,7 @@ async def agent(node: str, nodes: list[str], empty: bool) -> None:
         node, KEYS, time.time_ns(), lambda: nodes, lambda down: say(down=sorted(down))
     )
     await responder.start()
-    responder.publish({} if empty else {EIP: True}, digest=77, config_generation=1)
+    responder.publish({} if empty else {EIP: Behind.HERE}, digest=77, config_generation=1)
     say(started=node)
     await asyncio.Event().wait()
 

@@ -21,7 +21,7 @@ from agent.responder import Responder, follow_keys, read_keys
 from lbctl.core import probe
 from lbctl.core.health import PeerView
 from lbctl.core.keys import Keys
-from lbctl.core.model import Address, Node, NodeState, NodeView
+from lbctl.core.model import Address, Behind, Node, NodeState, NodeView
 from lbctl.core.probe import node_hash
 from lbctl.errors import ConfigError, DataplaneError
 from lbctl.udp import UdpSocket
@@ -30,7 +30,7 @@ from manager.probing import Prober
 OLD, NEW = bytes(range(200, 232)), bytes(range(150, 182))
 LIMIT_S = 60.0
 MANY: list[Address] = [ip_address(0x0A000000 + n) for n in range(1500)]
-SOME = {MANY[0]: True, MANY[1]: False}
+SOME = {MANY[0]: Behind.HERE, MANY[1]: Behind.AWAY}
 
 
 async def wait(what: str, holds: Callable[[], object]) -> None:
@@ -59,7 +59,7 @@ class Bed:
         pid = os.getpid()
         return f"127.{83 + pid // 62500 % 100}.{pid // 250 % 250}.{int(name[1:]) + pid % 2 * 100}"
 
-    async def agent(self, name: str, confirmed: dict[Address, bool] | None = None) -> Responder:
+    async def agent(self, name: str, confirmed: dict[Address, Behind] | None = None) -> Responder:
         heard = self.down.setdefault(name, [])
         responder = Responder(
             name, self.keys, time.time_ns(), lambda: tuple(self.nodes), heard.append
@@ -110,7 +110,7 @@ async def bed() -> AsyncIterator[Bed]:
 
 
 async def test_confirmed_eips_arrive_in_pages_and_follow_changes(bed: Bed) -> None:
-    agent = await bed.agent("n1", dict.fromkeys(MANY, False))
+    agent = await bed.agent("n1", dict.fromkeys(MANY, Behind.AWAY))
     await wait("the whole list", lambda: len(bed.view("n1").confirmed) == len(MANY))
     assert bed.view("n1").digest == 5 and bed.view("n1").local_ready == frozenset()
     pages = bed.prober.counters.pages
@@ -138,7 +138,7 @@ async def test_restarted_agent_loses_nothing_before_it_has_confirmed_anew(bed: B
     await wait("more misses", lambda: bed.prober.counters.missed > missed + 5)
     assert bed.view("n1").state is NodeState.AGENT_SILENT
     assert bed.view("n1").confirmed == SOME.keys() and agent.answered == 0
-    agent.publish({MANY[2]: True}, 5, 1)
+    agent.publish({MANY[2]: Behind.HERE}, 5, 1)
     await wait("n1's new list", lambda: bed.view("n1").confirmed == {MANY[2]})
     assert bed.view("n1").state is NodeState.UP
 

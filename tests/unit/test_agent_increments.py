@@ -24,6 +24,7 @@ from lbctl.core import forwarding, nft, nodeview
 from lbctl.core.forwarding import Locator, Sources
 from lbctl.core.model import (
     Address,
+    Behind,
     Eip,
     Endpoint,
     Network,
@@ -46,7 +47,7 @@ SOURCES = [ip_network("203.0.113.0/24"), ip_network("192.0.2.0/25")]
 PORTS = [ServicePort("", Protocol.TCP, 80), ServicePort("dns", Protocol.UDP, 53)]
 
 
-def confirmed_from(table: forwarding.Table) -> PMap[Address, bool]:
+def confirmed_from(table: forwarding.Table) -> PMap[Address, Behind]:
     return confirmed_eips("n1", Confirmed(), table)
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from lbctl.core import probe
 from lbctl.core.keys import Key, KeyRing, Keys, parse_keys
+from lbctl.core.model import Behind
 from lbctl.errors import ConfigError, MessageError
 
 SECRET = bytes(range(7, 39))
@@ -26,7 +27,7 @@ CURSORS = st.builds(
     U64,
     st.sampled_from([b"", b"\xff"]) | st.ip_addresses().map(probe.address_key),
 )
-ENTRIES = st.builds(probe.Entry, st.ip_addresses(), st.booleans(), st.booleans())
+ENTRIES = st.builds(probe.Entry, st.ip_addresses(), st.booleans(), st.sampled_from(Behind))
 DECODERS = (
     probe.decode_request,
     probe.decode_answer,

@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from lbctl.core import changelog
 from lbctl.core.changelog import ChangeLog, PageReader
 from lbctl.core.keys import Keys
-from lbctl.core.model import Address
+from lbctl.core.model import Address, Behind
 from lbctl.core.probe import decode_page, encode_page
 
 RING = Keys(bytes(range(32))).node("n")
 POOL: list[Address] = [ip_address(f"198.51.{n // 256}.{n % 256}") for n in range(700)]
 POOL += [ip_address(f"2001:db8::{n:x}") for n in range(100)]
-STATES = st.dictionaries(st.sampled_from(POOL), st.booleans(), max_size=20)
+STATES = st.dictionaries(st.sampled_from(POOL), st.sampled_from(Behind), max_size=20)
 
 
 def read(log: ChangeLog, reader: PageReader, limit: int = 100) -> int:
@@ -28,21 +28,22 @@ def read(log: ChangeLog, reader: PageReader, limit: int = 100) -> int:
     raise AssertionError("the list was never complete")
 
 
-def same(log: ChangeLog, reader: PageReader, confirmed: dict[Address, bool]) -> bool:
+def same(log: ChangeLog, reader: PageReader, confirmed: dict[Address, Behind]) -> bool:
     return (
         reader.current(log.boot, log.generation)
         and reader.confirmed == confirmed.keys()
-        and reader.local_ready == {a for a, local in confirmed.items() if local}
+        and reader.empty == {a for a, behind in confirmed.items() if behind is Behind.NOTHING}
+        and reader.local_ready == {a for a, behind in confirmed.items() if behind is Behind.HERE}
     )
 
 
 def test_full_list_takes_several_pages_and_a_change_takes_one() -> None:
     log, reader = ChangeLog(7), PageReader()
-    state = dict.fromkeys(POOL, False)
+    state = dict.fromkeys(POOL, Behind.AWAY)
     assert log.replace(state)
     assert read(log, reader) > 3
     assert same(log, reader, state)
-    state[POOL[5]] = True
+    state[POOL[5]] = Behind.HERE
     del state[POOL[600]]
     assert log.replace(state)
     assert not reader.current(log.boot, log.generation)
@@ -52,33 +53,33 @@ def test_full_list_takes_several_pages_and_a_change_takes_one() -> None:
 
 def test_replacing_with_the_same_changes_nothing() -> None:
     log = ChangeLog(1)
-    assert log.replace({POOL[0]: True})
-    assert not log.replace({POOL[0]: True})
+    assert log.replace({POOL[0]: Behind.HERE})
+    assert not log.replace({POOL[0]: Behind.HERE})
     assert log.generation == 1
 
 
 def test_new_boot_starts_a_new_list() -> None:
     reader = PageReader()
     old = ChangeLog(1)
-    old.replace({POOL[0]: True, POOL[1]: False})
+    old.replace({POOL[0]: Behind.HERE, POOL[1]: Behind.AWAY})
     read(old, reader)
     new = ChangeLog(2)
-    new.replace({POOL[2]: True})
+    new.replace({POOL[2]: Behind.HERE})
     assert not reader.current(new.boot, new.generation)
     read(new, reader)
-    assert same(new, reader, {POOL[2]: True})
+    assert same(new, reader, {POOL[2]: Behind.HERE})
 
 
 def test_forgotten_removals_lead_to_a_full_list() -> None:
     log, reader = ChangeLog(1), PageReader()
     addresses = [ip_address(0x0A000000 + n) for n in range(2 * changelog.MAX_REMOVED)]
-    log.replace(dict.fromkeys(addresses, False))
+    log.replace(dict.fromkeys(addresses, Behind.AWAY))
     read(log, reader)
     for kept in (changelog.MAX_REMOVED, 10):
-        log.replace(dict.fromkeys(addresses[:kept], False))
+        log.replace(dict.fromkeys(addresses[:kept], Behind.AWAY))
     assert log.page(reader.request(1)).full
     read(log, reader)
-    assert same(log, reader, dict.fromkeys(addresses[:10], False))
+    assert same(log, reader, dict.fromkeys(addresses[:10], Behind.AWAY))
 
 
 @settings(deadline=None, max_examples=40)
@@ -86,7 +87,7 @@ def test_forgotten_removals_lead_to_a_full_list() -> None:
 def test_reading_while_it_changes(data: st.DataObject) -> None:
     """Changes, restarts and lost pages at any moment between pages; the last state is read."""
     log, reader = ChangeLog(1), PageReader()
-    state = dict.fromkeys(POOL, False)
+    state = dict.fromkeys(POOL, Behind.AWAY)
     log.replace(state)
     for step in range(data.draw(st.integers(1, 25))):
         match data.draw(st.sampled_from(["page", "lost", "page", "change", "restart"])):

@@ -184,6 +184,13 @@ def test_silent_agent_keeps_what_it_confirmed() -> None:
     assert world.one().reasons["n2"] is Reason.NOT_CONFIRMED
 
 
+def test_a_table_without_endpoints_is_no_next_hop_though_the_manager_sees_some() -> None:
+    world = World()
+    world.view("n2", empty=frozenset({A}))
+    assert world.hops() == ["n1", "n3"]
+    assert world.one().reasons["n2"] is Reason.NOT_CONFIRMED
+
+
 def test_panic_holds_what_was_confirmed() -> None:
     world = World()
     for name in world.nodes:
@@ -430,6 +437,7 @@ VIEWS = st.builds(
     NodeView,
     st.just("n"),
     confirmed=st.sets(st.sampled_from([A, B, V6])).map(PSet),
+    empty=st.sets(st.sampled_from([A, B, V6])).map(PSet),
     local_ready=st.sets(st.sampled_from([A, B, V6])).map(frozenset),
 )
 
@@ -446,7 +454,10 @@ def test_confirmations_say_what_the_views_say(steps: list[tuple[str, NodeView | 
         for address in (A, B, V6):
             known = [(n, v) for n, v in views.items() if v is not None]
             assert kept(address) == (
-                frozenset(n for n, v in known if address in v.confirmed),
+                frozenset(n for n, v in known if address in v.confirmed - v.empty),
                 frozenset(n for n, v in known if address in v.local_ready),
             )
-            assert (address in told) == (kept(address) != before[address])
+            if kept(address) != before[address]:
+                assert address in told
+        if old == view:
+            assert not told
