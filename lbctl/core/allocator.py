@@ -423,25 +423,29 @@ class Allocator:
         """Remember what was decided; say it once if something could not be given."""
         ref, before = service.ref, record.decision
         missing = [pick for pick in picks if pick.refusal]
-        if missing and addresses and not service.needs_both and _one_family(missing):
-            missing = []
-        if not missing:
+        if missing:
+            self._refuse(record, service, missing)
+        if not missing or (addresses and not service.needs_both and _one_family(missing)):
             reason = picks[0].reason if picks[0].eip is not None else Reason.ALLOCATED
             if reason is Reason.RESTORED and before is not None and before.addresses == addresses:
                 reason = before.reason if before.reason in _HOW_IT_CAME else reason
             record.decision = Decision(ref, reason, "", addresses)
             return []
-        record.refused = True
-        self._refused.add(ref)
-        self._waiting.enter(ref, self._key(service), [line for p in missing for line in p.lines])
-        for pick in missing:
-            if pick.wish is not None:
-                self._held.wishes.setdefault(pick.wish, set()).add(ref)
         sentence = "; ".join(dict.fromkeys(pick.refusal for pick in missing))
         record.decision = Decision(ref, missing[0].reason, sentence, addresses)
         if record.decision == before:
             return []
         return [Refused(ref, service, missing[0].reason, sentence)]
+
+    def _refuse(self, record: Record, service: Service, missing: list[Pick]) -> None:
+        """It is looked at again as soon as it may get what it has not, told of it or not."""
+        record.refused = True
+        self._refused.add(record.ref)
+        lines = [line for pick in missing for line in pick.lines]
+        self._waiting.enter(record.ref, self._key(service), lines)
+        for pick in missing:
+            if pick.wish is not None:
+                self._held.wishes.setdefault(pick.wish, set()).add(record.ref)
 
 
 def _rule_of(config: Config | None) -> Services:

@@ -295,26 +295,26 @@ class Chooser:
         config = self._supply.config
         if config is None:
             return self._refuse(service, asked, have, Reason.WAITING_FOR_CONFIG, "")
-        if asked.pool and (denial := self._pool_denied(service, asked.pool)):
+        if asked.pool and (denial := self._pool_denied(service, asked.pool, family)):
             return self._refuse(service, asked, have, *denial)
         found = self._supply.first(service, family, asked.pool)
         if isinstance(found, Free):
             return self._new(service, asked, found.address, Reason.ALLOCATED, found.pool)
-        reason, said = self._none_free(service, asked, family, found)
+        reason, said = self._none_free(service, family, found)
         return self._refuse(service, asked, have, reason, said)._replace(lines=found)
 
-    def _pool_denied(self, service: Service, name: str) -> tenancy.Denial | None:
+    def _pool_denied(self, service: Service, name: str, family: int) -> tenancy.Denial | None:
         config = self._supply.config
         pool = config.by_name.get(name) if config is not None else None
         if pool is None:
             return Reason.POOL_UNKNOWN, f"pool {value_of(name)} is asked for, but there is none"
+        if not any(part.version == family for part in pool.addresses):
+            return Reason.NO_POOL, f"pool {name} has no IPv{family} addresses"
         if pool.drain:
             return Reason.POOL_DRAINING, f"pool {name} is asked for, but it is being drained"
         return tenancy.admits(pool, service, self._supply.labels(service.ref.namespace))
 
-    def _none_free(
-        self, service: Service, asked: Asked, family: int, lines: tuple[Line, ...]
-    ) -> tenancy.Denial:
+    def _none_free(self, service: Service, family: int, lines: tuple[Line, ...]) -> tenancy.Denial:
         """Why no pool has an address for it."""
         config = self._supply.config
         assert config is not None
@@ -323,8 +323,6 @@ class Chooser:
             return Reason.POOL_EXHAUSTED, f"every IPv{family} address of {', '.join(full)} is taken"
         if lines:
             return Reason.QUOTA_EXCEEDED, self._quota(config.by_name[lines[0][0]], service)
-        if asked.pool:
-            return Reason.NO_POOL, f"pool {asked.pool} has no IPv{family} addresses"
         labels = self._supply.labels(service.ref.namespace)
         for pool in config.ranked:
             if pool.gives and any(part.version == family for part in pool.addresses):

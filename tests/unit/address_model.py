@@ -432,6 +432,9 @@ class Rules:
         named = [pool for pool in self.pools if pool.name == asked.pool]
         if asked.pool and not named:
             return Answer(have, Reason.POOL_UNKNOWN)
+        versions = [ip_address(text).version for pool in named for text in pool.addresses]
+        if named and family not in versions:
+            return Answer(have, Reason.NO_POOL)
         if named and named[0].drain:
             return Answer(have, Reason.POOL_DRAINING)
         if named and (denial := self.admits(named[0], service)) is not None:

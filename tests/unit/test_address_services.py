@@ -413,3 +413,12 @@ def test_an_address_reserved_later_does_not_move_who_has_another() -> None:
 
 def test_every_reason_has_a_sentence() -> None:
     assert set(SENTENCE) == set(Reason)
+
+
+def test_the_other_family_comes_when_a_pool_has_it() -> None:
+    """PreferDualStack is served with one family silently, but not for ever."""
+    world = World(config("name: a, addresses: [10.0.0.0/29]"))
+    world.put(service("web", families=(4, 6)))
+    assert world.shown("web") == ["10.0.0.0"]
+    world.configure(config('name: a, addresses: [10.0.0.0/29, "2001:db8::/120"]'))
+    assert world.shown("web") == ["10.0.0.0", "2001:db8::"]

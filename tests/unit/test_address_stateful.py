@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from lbctl.core.config import Config, parse, shrink_conflicts
 from lbctl.core.model import Address, ObjectRef, Phase, Service, TrafficPolicy
@@ -46,23 +46,23 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
             asks(pool="a"),
             asks(pool="b"),
             asks(pool="none"),
-            *[asks(key="k")] * 3,
+            *[asks(key="k")] * 5,
             asks(key="l"),
             asks("10.0.0.1", key="k"),
             asks("10.0.0.1", "b"),
             asks(pool="b", key="k"),
         ]
     ),
-    "requested": st.sampled_from([None, None, None, "10.0.0.3"]),
-    "families": st.sampled_from([(4,), (4,), (6,), (4, 6)]),
+    "requested": st.sampled_from([*[None] * 7, "10.0.0.3"]),
+    "families": st.sampled_from([*[(4,)] * 4, (6,), (4, 6)]),
     "needs_both": st.booleans(),
-    "ports": st.sampled_from([ports("80"), ports("53/UDP"), ports("80", "443")]),
-    "policy": st.sampled_from(TrafficPolicy),
-    "source_ranges": st.sampled_from([(), (), (ip_network("192.0.2.0/24"),)]),
+    "ports": st.sampled_from([ports("811"), ports("812", "53/UDP"), ports("801")]),
+    "policy": st.sampled_from([*[TrafficPolicy.CLUSTER] * 3, TrafficPolicy.LOCAL]),
+    "source_ranges": st.sampled_from([(), (), (), (ip_network("192.0.2.0/24"),)]),
     "selector": st.sampled_from([(), (("app", "web"),)]),
     "labels": st.sampled_from([(), (("app", "web"),)]),
 }
-CHANGES = st.fixed_dictionaries({}, optional=FIELDS)
+SPECS = st.fixed_dictionaries({name: of for name, of in FIELDS.items() if name != "ports"})
 SEVERAL = {
     "a": ("10.0.0.0", "10.0.0.1", "10.0.0.2", "10.0.0.3", "2001:db8::1", "2001:db8::2"),
     "b": ("10.0.1.0", "10.0.1.1", "10.0.1.2"),
@@ -74,16 +74,22 @@ TWISTS: dict[str, st.SearchStrategy[Any]] = {
     "priority": st.integers(0, 2),
     "namespaces": st.sampled_from([(), (), ("x",), ("y",)]),
     "tier": st.sampled_from(["", "", "front"]),
-    "app": st.sampled_from(["", "", "web"]),
+    "app": st.sampled_from(["", "", "", "web"]),
     "requests": st.sampled_from(["any", "any", "listed", "none"]),
     "share_across": st.sampled_from([(), ("x", "y")]),
-    "quota": st.sampled_from([None, None, 1, 2]),
+    "quota": st.sampled_from([None, 1, 1, 2]),
     "drain": st.booleans(),
     "release": st.booleans(),
 }
 
 
 _parsed = cache(parse)
+
+
+def some(of: dict[str, st.SearchStrategy[Any]]) -> st.SearchStrategy[dict[str, Any]]:
+    """One to three of these, each as likely as the others."""
+    pairs = [st.tuples(st.just(name), values) for name, values in of.items()]
+    return st.lists(st.one_of(pairs), min_size=1, max_size=3).map(dict)
 
 
 class World(RuleBasedStateMachine):
@@ -106,15 +112,21 @@ class World(RuleBasedStateMachine):
 
     # Users
 
-    @rule(refs=NAMES, changes=CHANGES, of=st.sampled_from([None, None, CLASS, "other/lb"]))
+    @initialize(refs=NAMES, changes=SPECS)
+    def begin(self, refs: set[ObjectRef], changes: dict[str, Any]) -> None:
+        """Next to nothing happens without Services."""
+        self.create(refs, changes, None)
+
+    @rule(refs=NAMES, changes=SPECS, of=st.sampled_from([None, None, CLASS, "other/lb"]))
     def create(self, refs: set[ObjectRef], changes: dict[str, Any], of: str | None) -> None:
         for ref in sorted(refs - self.server.services.keys()):
             self.uids += 1
-            made = Service(ref, f"u{self.uids}", self.server.now_s // 100, ports("80"), True, of)
+            port = ports(f"8{ref.namespace < 'y':d}{ref.name[1]}")  # each its own: they can share
+            made = Service(ref, f"u{self.uids}", self.server.now_s // 100, port, True, of)
             self.server.put_service(replace(made, **changes))
         self.settle()
 
-    @rule(refs=NAMES, changes=CHANGES)
+    @rule(refs=NAMES, changes=some(FIELDS))
     def change(self, refs: set[ObjectRef], changes: dict[str, Any]) -> None:
         self.each(refs, **changes)
 
@@ -163,7 +175,7 @@ class World(RuleBasedStateMachine):
         self.leader.allocator.set_namespace(name, found)
         self.settle()
 
-    @rule(name=st.sampled_from("abc"), twist=st.fixed_dictionaries({}, optional=TWISTS))
+    @rule(name=st.sampled_from("abc"), twist=some(TWISTS))
     def change_pool(self, name: str, twist: dict[str, Any]) -> None:
         pool = next((p for p in self.model.pools if p.name == name), PoolText(name, SEVERAL[name]))
         self.configure(replace(pool, **twist))
