@@ -281,7 +281,8 @@ def repairs(site: Site) -> None:
     wait_for("a map to be repaired", lambda: len(site.events(3, "table_applied")) > written, 30)
     assert EIP in site.net.run("n3", "nft", "list", "map", "ip", NFT_TABLE, "svc")
     assert site.metric(3, 'lbctl_agent_repairs_total{what="nftables"}') == 2
-    assert site.metric(2, 'lbctl_agent_repairs_total{what="routes"}') >= 3
+    # What a pass right after the restart puts back is not counted as a repair.
+    assert site.metric(2, 'lbctl_agent_repairs_total{what="routes"}') >= 1
     assert site.pods() == {"p21", "p22", "p31", "p32"}
 
 
