@@ -264,7 +264,9 @@ class Chooser:
         return self._refuse(service, asked, have, reason, said)._replace(wish=address)
 
     def _join(self, service: Service, asked: Asked, eip: Eip) -> Pick | tenancy.Denial:
-        """Onto an address that others have, or why not."""
+        """Onto an address that others have, or why not; later, while another's write is on its way."""
+        if self._held.busy(eip.address, service.ref):
+            return Pick(None, busy=eip.address)
         config, pool = self._supply.config, self._supply.pool_of(eip.address)
         if config is None or pool is None or eip.phase is not Phase.BOUND:
             return Reason.ADDRESS_TAKEN, "it is not in use"
@@ -285,8 +287,6 @@ class Chooser:
             return Reason.QUOTA_EXCEEDED, self._quota(pool, service)
         if said := sharing.clash(self._held.members(eip), service):
             return Reason.SHARING_REFUSED, said
-        if self._held.busy(eip.address, service.ref):
-            return Pick(None, busy=eip.address)
         joined = replace(eip, sharers=(*eip.sharers, Sharer(service.ref, service.uid)))
         return Pick(joined, eip, Reason.SHARED)
 

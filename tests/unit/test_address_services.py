@@ -252,6 +252,17 @@ def test_sharing_across_namespaces_that_the_pool_lists() -> None:
     assert world.addresses() == {"s": "10.0.0.0", "w": "10.0.0.0"}
 
 
+def test_services_that_rest_and_come_back_together_share_again() -> None:
+    world = World(config(A))
+    one = sharing("one", 1, "k")
+    two = sharing("two", 2, "k", ports=ports("443"))
+    world.put(one, two)
+    for resting in (two, one):
+        world.put(replace(resting, is_load_balancer=False))
+    world.put(one, two)
+    assert {world.shown("one")[0], world.shown("two")[0]} == {"10.0.0.0"}
+
+
 def test_the_next_one_owns_the_address_when_the_first_one_goes() -> None:
     world = World(config(A))
     for number, name in enumerate(["one", "two", "three"]):
