@@ -264,7 +264,7 @@ class Chooser:
         return self._refuse(service, asked, have, reason, said)._replace(wish=address)
 
     def _join(self, service: Service, asked: Asked, eip: Eip) -> Pick | tenancy.Denial:
-        """Onto an address that others have, or why not; later, while another's write is on its way."""
+        """Onto an address that others have, or why not. Nothing yet while it is being written."""
         if self._held.busy(eip.address, service.ref):
             return Pick(None, busy=eip.address)
         config, pool = self._supply.config, self._supply.pool_of(eip.address)

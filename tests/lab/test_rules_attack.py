@@ -134,7 +134,7 @@ def test_marks_from_outside_are_reset(net: RulesNet, version: int) -> None:
     try:
         asker = net.opened("c", version, socket.SOCK_STREAM)
         asker.connect((NODE[version].format(1), SSHD))
-        pods = {net.connect(version).pod for _ in range(12)}
+        pods = {net.connect(version).pod for _ in range(32)}
         assert pods == {1, 2}
     finally:
         net.run("n1", "nft", "delete", "table", family, "forger")

@@ -105,7 +105,7 @@ def test_fragments_are_put_together(net: RulesNet, version: int) -> None:
     """A datagram of three fragments comes whole, also by way of the other node."""
     text = bytes(range(250)) * 16
     pods = set()
-    for _ in range(12):
+    for _ in range(20):
         client = net.opened("c", version, socket.SOCK_DGRAM)
         pods.add(net.asked(client, text, (EIP[version], 53)))
         client.close()

@@ -73,7 +73,7 @@ def lay(net: RulesNet, node: int) -> None:
 def test_connections_go_through_with_a_fitting_mss(net: RulesNet, version: int) -> None:
     """Steered by the tunnel, answered directly; the client sends nothing that does not fit."""
     before = net.counters(1)["steered"]
-    flows = [net.connect(version) for _ in range(12)]
+    flows = [net.connect(version) for _ in range(20)]
     assert {flow.pod for flow in flows} == {1, 2}
     for flow in flows:
         assert flow.echoes() and flow.carries(100_000)

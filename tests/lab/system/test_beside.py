@@ -40,12 +40,16 @@ STEERED = f"{names.MARK_BASE:#x}/{names.MARK_MASK:#x}"  # docs/internals.md
 
 @dataclass(frozen=True, slots=True)
 class Beside:
-    """The Services' addresses by policy, the pods' nodes, and kube-proxy's mode now."""
+    """The Services' addresses by policy, and kube-proxy's mode now."""
 
     system: System
     eips: dict[str, str]
-    pods: dict[str, str]
     mode: Mode
+
+    @property
+    def pods(self) -> dict[str, str]:
+        """The nodes of the pods that there are now: which ones stay is the ReplicaSet's choice."""
+        return self.system.api.pod_nodes(APP)
 
 
 def service_of(policy: str) -> str:
@@ -53,20 +57,16 @@ def service_of(policy: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def deployed(running: System) -> Iterator[tuple[dict[str, str], dict[str, str]]]:
-    """Both Services, routed; EIPs by policy, and the node of each pod."""
+def deployed(running: System) -> Iterator[dict[str, str]]:
+    """Both Services; EIPs by policy."""
     running.wait_system_ready()
     running.api.apply(workload.deployment(APP, 2))
     running.api.apply(
         *(workload.service(service_of(p), app=APP, policy=p) for p in POLICIES),
     )
     running.wait_pods(APP, 2)
-    pods = running.api.pod_nodes(APP)
-    assert len(set(pods.values())) == 2
     eips = {p: wait("an EIP", lambda p=p: running.api.eip_of(service_of(p))) for p in POLICIES}  # type: ignore[misc]
-    running.wait_routed(eips["Cluster"])
-    running.wait_routed(eips["Local"], to=set(pods.values()))
-    yield eips, pods
+    yield eips
     running.made += [APP, *map(service_of, POLICIES)]
     for name in list(running.made):
         running.remove(name)
@@ -75,18 +75,21 @@ def deployed(running: System) -> Iterator[tuple[dict[str, str], dict[str, str]]]
 @pytest.fixture(scope="module", params=[Mode.NFTABLES, Mode.IPTABLES])
 def beside(
     running: System,
-    deployed: tuple[dict[str, str], dict[str, str]],
+    deployed: dict[str, str],
     request: pytest.FixtureRequest,
 ) -> Iterator[Beside]:
     """kube-proxy in one mode on every node, and serving."""
     mode: Mode = request.param
     write_mode(running.lab.directory, mode)
-    eips, pods = deployed
+    found = Beside(running, deployed, mode)
+    assert len(set(found.pods.values())) == 2
+    running.wait_routed(deployed["Cluster"])
+    running.wait_routed(deployed["Local"], to=set(found.pods.values()))
     for node in running.lab.of_role("node"):
         wait(f"kube-proxy on {node.name} in {mode} mode", lambda node=node: serves(node, mode))  # type: ignore[misc]
-        for eip in eips.values():
+        for eip in deployed.values():
             wait(f"an answer of {eip} to {node.name}", lambda node=node, eip=eip: ask(node, eip, 1))  # type: ignore[misc]
-    yield Beside(running, eips, pods, mode)
+    yield found
     write_mode(running.lab.directory, Mode.NFTABLES)
 
 
@@ -144,7 +147,7 @@ def test_open_connections_are_never_invalid_to_kube_proxy(beside: Beside) -> Non
     Only its iptables mode has that rule; in the other mode no connection may break either.
     """
     system, eip = beside.system, beside.eips["Cluster"]
-    before = invalid_drops(beside)
+    before, on = invalid_drops(beside), beside.pods
     system.watch_entries(eip)
     with Load.start(
         system.lab.machine("client"), eip, 80, flows=80, probes_per_s=20, timeout_s=5
@@ -157,7 +160,7 @@ def test_open_connections_are_never_invalid_to_kube_proxy(beside: Beside) -> Non
     system.api.scale(APP, 2)
     system.wait_pods(APP, 2)
     assert_untouched(report)
-    steered = [f for f in report.flows if entered[f.local_port] != beside.pods[f.pod]]
+    steered = [f for f in report.flows if entered[f.local_port] != on[f.pod]]
     assert len(steered) >= 16, "a fifth was steered"
     assert invalid_drops(beside) == before
 
