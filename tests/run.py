@@ -1,9 +1,9 @@
-"""`make test`: the parts of the suite in two lanes, in one summary.
+"""`make test`: the parts of the suite in three lanes, in one summary.
 
-Contract tests mostly wait for controllers and leases, and namespace tests mostly for packets, so
-one of each runs side by side. Of two namespace tests one would measure the other, so those with
-forwarded traffic share a lane; the speaker's, which have none, are in the other one. A part's
-output is printed when it ends.
+Contract tests mostly wait for controllers, namespace tests mostly for packets, and tests of leases
+and BGP sessions mostly for timers, so one of each runs side by side. Of two namespace tests one
+would measure the other, so those with forwarded traffic share a lane, but for the real cluster's at
+the end. A part's output is printed when it ends.
 
 A test that failed beside the other lane is run once more, alone, if there are few of them and it is
 none of the pure ones; if it passes then, it is named as flaky and counts as passed. The last line
@@ -45,9 +45,11 @@ LANES: tuple[tuple[Part, ...], ...] = (
     (
         ("unit", ["tests/unit"], {}),
         ("kube", ["-n", "4", "--dist", "loadfile", "-m", "not alone", "tests/kube"], {}),
+        ("system on kubernetes", ["-m", "both or real", "tests/lab/system"], REAL),
+    ),
+    (
         ("managers", ["-m", "alone", "tests/kube"], {}),
         ("speaker", list(SPEAKER), {}),
-        ("system on kubernetes", ["-m", "both or real", "tests/lab/system"], REAL),
     ),
 )
 ALONE: Final = 4  # so many failed tests may be the machine's fault

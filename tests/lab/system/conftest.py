@@ -58,11 +58,14 @@ def running(worker_id: str, request: pytest.FixtureRequest) -> Iterator[System]:
 
 @pytest.fixture
 def system(running: System) -> Iterator[System]:
-    """The running system, whole: what a test cut is on again before the next one."""
+    """The running system, whole: what a test cut is on again before the next one.
+
+    Its Services are being deleted while the next one begins; `deploy` waits for a name to be free.
+    """
     running.wait_system_ready()
     yield running
     for machine in running.lab.machines:
         if not machine.alive:
             running.lab.power_on(machine.name)
     for name in list(running.made):
-        running.remove(name)
+        running.delete(name)

@@ -73,6 +73,7 @@ class System:
     ) -> str:
         """A Deployment and its Service; returns the first EIP once both switches route to it."""
         ports = tuple(ports)
+        self.wait_gone(name)
         self.made.append(name)
         targets = tuple((protocol, target) for protocol, _, target in ports)
         self.api.apply(
@@ -87,15 +88,38 @@ class System:
 
     def remove(self, name: str) -> None:
         """Delete the Service and the Deployment, and wait until both are gone."""
+        self.delete(name)
+        self.wait_gone(name)
+        wait(f"the pods of {name} to be gone", lambda: not self.api.pod_nodes(name))
+
+    def delete(self, name: str) -> None:
+        """Ask for the deletion of the Service and the Deployment."""
         if name in self.made:
             self.made.remove(name)
         self.api.delete(kube.SERVICES, name)
         self.api.delete(DEPLOYMENTS, name)
+
+    def wait_gone(self, name: str) -> None:
+        """Wait until there is no Service of this name."""
+        wait(f"Service {name} to be gone", lambda: self.api.find(kube.SERVICES, name) is None)
+
+    def wait_rest(self) -> None:
+        """Wait until no Service is being deleted any more."""
+
+        def going() -> bool:
+            found = self.api.all(kube.SERVICES, "default")
+            return any("deletionTimestamp" in service["metadata"] for service in found)
+
+        wait("Services that are being deleted to be gone", lambda: not going())
+
+    def configure(self, text: str) -> None:
+        """Write the configuration, and wait until it is accepted."""
+        self.api.apply(workload.config_map(text))
+        name, key = names.ACCEPTED_CONFIG_MAP, names.CONFIG_KEY
         wait(
-            f"Service {name} to be gone",
-            lambda: self.api.find(kube.SERVICES, name) is None,
+            "the configuration to be accepted",
+            lambda: self.api.get(kube.CONFIG_MAPS, name, names.NAMESPACE)["data"].get(key) == text,
         )
-        wait(f"the pods of {name} to be gone", lambda: not self.api.pod_nodes(name))
 
     def wait_pods(self, name: str, count: int) -> None:
         """Wait for exactly `count` ready pods."""

@@ -26,19 +26,10 @@ def configured(system: System, config: str) -> Iterator[None]:
     """Another configuration in force, for a while."""
     assert config != workload.CONFIG
     try:
-        _configure(system, config)
+        system.configure(config)
         yield
     finally:
-        _configure(system, workload.CONFIG)
-
-
-def _configure(system: System, config: str) -> None:
-    system.api.apply(workload.config_map(config))
-    key, name = names.CONFIG_KEY, names.ACCEPTED_CONFIG_MAP
-    wait(
-        "the configuration to be accepted",
-        lambda: system.api.get(kube.CONFIG_MAPS, name, names.NAMESPACE)["data"].get(key) == config,
-    )
+        system.configure(workload.CONFIG)
 
 
 @pytest.mark.both

@@ -13,7 +13,6 @@ from lbctl.core.uninstall import MANAGERS, THINGS
 from lbctl.kube import client as kube
 from lbctl.kube.client import Resource
 from lbctl.lab import bringup, workload
-from lbctl.lab.api import wait
 from lbctl.lab.daemon import ClusterAccess
 from lbctl.lab.machine import Machine
 
@@ -61,17 +60,12 @@ def hurry(system: System) -> None:
     """Have the plan wait for 3.5 s instead of 11: it goes by the accepted configuration."""
     quick = workload.CONFIG.replace("asn: 64500}", "asn: 64500, holdTime: 3s}")
     quick = quick.replace("announce: {}", "announce: {drainTime: 500ms}")
-    system.api.apply(workload.config_map(quick))
-
-    def accepted() -> bool:
-        found = system.api.get(kube.CONFIG_MAPS, names.ACCEPTED_CONFIG_MAP, names.NAMESPACE)
-        return str(found["data"][names.CONFIG_KEY]) == quick
-
-    wait("the configuration to be accepted", accepted)
+    system.configure(quick)
 
 
 @pytest.mark.timeout(400)
 def test_uninstall_leaves_nothing_and_lets_services_go(system: System) -> None:
+    system.wait_rest()
     eip = system.deploy("web", replicas=2)
     asked = lbctl(system, "uninstall")
     assert asked.returncode == 2 and "--yes" in asked.stderr, asked
