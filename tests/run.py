@@ -3,7 +3,7 @@
 Contract tests mostly wait for controllers, namespace tests mostly for packets, and tests of leases
 and BGP sessions mostly for timers, so one of each runs side by side. Of two namespace tests one
 would measure the other, so those with forwarded traffic share a lane, but for the real cluster's at
-the end. A part's output is printed when it ends.
+the end; machines and pods that come and go are in another. A part's output is printed when it ends.
 
 A test that failed beside the other lane is run once more, alone, if there are few of them and it is
 none of the pure ones; if it passes then, it is named as flaky and counts as passed. The last line
@@ -29,6 +29,13 @@ from lbctl.lab.cluster import binaries
 
 REAL = {"LBCTL_LAB_CLUSTER": "kubernetes"}
 SPEAKER: Final = ("tests/lab/test_speaker_session.py", "tests/lab/test_speaker_chaos.py")
+MACHINES: Final = (
+    "tests/lab/test_kubelet_cluster.py",
+    "tests/lab/test_kubelet_runtime.py",
+    "tests/lab/test_network_life.py",
+    "tests/lab/test_network_machine.py",
+    "tests/lab/test_preflight.py",
+)
 
 
 def without(files: tuple[str, ...]) -> list[str]:
@@ -39,7 +46,7 @@ def without(files: tuple[str, ...]) -> list[str]:
 Part = tuple[str, list[str], dict[str, str]]
 LANES: tuple[tuple[Part, ...], ...] = (
     (
-        ("lab", ["tests/lab", "--ignore", "tests/lab/system", *without(SPEAKER)], {}),
+        ("lab", ["tests/lab", *without(("tests/lab/system", *SPEAKER, *MACHINES))], {}),
         ("system", ["-m", "not real", "tests/lab/system"], {}),
     ),
     (
@@ -50,6 +57,7 @@ LANES: tuple[tuple[Part, ...], ...] = (
     (
         ("managers", ["-m", "alone", "tests/kube"], {}),
         ("speaker", list(SPEAKER), {}),
+        ("machines", list(MACHINES), {}),
     ),
 )
 ALONE: Final = 4  # so many failed tests may be the machine's fault

@@ -64,8 +64,10 @@ def system(running: System) -> Iterator[System]:
     """
     running.wait_system_ready()
     yield running
-    for machine in running.lab.machines:
-        if not machine.alive:
-            running.lab.power_on(machine.name)
+    cut = [machine.name for machine in running.lab.machines if not machine.alive]
+    for name in cut:
+        running.lab.power_on(name)
+    if cut:
+        running.wait_nodes_up()
     for name in list(running.made):
         running.delete(name)

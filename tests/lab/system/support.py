@@ -14,7 +14,9 @@ from lbctl.core import names
 from lbctl.kube import client as kube
 from lbctl.lab import workload
 from lbctl.lab.api import DEPLOYMENTS, Api, is_ready, wait
+from lbctl.lab.bringup import KUBECONFIG
 from lbctl.lab.lab import Lab
+from tests import command
 
 SWITCHES = ("tor-a", "tor-b")
 CLIENT = "203.0.113.10"
@@ -102,6 +104,18 @@ class System:
     def wait_gone(self, name: str) -> None:
         """Wait until there is no Service of this name."""
         wait(f"Service {name} to be gone", lambda: self.api.find(kube.SERVICES, name) is None)
+
+    def wait_nodes_up(self) -> None:
+        """Wait until every manager that answers calls every node Up that has an agent."""
+        kubeconfig = str(self.lab.directory / KUBECONFIG)
+
+        def up() -> bool:
+            done = command.lbctl("status", "--output", "json", "--kubeconfig", kubeconfig)
+            states = json.loads(done.stdout or "{}").get("managers", {}).values()
+            nodes = [node["state"] for state in states for node in state["nodes"]]
+            return "Up" in nodes and set(nodes) <= {"Up", "Unknown"}
+
+        wait("every manager to call every node Up", up, every_s=0.3)
 
     def wait_rest(self) -> None:
         """Wait until no Service is being deleted any more."""

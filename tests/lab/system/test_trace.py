@@ -110,6 +110,7 @@ def site(running: System) -> Iterator[Site]:
         ("sticky", {"sessionAffinity": "ClientIP"}),
         ("closed", {"loadBalancerSourceRanges": [ALLOWED]}),
     ):
+        system.wait_gone(name)
         made = workload.service(name, app=APP, ports=PORTS)
         made["spec"].update(more)
         system.api.apply(made)

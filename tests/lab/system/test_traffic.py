@@ -143,6 +143,7 @@ def is_full_and_freed(system: System) -> None:
     try:
         first = system.deploy("first", replicas=1)
         assert first == "198.51.100.240"
+        system.wait_gone("second")
         system.made.append("second")
         system.api.apply(workload.service("second", app="first"))
 
