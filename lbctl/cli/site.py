@@ -39,7 +39,8 @@ class Site:
     wanted: DataObject | None
 
 
-async def _all(client: Client, kind: Kind[objects.T]) -> tuple[objects.T, ...]:
+async def every(client: Client, kind: Kind[objects.T]) -> tuple[objects.T, ...]:
+    """All objects of a kind. Raises KubeError."""
     page = await client.list(kind.resource.path())
     return tuple(kind.decode(raw) for raw in page.items or ())
 
@@ -55,7 +56,7 @@ async def config_map(client: Client, name: str) -> DataObject | None:
 
 async def _eips(client: Client) -> tuple[Eip, ...]:
     try:
-        return await _all(client, objects.EIP)
+        return await every(client, objects.EIP)
     except NotFound:
         return ()  # nothing is installed yet
 
@@ -63,9 +64,9 @@ async def _eips(client: Client) -> tuple[Eip, ...]:
 async def read_site(client: Client) -> Site:
     """Ask for all of it. Raises KubeError."""
     services, nodes, spaces, eips, accepted, wanted = await asyncio.gather(
-        _all(client, objects.SERVICE),
-        _all(client, objects.NODE),
-        _all(client, objects.NAMESPACE),
+        every(client, objects.SERVICE),
+        every(client, objects.NODE),
+        every(client, objects.NAMESPACE),
         _eips(client),
         config_map(client, names.ACCEPTED_CONFIG_MAP),
         config_map(client, names.CONFIG_MAP),

@@ -20,7 +20,7 @@ import typer
 
 from lbctl.cli.live import open_client
 from lbctl.cli.output import WRONG, Kubeconfig, cannot, clean, console
-from lbctl.cli.site import Site, read_site
+from lbctl.cli.site import Site, every, read_site
 from lbctl.core import names
 from lbctl.core import uninstall as plans
 from lbctl.core.config import Config, parse
@@ -262,8 +262,7 @@ class Uninstaller:
         return [msgspec.json.decode(raw) for raw in page.items or ()]
 
     async def _ready(self) -> frozenset[str]:
-        page = await self._client.list(api.NODES.path())
-        nodes = (objects.to_node(raw) for raw in page.items or ())
+        nodes = await every(self._client, objects.NODE)
         return frozenset(node.name for node in nodes if node.ready)
 
     async def _exists(self, thing: Thing) -> bool:

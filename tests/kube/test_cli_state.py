@@ -20,7 +20,7 @@ from lbctl.core.state import ConfigState, ManagerState, to_json
 from lbctl.kube.client import PODS, SERVICES, TOKEN_REVIEWS, Client
 from lbctl.lab.cluster import embedded
 from lbctl.lab.cluster.handle import Cluster, ClusterSpec
-from tests.kube.manager_parts import lbctl
+from tests.kube.manager_parts import connect, lbctl
 
 ONE, TWO = "127.74.80.1", "127.74.80.2"
 
@@ -59,10 +59,6 @@ class Manager:
             yield
         finally:
             await runner.cleanup()
-
-
-def connect(cluster: Cluster) -> Client:
-    return Client.with_token(cluster.url, cluster.admin_token, cluster.ca_file)
 
 
 async def ensure(client: Client, path: str, kind: str, name: str) -> None:

@@ -21,7 +21,8 @@ from lbctl.lab.lab import Lab, take_down
 from lbctl.lab.load import Load
 from tests.lab.rack import ROOT, pings, poll, vrrp
 
-from .support import System
+from .support import CLIENT, System
+from .test_dual_stack import CLIENT6
 from .test_faults import drive_on
 
 RACKS = ROOT / "bgp-lab" / "racks.clab.yml"
@@ -151,7 +152,7 @@ def test_pods_in_both_racks_by_every_node_and_a_power_cut(fabric: System) -> Non
             )
             wait("every pod to answer", lambda each=each: len(fabric.spread(each, 60)) == 6, 60)  # type: ignore[misc]
             peers = {reply.peer for reply in fabric.replies(each, 20)}
-            assert peers <= set(fabric.lab.machine("client").addresses)
+            assert peers == {CLIENT6 if ":" in each else CLIENT}
         cut_a_node_under_load(fabric, eip, on)
     finally:
         if not fabric.lab.machine("node-1").alive:
