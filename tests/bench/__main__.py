@@ -1,8 +1,8 @@
 """Print the medians that `docs/benchmarks.md` holds, as a Markdown table.
 
 `python -m tests.bench [--runs N] [--services N] [--eips N] [--only PART]`, PART one of pure, scale,
-lab, memory, beside, announce. Absolute times depend on the machine, which is printed; compare rows
-of one run.
+lab, memory, beside (or a part of it: faults, speed, many), announce. Absolute times depend on the
+machine, which is printed; compare rows of one run.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 
 from . import announce, beside, lab, pure, scale
 
-_PARTS = ("pure", "scale", "lab", "memory", "beside", "announce")
+_PARTS = ("pure", "scale", "lab", "memory", "beside", *beside.PARTS, "announce")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +60,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--only", choices=_PARTS, default=None)
     chosen = parser.parse_args(argv)
     print(f"{dt.datetime.now(dt.UTC):%Y-%m-%d %H:%M} UTC, {machine()}\n")
-    if chosen.only == "beside":
-        return _beside()
+    if chosen.only in ("beside", *beside.PARTS):
+        return _beside(beside.PARTS if chosen.only == "beside" else (chosen.only,))
     if chosen.only == "announce":
         return _announce(chosen.eips)
     print("| what | median | worst | runs |\n|---|---|---|---|")
@@ -76,7 +76,7 @@ def main(argv: Sequence[str]) -> int:
             chosen.runs, chosen.services, chosen.only == "memory"
         ):
             print(Row(what, values, unit).render(), flush=True)
-    return 0 if chosen.only else _beside()
+    return 0 if chosen.only else _beside(beside.PARTS)
 
 
 def _announce(count: int) -> int:
@@ -86,8 +86,8 @@ def _announce(count: int) -> int:
     return 0
 
 
-def _beside() -> int:
-    for line in beside.measure():
+def _beside(parts: Sequence[str]) -> int:
+    for line in beside.measure(parts):
         print(line, flush=True)
     return 0
 

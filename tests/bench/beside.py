@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -229,8 +229,18 @@ class Rig:
             self.system.remove(name)
 
 
-def measure() -> Iterator[str]:
-    """Lines of Markdown, as they are known."""
+PARTS = ("faults", "speed", "many")
+
+
+def measure(parts: Collection[str] = PARTS) -> Iterator[str]:
+    """Lines of Markdown, as they are known. parts: those of PARTS that are wanted."""
+    if set(parts) - {"many"}:
+        yield from _in_a_lab(parts)
+    if "many" in parts:
+        yield from beside_scale.measure(_progress)
+
+
+def _in_a_lab(parts: Collection[str]) -> Iterator[str]:
     name = f"beside-{os.getpid()}"
     try:
         lab = Lab.up(TOPOLOGY, name, _progress)
@@ -240,11 +250,12 @@ def measure() -> Iterator[str]:
             system = System(lab, api)
             for node in HOSTS:
                 api.patch(kube.NODES, node, {"metadata": {"labels": {LABEL: "yes"}}})
-            yield from connections(system)
-            yield from speed(system)
+            if "faults" in parts:
+                yield from connections(system)
+            if "speed" in parts:
+                yield from speed(system)
     finally:
         take_down(name)
-    yield from beside_scale.measure(_progress)
 
 
 def _answers(node: Machine, address: str) -> bool:

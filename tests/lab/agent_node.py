@@ -2,7 +2,7 @@
 
 {"eips": {ADDRESS: NAME}, "services": {NAME: {"ports": [[NAME, PROTO, PORT]], "affinity": bool,
 "endpoints": [[ADDRESS, PORT, FLAGS]]}}, "nodes": N, "ranges": [[FIRST, LAST]], "down": [NAME]};
-"racks": each node's subnet, "ipv6": bool and "steering" if not as usual.
+"racks": each node's subnet, "families": IP versions and "steering" if not as usual.
 FLAGS are letters: r ready, s serving, t terminating. Prints one line for each confirmed table, and
 {"counters": …} for {"counters": true}.
 """
@@ -71,8 +71,11 @@ def inputs_of(spec: dict[str, Any]) -> Inputs:
 
 def node_of(n: int, spec: dict[str, Any]) -> Node:
     rack = spec["racks"][n - 1] if "racks" in spec else 2
-    addresses, cidrs = [f"192.0.{rack}.{20 + n}"], [f"10.244.{n}.0/24"]
-    if spec.get("ipv6"):
+    addresses, cidrs = [], []
+    if 4 in spec.get("families", [4]):
+        addresses.append(f"192.0.{rack}.{20 + n}")
+        cidrs.append(f"10.244.{n}.0/24")
+    if 6 in spec.get("families", [4]):
         addresses.append(f"2001:db8:{rack}::2{n}")
         cidrs.append(f"fd00:10:244:{n}::/64")
     return Node(

@@ -74,6 +74,7 @@ class Site:
         net.ecmp([1, 2, 3], POOL6)
         self.steering = "auto"
         self.nodes = 3
+        self.families = [4, 6]
 
     def start(self, n: int) -> None:
         self.engines[n] = self.net.start(f"n{n}", "agent_node.py", f"n{n}")
@@ -88,14 +89,14 @@ class Site:
                     for n in range(1, self.nodes + 1)
                 ],
             }
-            for version in (4, 6)
+            for version in self.families
         }
         spec = {
-            "eips": {EIPS[version]: f"web{version}" for version in (4, 6)},
+            "eips": {EIPS[version]: f"web{version}" for version in self.families},
             "services": services,
             "nodes": self.nodes,
             "racks": list(self.net.racks),
-            "ipv6": True,
+            "families": self.families,
             "steering": self.steering,
             "ranges": [
                 ["198.51.100.0", "198.51.100.127"],
@@ -178,21 +179,28 @@ def test_senders_are_told_the_mtu(site: Site) -> None:
 
 def test_tunnel_packets_of_strangers_are_dropped(site: Site) -> None:
     """A packet for the EIP in VXLAN, from the client: it reaches no pod and is counted."""
-    mac = site.device(3).split("link/ether ")[1].split()[0]
-    inner = bytes.fromhex(mac.replace(":", "")) + b"\2\0\0\0\0\1" + b"\x08\x00" + ping(EIPS[4])
-    packet = struct.pack(">II", 0x08000000, TUNNEL_VNI << 8) + inner
-    code = (
-        "import socket, sys; s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM);"
-        "s.sendto(bytes.fromhex(sys.argv[2]), (sys.argv[1], int(sys.argv[3])))"
-    )
     counters = site.told(3)["counters"]
     received = site.received(3)
-    site.net.run("c", sys.executable, "-c", code, "192.0.3.23", packet.hex(), str(TUNNEL_PORT))
+    forge(site, 4)
     wait_for(
         "the forged packet to be counted",
         lambda: site.told(3)["counters"]["forged"] == counters["forged"] + 1,
     )
     assert site.received(3) == received
+
+
+def forge(site: Site, version: int) -> None:
+    """The client sends n3 a ping of the EIP in VXLAN, over this version of IP."""
+    mac = site.device(3).split("link/ether ")[1].split()[0]
+    inner = bytes.fromhex(mac.replace(":", "")) + b"\2\0\0\0\0\1" + b"\x08\x00" + ping(EIPS[4])
+    packet = struct.pack(">II", 0x08000000, TUNNEL_VNI << 8) + inner
+    code = (
+        "import socket, sys; s = socket.socket(int(sys.argv[4]), socket.SOCK_DGRAM);"
+        "s.sendto(bytes.fromhex(sys.argv[2]), (sys.argv[1], int(sys.argv[3])))"
+    )
+    to, family = site.net.address(3, version), {4: socket.AF_INET, 6: socket.AF_INET6}[version]
+    words = (to, packet.hex(), str(TUNNEL_PORT), str(int(family)))
+    site.net.run("c", sys.executable, "-c", code, *words)
 
 
 def ping(target: str) -> bytes:
@@ -258,6 +266,29 @@ def test_steering_as_configured(site: Site) -> None:
         wait_for(f"n{n}'s tunnel to be gone", lambda n=n: site.device(n) == "")
     assert site.told(1)["unreachable"] == ["n3"]
     site.steering = "auto"
+    site.apply()
+    wait_for("every pod to answer", lambda: site.all_answer(4), 30)
+
+
+def test_nodes_without_ipv4(site: Site) -> None:
+    """The tunnel's own packets travel in IPv6 then, and a stranger's are dropped there too."""
+    site.families = [6]
+    site.apply()
+    wait_for("n1's tunnel by IPv6", lambda: "dst 2001:db8:3::23" in site.forwards(1))
+    assert "local 2001:db8:2::21" in site.device(1) and "mtu 1430" in site.device(1)
+    wait_for("every pod to answer", lambda: site.all_answer(6), 30)
+    received = site.received(3)
+    answers = site.ask(6, 60)
+    assert {a.get("seen") for a in answers} == {CLIENTS[6]} and site.received(3) > received
+    site.net.run("c", sys.executable, "-c", UPLOAD, EIPS[6])
+
+    counters = site.told(3)["counters"]
+    forge(site, 6)
+    wait_for(
+        "the forged packet to be counted",
+        lambda: site.told(3)["counters"]["forged"] > counters["forged"],
+    )
+    site.families = [4, 6]
     site.apply()
     wait_for("every pod to answer", lambda: site.all_answer(4), 30)
 
