@@ -42,18 +42,19 @@ def deployment(
     replicas: int,
     ports: Iterable[tuple[str, int]] = (("TCP", 8080),),
     grace_s: int = 5,
-    linger_s: int = 0,
+    pre_stop_s: int = 0,
 ) -> dict[str, Any]:
     """A Deployment of the lab's pod server, labelled app=NAME, on these container ports.
 
-    linger_s: its pods go on accepting so long after SIGTERM.
+    pre_stop_s: its pods go on serving so long before they hear SIGTERM.
     """
-    container = {
+    container: dict[str, Any] = {
         "name": "web",
         "image": "lbctl.io/pod-server",
         "ports": [{"containerPort": port, "protocol": protocol} for protocol, port in ports],
-        "env": [{"name": "LINGER_S", "value": str(linger_s)}] if linger_s else [],
     }
+    if pre_stop_s:
+        container["lifecycle"] = {"preStop": {"sleep": {"seconds": pre_stop_s}}}
     return {
         "apiVersion": "apps/v1",
         "kind": "Deployment",

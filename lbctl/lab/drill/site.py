@@ -23,7 +23,7 @@ from lbctl.lab.machine import Machine
 from lbctl.lab.processes import Pid
 
 READY_S = 120.0
-LINGER_S = 2  # pods go on accepting after SIGTERM, as behind a preStop sleep
+PRE_STOP_S = 2  # a pod serves on until every node has heard that it goes
 _CONTAINERS: Final = {
     "manager": ("manager", ""),
     "speaker": ("speaker", ""),
@@ -147,8 +147,9 @@ class Site:
     def deploy(self, name: str, replicas: int, policy: str) -> str:
         """A Deployment and its Service on TCP and UDP 80; the EIP once all pods are ready."""
         ports = (("TCP", 80, 8080), ("UDP", 80, 8081))
+        inner = (("TCP", 8080), ("UDP", 8081))
         self.api.apply(
-            workload.deployment(name, replicas, (("TCP", 8080), ("UDP", 8081)), linger_s=LINGER_S),
+            workload.deployment(name, replicas, inner, pre_stop_s=PRE_STOP_S),
             workload.service(name, ports=ports, policy=policy),
         )
         wait(f"{replicas} pods of {name}", lambda: len(self.api.ready_pods(name)) == replicas)

@@ -114,7 +114,7 @@ def _serve(launch: Launch, report: int) -> int:
     os.closerange(report + 1, 65536)
     listening = podserver.Listening(launch["serve"] or [])
     os.close(report)
-    podserver.serve(launch["name"], listening, podserver.linger(launch["env"]))
+    podserver.serve(launch["name"], listening)
     return 0
 
 

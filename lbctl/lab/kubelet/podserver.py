@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Final, TypedDict, cast
 
@@ -195,15 +195,13 @@ class _Echo(asyncio.DatagramProtocol):
 
 
 class Server:
-    """Serves `listening` as pod `name` until told to end, and `linger_s` longer.
+    """Serves `listening` as pod `name` until told to end.
 
-    A pod that stops to accept at SIGTERM refuses what nodes still send it until all of them have
-    heard; real ones sleep in preStop for that.
+    From SIGTERM on it refuses what nodes still send it; the manifest's preStop is for that.
     """
 
-    def __init__(self, name: str, listening: Listening, linger_s: float = 0.0) -> None:
+    def __init__(self, name: str, listening: Listening) -> None:
         self.name = name
-        self._linger_s = linger_s
         self.connections = 0
         self.ending = False
         self._listening = listening
@@ -213,7 +211,7 @@ class Server:
     async def run(self) -> None:
         """Serve; returns after SIGTERM once the last connection is closed."""
         loop = asyncio.get_running_loop()
-        loop.add_signal_handler(signal.SIGTERM, loop.call_later, self._linger_s, self.end)
+        loop.add_signal_handler(signal.SIGTERM, self.end)
         for sock in self._listening.tcp:
             loop.add_reader(sock, self._accept, sock)
         for sock in self._listening.udp:
@@ -261,16 +259,10 @@ class Server:
             self._over.set()
 
 
-def linger(env: Mapping[str, str]) -> float:
-    """Seconds that a container's environment wants served after SIGTERM; 0 for anything odd."""
-    text = env.get("LINGER_S", "")
-    return float(text) if text.isdecimal() and len(text) < 4 else 0.0
-
-
-def serve(name: str, listening: Listening, linger_s: float = 0.0) -> None:
+def serve(name: str, listening: Listening) -> None:
     """Run the server in this process. Returns at the graceful end."""
 
     async def run() -> None:
-        await Server(name, listening, linger_s).run()
+        await Server(name, listening).run()
 
     asyncio.run(run())
