@@ -211,12 +211,14 @@ def _hash_chains(family: Family) -> str:
 def _timeouts(family: Family) -> str:
     """What is not yet answered leaves conntrack soon: a flood's entries are rate times these.
 
+    A SYN that met a pod that had just gone is chosen for anew when the client repeats it, 1 s later
+    at the earliest (RFC 6298).
     So does the memory of a flow that was handed over and says no more: a new connection from the
     same client port would follow it. A flow that goes on renews it.
     """
     return f"""  ct timeout brief_tcp {{
     protocol tcp; l3proto {family.ip};
-    policy = {{ syn_sent : 5, syn_recv : 10 }};
+    policy = {{ syn_sent : 1, syn_recv : 10 }};
   }}
   ct timeout handed_tcp {{
     protocol tcp; l3proto {family.ip};
