@@ -35,6 +35,7 @@ AFTER_S = 10.0
 PORTS_EACH = 2000
 _PORTS = iter(range(2000, 64000, PORTS_EACH))
 FLAP_S = 2.0
+RETURN_S = 600.0  # a node that went several times is held back longer each time
 VIPS = {"Cluster": "198.18.0.1", "Local": "198.18.0.2"}
 NODES = ("node-1", "node-2", "node-3")
 HOSTS = ("node-1", "node-2")  # where the pods are under Cluster; node-3 only forwards
@@ -92,7 +93,7 @@ class Rig:
     def wait_routed(self, to: tuple[str, ...] = NODES) -> None:
         """Both addresses lead to exactly these nodes on both switches."""
         for target in self.targets.values():
-            self.system.wait_routed(target, to=to)
+            self.system.wait_routed(target, to, RETURN_S)
 
     def wait_whole(self) -> None:
         """All nodes on, all pods ready, kube-proxy at work on each node, routes complete."""
@@ -189,7 +190,6 @@ class Rig:
         end = time.monotonic() + FLAP_S
         wait("the cable to be out for a while", lambda: time.monotonic() > end, every_s=0.01)
         rack.run("ip", "link", "set", port.interface, "up")
-        self.wait_routed()
 
     def faults(self) -> Iterator[Outcome]:
         """All that this policy can show, the lab whole again after each."""

@@ -152,7 +152,9 @@ class System:
             if self.lab.machine(name).alive
         }
 
-    def wait_routed(self, eip: str, to: Iterable[str] = ("node-1", "node-2", "node-3")) -> None:
+    def wait_routed(
+        self, eip: str, to: Iterable[str] = ("node-1", "node-2", "node-3"), limit_s: float = 60.0
+    ) -> None:
         """Wait until every switch routes the EIP to exactly these nodes; none: no route."""
         version = ip_address(eip).version
         wanted = sorted(
@@ -164,6 +166,7 @@ class System:
         wait(
             f"every switch to route {eip} to {wanted or 'nobody'}",
             lambda: all(found == wanted for found in self.hops(eip).values()),
+            limit_s,
         )
 
     def replies(self, eip: str, count: int, port: int = 80, expect_all: bool = True) -> list[Reply]:
