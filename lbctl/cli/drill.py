@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -24,6 +25,9 @@ from lbctl.lab.api import Api
 from lbctl.lab.bringup import KUBECONFIG, bring_up
 from lbctl.lab.cluster.handle import ClusterKind
 from lbctl.lab.drill import report, spec, verdict
+from lbctl.lab.drill.chaos import plan
+from lbctl.lab.drill.chaosrun import rack_of
+from lbctl.lab.drill.chaosrun import run as run_chaos
 from lbctl.lab.drill.run import Now, Show, run
 from lbctl.lab.drill.site import Site
 from lbctl.lab.drill.spec import Drill
@@ -68,14 +72,37 @@ def run_drills(
     wanted = spec.names() if every else names or []
     if not wanted:
         raise typer.BadParameter("name a drill, or say --all; `lbctl drill list` shows them")
-    if cluster not in ("embedded", "kubernetes"):
-        raise typer.BadParameter("embedded or kubernetes", param_hint="--cluster")
+    kind = _kind(cluster)
     preflight.check()
     drills = [spec.find(name) for name in wanted]
     drills.sort(key=lambda drill: drill.topology)  # stable: one lab for neighbours
-    kind: ClusterKind = "embedded" if cluster == "embedded" else "kubernetes"
     if not Drills(Console(highlight=False), kind, lab, reports).run(drills, sabotage):
         raise typer.Exit(output.WRONG)
+
+
+@app.command()
+def chaos(
+    seed: Annotated[int, typer.Option(help="The same seed makes the same faults.")],
+    minutes: Annotated[float, typer.Option(min=0.1, help="How long, about.")] = 10.0,
+    faults: Annotated[int | None, typer.Option(min=1, help="At most so many faults.")] = None,
+    cluster: Annotated[str, typer.Option(help="embedded or kubernetes")] = "embedded",
+    lab: Annotated[str, typer.Option(help="A lab that is up; else one is started.")] = "",
+    reports: Annotated[Path | None, typer.Option("--report", help="Folder for reports.")] = None,
+) -> None:
+    """Put in faults at random, heal them, and look at what must hold. Exit code 1 if it does not.
+
+    A lab that was given is left as it is after a round that does not hold.
+    """
+    preflight.check()
+    drills = Drills(Console(highlight=False), _kind(cluster), lab, reports)
+    if not drills.chaos(seed, minutes, faults):
+        raise typer.Exit(output.WRONG)
+
+
+def _kind(cluster: str) -> ClusterKind:
+    if cluster not in ("embedded", "kubernetes"):
+        raise typer.BadParameter("embedded or kubernetes", param_hint="--cluster")
+    return "embedded" if cluster == "embedded" else "kubernetes"
 
 
 class Drills:
@@ -134,34 +161,49 @@ class Drills:
         with self._live() as show:
             seen = run(site, drill, sabotaged, show)
         checks = verdict.judge(drill, seen)
+        title = report.Title(drill.name, drill.about, drill.sabotage if sabotaged else "")
+        return self._told(title, seen, checks)
+
+    def chaos(self, seed: int, minutes: float, faults: int | None) -> bool:
+        """Faults at random; whether everything held."""
+        with self._site("small") as site:
+            rounds = plan(seed, rack_of(site), minutes, faults)
+            count = sum(len(one.steps) for one in rounds)
+            self.console.print(f"seed {seed}: {count} faults in {len(rounds)} rounds")
+            for one in rounds:
+                self.console.print(f"  {one}", soft_wrap=True)
+            self.console.print("\n[bold]running[/bold]")
+            told = partial(self.console.print, soft_wrap=True)
+            with self._live() as show:
+                seen, checks = run_chaos(site, rounds, show, told)
+            about = f"Seed {seed}: {count} faults in {len(rounds)} rounds, about {minutes:g} min."
+            held = self._told(report.Title(f"chaos-{seed}", about), seen, checks)
+            if self.given and held:
+                site.restore()
+        return held
+
+    def _told(
+        self, title: report.Title, seen: verdict.Evidence, checks: tuple[verdict.Check, ...]
+    ) -> bool:
+        """Print the verdict and write the reports; whether everything held."""
         for check in checks:
             mark = "[green]✓[/green]" if check.held else "[red]✗[/red]"
             self.console.print(f"  {mark} {check.name}: {check.found} (wanted {check.wanted})")
         held = all(check.held for check in checks)
         if self.reports is not None:
-            self._write(drill, sabotaged, seen, checks)
+            self.reports.mkdir(parents=True, exist_ok=True)
+            stem = self.reports / (f"{title.name}-sabotaged" if title.sabotage else title.name)
+            data: dict[str, Any] = {
+                "drill": title.name,
+                "sabotaged": bool(title.sabotage),
+                "held": held,
+                "checks": [asdict(check) for check in checks],
+                "evidence": {**asdict(seen), "dead": sorted(seen.dead), "gone": sorted(seen.gone)},
+            }
+            output.write_json(stem.with_suffix(".json"), data)
+            stem.with_suffix(".html").write_text(report.html(title, seen, checks), "utf-8")
+            self.console.print(f"  report: {stem}.html, {stem}.json")
         return held
-
-    def _write(
-        self,
-        drill: Drill,
-        sabotaged: bool,
-        seen: verdict.Evidence,
-        checks: tuple[verdict.Check, ...],
-    ) -> None:
-        assert self.reports is not None
-        self.reports.mkdir(parents=True, exist_ok=True)
-        stem = self.reports / (f"{drill.name}-sabotaged" if sabotaged else drill.name)
-        data: dict[str, Any] = {
-            "drill": drill.name,
-            "sabotaged": sabotaged,
-            "held": all(check.held for check in checks),
-            "checks": [asdict(check) for check in checks],
-            "evidence": {**asdict(seen), "dead": sorted(seen.dead), "gone": sorted(seen.gone)},
-        }
-        output.write_json(stem.with_suffix(".json"), data)
-        stem.with_suffix(".html").write_text(report.html(drill, sabotaged, seen, checks), "utf-8")
-        self.console.print(f"  report: {stem}.html, {stem}.json")
 
     @contextmanager
     def _live(self) -> Iterator[Show]:

@@ -63,6 +63,12 @@ def identify(pid: int) -> Pid | None:
     return found[0] if found else None
 
 
+def is_stopped(pid: Pid) -> bool:
+    """Whether SIGSTOP holds it."""
+    found = parse_stat(_stat_of(pid.pid))
+    return found is not None and found == (pid, "T")
+
+
 def read_pid_file(path: Path) -> Pid | None:
     """What a pid file says; None if there is none or it is not one."""
     try:

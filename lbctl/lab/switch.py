@@ -53,6 +53,18 @@ def kernel_routes(machine: Machine, prefix: str) -> list[str]:
     return sorted(found)
 
 
+def bgp_routes(machine: Machine) -> dict[str, frozenset[str]]:
+    """Every host route in the kernel that BGP made: its address and its gateways."""
+    found = {}
+    for family in ("-4", "-6"):
+        out = machine.run("ip", "-j", family, "route", "show", "proto", "bgp").stdout
+        for route in json.loads(out or "[]"):
+            hops = route.get("nexthops") or [route]
+            address = str(route["dst"]).partition("/")[0]
+            found[address] = frozenset(str(hop.get("gateway") or hop.get("dev")) for hop in hops)
+    return found
+
+
 def bgp_peers(machine: Machine) -> dict[str, str]:
     """State of each BGP neighbour by address, such as `Established`."""
     data = vtysh_json(machine, "show bgp summary json")

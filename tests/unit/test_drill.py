@@ -153,7 +153,7 @@ def test_each_expectation_can_fail(seen: Evidence, name: str) -> None:
 
 def test_the_report_is_one_file_and_escapes_what_it_shows() -> None:
     odd = replace(SEEN, faults=(FaultSeen(2.0, 2.1, "powerCut <script>"),))
-    page = report.html(drill(), False, odd, judge(drill(), odd))
+    page = report.html(report.Title("good", "a node dies"), odd, judge(drill(), odd))
     assert "<script" not in page and "powerCut &lt;script&gt;" in page
     assert "http://" not in page and "https://" not in page
     assert page.count("<svg") == 5

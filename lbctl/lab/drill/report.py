@@ -7,10 +7,10 @@ drawings, in seconds from the beginning of the timeline.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from html import escape
 from typing import Final
 
-from lbctl.lab.drill.spec import Drill
 from lbctl.lab.drill.verdict import Check, Evidence, RequestSeen
 
 _BIN_S: Final = 0.25
@@ -43,16 +43,25 @@ class _Axis:
         return (self.begin_s + number * _BIN_S for number in range(count))
 
 
-def html(drill: Drill, sabotaged: bool, seen: Evidence, checks: tuple[Check, ...]) -> str:
+@dataclass(frozen=True, slots=True)
+class Title:
+    """What a report is about. sabotage: what was taken out, "" for nothing."""
+
+    name: str
+    about: str
+    sabotage: str = ""
+
+
+def html(title: Title, seen: Evidence, checks: tuple[Check, ...]) -> str:
     """The whole page."""
     axis = _Axis(seen)
     held = all(check.held for check in checks)
-    name = f"{drill.name}, sabotaged" if sabotaged else drill.name
+    name = f"{title.name}, sabotaged" if title.sabotage else title.name
     verdict = "held" if held else "failed"
     parts = (
         f"<h1>Drill {escape(name)}: <span class={verdict}>{verdict}</span></h1>",
-        f"<p>{escape(drill.about)}</p>",
-        f"<p><b>Sabotage:</b> {escape(drill.sabotage)}</p>" if sabotaged else "",
+        f"<p>{escape(title.about)}</p>",
+        f"<p><b>Sabotage:</b> {escape(title.sabotage)}</p>" if title.sabotage else "",
         _verdicts(checks),
         "<h2>Faults</h2>",
         _faults(axis, seen),

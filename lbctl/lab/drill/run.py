@@ -42,7 +42,7 @@ Show = Callable[[Now], None]
 
 
 @dataclass(slots=True)
-class _Eyes:
+class Eyes:
     """Watches the switches' kernels from a thread of its own."""
 
     site: Site
@@ -78,23 +78,23 @@ def run(site: Site, drill: Drill, sabotaged: bool, show: Show) -> Evidence:
         show(Now(0.0, f"deploying {service.name}"))
         site.deploy(service.name, service.replicas, service.policy)
     for service in drill.services:
-        _wait_routed(site, service)
+        wait_routed(site, service)
     pods = {s.name: site.api.pod_nodes(s.name) for s in drill.services}
     entries.watch(site, site.services.values())
     with ExitStack() as stack:
         show(Now(0.0, "starting the traffic"))
-        loads = [(t, stack.enter_context(_load(site, t))) for t in drill.traffic]
+        loads = [(t, stack.enter_context(start_load(site, t))) for t in drill.traffic]
         begin_s = time.monotonic() + drill.before_s
-        eyes = stack.enter_context(_watched(site, begin_s))
-        _pass_time(begin_s, begin_s, "traffic runs", loads, eyes, show)
+        eyes = stack.enter_context(watched(site, begin_s))
+        pass_time(begin_s, begin_s, "traffic runs", loads, eyes, show)
         entered = entries.take(site)
         done = _timeline(site, drill, sabotaged, begin_s, loads, eyes, show)
         reports = [(traffic, load.stop()) for traffic, load in loads]
     after = {s.name: site.api.pod_nodes(s.name) for s in drill.services}
     gone = {pod for name, on in pods.items() for pod in on if pod not in after[name]}
     return Evidence(
-        flows=tuple(_flows(site, reports, pods, entered, begin_s)),
-        requests=tuple(_requests(reports, begin_s)),
+        flows=tuple(flows_seen(site, reports, pods, entered, begin_s)),
+        requests=tuple(requests_seen(reports, begin_s)),
         faults=done,
         hops=tuple(eyes.seen),
         dead=frozenset(site.dead),
@@ -105,7 +105,7 @@ def run(site: Site, drill: Drill, sabotaged: bool, show: Show) -> Evidence:
     )
 
 
-def _wait_routed(site: Site, service: DrillService) -> None:
+def wait_routed(site: Site, service: DrillService) -> None:
     wanted = {node.name for node in site.lab.of_role("node") if node.alive}
     if service.policy == "Local":
         wanted = set(site.api.pod_nodes(service.name).values())
@@ -116,7 +116,7 @@ def _wait_routed(site: Site, service: DrillService) -> None:
     )
 
 
-def _load(site: Site, traffic: Traffic) -> Load:
+def start_load(site: Site, traffic: Traffic) -> Load:
     return Load.start(
         site.lab.machine("client"),
         site.services[traffic.service],
@@ -129,8 +129,8 @@ def _load(site: Site, traffic: Traffic) -> Load:
 
 
 @contextmanager
-def _watched(site: Site, begin_s: float) -> Iterator[_Eyes]:
-    eyes = _Eyes(site, begin_s)
+def watched(site: Site, begin_s: float) -> Iterator[Eyes]:
+    eyes = Eyes(site, begin_s)
     thread = threading.Thread(target=eyes.look, name="drill-eyes")
     thread.start()
     try:
@@ -146,27 +146,27 @@ def _timeline(
     sabotaged: bool,
     begin_s: float,
     loads: list[tuple[Traffic, Load]],
-    eyes: _Eyes,
+    eyes: Eyes,
     show: Show,
 ) -> tuple[FaultSeen, ...]:
     done = []
     for step in drill.steps(sabotaged):
-        _pass_time(begin_s + step.at_s, begin_s, f"until {step}", loads, eyes, show)
+        pass_time(begin_s + step.at_s, begin_s, f"until {step}", loads, eyes, show)
         started_s = time.monotonic()
         show(Now(started_s - begin_s, str(step), _NOTHING, eyes.now()))
         faults.inject(site, step.fault, step.arguments)
         done.append(FaultSeen(started_s - begin_s, time.monotonic() - begin_s, str(step)))
     end_s = time.monotonic() + drill.after_s
-    _pass_time(end_s, begin_s, "all faults are in; traffic goes on", loads, eyes, show)
+    pass_time(end_s, begin_s, "all faults are in; traffic goes on", loads, eyes, show)
     return tuple(done)
 
 
-def _pass_time(
+def pass_time(
     until_s: float,
     begin_s: float,
     text: str,
     loads: list[tuple[Traffic, Load]],
-    eyes: _Eyes,
+    eyes: Eyes,
     show: Show,
 ) -> None:
     """Let the traffic run until then, and show how it does."""
@@ -177,7 +177,7 @@ def _pass_time(
         show(Now(time.monotonic() - begin_s, text, total, eyes.now()))
 
 
-def _flows(
+def flows_seen(
     site: Site,
     reports: list[tuple[Traffic, Report]],
     pods: dict[str, dict[str, str]],
@@ -209,7 +209,7 @@ def _flow(
     )
 
 
-def _requests(reports: list[tuple[Traffic, Report]], begin_s: float) -> Iterator[RequestSeen]:
+def requests_seen(reports: list[tuple[Traffic, Report]], begin_s: float) -> Iterator[RequestSeen]:
     for traffic, report in reports:
         for probe in report.probes:
             yield RequestSeen(traffic.service, probe.start_s - begin_s, probe.took_s, probe.error)

@@ -55,6 +55,7 @@ class Site:
     lab: Lab
     api: Api
     services: dict[str, str] = field(default_factory=dict)  # name → EIP
+    passing: set[str] = field(default_factory=set)  # more Services, which come and go
     dead: set[str] = field(default_factory=set)  # machines whose power was cut, ever
     deaf: dict[str, set[str]] = field(default_factory=dict)
     mute: dict[str, set[str]] = field(default_factory=dict)
@@ -110,7 +111,7 @@ class Site:
 
     def _daemons(self, program: str, where: str) -> list[Pid]:
         places = [machine.netns for machine in self.machines(where) if machine.alive]
-        return [pid for pid in processes.members(places) if _program(pid) == program]
+        return [pid for pid in processes.members(places) if program_of(pid) == program]
 
     # -- walls ----------------------------------------------------------------------------------
     def wall(self, machine: Machine) -> None:
@@ -188,7 +189,25 @@ class Site:
         wait("managers and agents to be ready", ready, limit_s=READY_S)
 
     def restore(self) -> None:
-        """Undo every fault and remove the Services. Raises LabError if the lab does not heal."""
+        """`mend`, and remove the Services. Raises LabError if the lab does not heal."""
+        self.mend()
+        made = sorted({*self.services, *self.passing})
+        for name in made:
+            self.api.delete(kube.SERVICES, name)
+            self.api.delete(DEPLOYMENTS, name)
+        for name in made:
+            wait(
+                f"Service {name} to be gone",
+                lambda name=name: self.api.find(kube.SERVICES, name) is None,  # type: ignore[misc]
+                limit_s=READY_S,
+            )
+        self.services.clear()
+        self.passing.clear()
+        self.dead.clear()
+        self.crashed.clear()
+
+    def mend(self) -> None:
+        """Undo every fault. Raises LabError if the lab does not heal."""
         self.heal()
         processes.send(self.stopped, signal.SIGCONT)
         self.stopped.clear()
@@ -205,18 +224,6 @@ class Site:
             self.api.patch(kube.NODES, node, {"spec": {"unschedulable": None}}, "")
         self.cordoned.clear()
         self.configure()
-        for name in sorted(self.services):
-            self.api.delete(kube.SERVICES, name)
-            self.api.delete(DEPLOYMENTS, name)
-        for name in sorted(self.services):
-            wait(
-                f"Service {name} to be gone",
-                lambda name=name: self.api.find(kube.SERVICES, name) is None,  # type: ignore[misc]
-                limit_s=READY_S,
-            )
-        self.services.clear()
-        self.dead.clear()
-        self.crashed.clear()
 
     def annotate(self, node: str, key: str, value: str | None) -> None:
         """Set an annotation of a Node; None removes it."""
@@ -228,10 +235,15 @@ def _rule(field: str, address: str) -> str:
     return f"{family} {field} {address} drop"
 
 
-def _program(pid: Pid) -> str:
-    """The name of a process's program, "" if it is gone."""
+def words_of(pid: Pid) -> list[str]:
+    """A process's command line, [""] if it is gone."""
     try:
         line = Path(f"/proc/{pid.pid}/cmdline").read_bytes()
     except OSError:
-        return ""
-    return Path(line.split(b"\0")[0].decode("utf-8", "replace")).name
+        return [""]
+    return line.decode("utf-8", "replace").rstrip("\0").split("\0")
+
+
+def program_of(pid: Pid) -> str:
+    """The name of a process's program, "" if it is gone."""
+    return Path(words_of(pid)[0]).name
