@@ -99,57 +99,59 @@ class Choice:
     deaf: bool = False
 
 
-def _choices() -> Iterator[Choice]:
-    yield Choice("node", "powerCut", {"machine": "{node}"})
-    yield Choice("node", "loss", {"machine": "{node}", "percent": [10, 30, 100]})
-    yield Choice("node", "flap", {"machine": "{node}", "times": [2, 4], "every": [0.6, 2.0]})
-    yield Choice("node", "linkDown", {"machine": "{node lan}", "interface": "{node port}"})
-    yield Choice("node", "rate", {"machine": "{node}", "mbit": 1})
-    yield Choice("node", "signal", {"to": "agent@{node}"})
-    yield Choice("node", "signal", {"to": "agent@*", "number": ["KILL", "TERM"]})
-    yield Choice("node", "freeze", {"what": "agent@{node}"})
-    yield Choice("node", "killContainer", {"container": "agent", "where": "{node}", "grace": 2.0})
-    yield Choice("node", "wipeTables", {"machine": ["{node}", "nodes"]})
-    yield Choice("node", "partition", {"of": "{node}", "away": ["kube", "controls"]})
-    yield Choice("node", "drain", {"node": "{node}"}, asks=True)
-    yield Choice("node", "evict", {"node": "{node}"}, asks=True)
-    yield Choice("node", "upgrade", {"what": "agents"}, asks=True)
-    yield Choice("manager", "powerCut", {"machine": "{control}"})
-    yield Choice("manager", "linkDown", {"machine": "{control lan}", "interface": "{control port}"})
-    yield Choice("manager", "loss", {"machine": "{control}", "percent": [10, 30]}, deaf=True)
-    for what in ("manager", "speaker", "exabgp", "relay"):
-        yield Choice("manager", "signal", {"to": f"{what}@{{control}}"})
-        yield Choice("manager", "freeze", {"what": f"{what}@{{control}}"})
-    yield Choice(
+_MENU: Final = (
+    Choice("node", "powerCut", {"machine": "{node}"}),
+    Choice("node", "loss", {"machine": "{node}", "percent": [10, 30, 100]}),
+    Choice("node", "flap", {"machine": "{node}", "times": [2, 4], "every": [0.6, 2.0]}),
+    Choice("node", "linkDown", {"machine": "{node lan}", "interface": "{node port}"}),
+    Choice("node", "rate", {"machine": "{node}", "mbit": 1}),
+    Choice("node", "signal", {"to": "agent@{node}"}),
+    Choice("node", "signal", {"to": "agent@*", "number": ["KILL", "TERM"]}),
+    Choice("node", "freeze", {"what": "agent@{node}"}),
+    Choice("node", "killContainer", {"container": "agent", "where": "{node}", "grace": 2.0}),
+    Choice("node", "wipeTables", {"machine": ["{node}", "nodes"]}),
+    Choice("node", "partition", {"of": "{node}", "away": ["kube", "controls"]}),
+    Choice("node", "drain", {"node": "{node}"}, asks=True),
+    Choice("node", "evict", {"node": "{node}"}, asks=True),
+    Choice("node", "upgrade", {"what": "agents"}, asks=True),
+    Choice("manager", "powerCut", {"machine": "{control}"}),
+    Choice("manager", "linkDown", {"machine": "{control lan}", "interface": "{control port}"}),
+    Choice("manager", "loss", {"machine": "{control}", "percent": [10, 30]}, deaf=True),
+    *(
+        choice
+        for what in ("manager", "speaker", "exabgp", "relay")
+        for choice in (
+            Choice("manager", "signal", {"to": f"{what}@{{control}}"}),
+            Choice("manager", "freeze", {"what": f"{what}@{{control}}"}),
+        )
+    ),
+    Choice(
         "manager",
         "killContainer",
         {"container": ["manager", "speaker"], "where": "{control}", "grace": 5.0},
-    )
-    yield Choice("manager", "partition", {"of": "{control}", "away": ["{switch}", "switches"]})
-    yield Choice("manager", "partition", {"of": "{control}", "away": "kube"})
-    yield Choice(
+    ),
+    Choice("manager", "partition", {"of": "{control}", "away": ["{switch}", "switches"]}),
+    Choice("manager", "partition", {"of": "{control}", "away": "kube"}),
+    Choice(
         "manager",
         "partition",
         {"of": "{control}", "away": ["nodes", "controls"], "oneWay": [True, False]},
         deaf=True,
-    )
-    yield Choice("manager", "upgrade", {"what": "managers"}, asks=True)
-    yield Choice("switch", "powerCut", {"machine": "{switch}"})
-    yield Choice("switch", "linkDown", {"machine": "{switch lan}", "interface": "{switch port}"})
-    yield Choice("switch", "loss", {"machine": "{switch}", "percent": [10, 30]})
-    yield Choice("switch", "restartRouting", {"machine": "{switch}"})
-    yield Choice("switch", "resetSessions", {"machine": ["{switch}", "switches"]})
-    for what in ("bgpd", "zebra"):
-        yield Choice("switch", "signal", {"to": f"{what}@{{switch}}"})
-    yield Choice("switch", "freeze", {"what": "bgpd@{switch}"})
-    yield Choice("cluster", "freeze", {"what": "cluster"})
-    yield Choice("cluster", "partition", {"of": "kube", "away": ["nodes", "controls"]})
-    yield Choice("work", "crashPod", {"service": STEADY}, asks=True)
-    yield Choice("work", "rollout", {"service": STEADY}, asks=True)
-    yield Choice("work", "configMap", {"text": _BROKEN}, asks=True)
-
-
-_MENU: Final = tuple(_choices())
+    ),
+    Choice("manager", "upgrade", {"what": "managers"}, asks=True),
+    Choice("switch", "powerCut", {"machine": "{switch}"}),
+    Choice("switch", "linkDown", {"machine": "{switch lan}", "interface": "{switch port}"}),
+    Choice("switch", "loss", {"machine": "{switch}", "percent": [10, 30]}),
+    Choice("switch", "restartRouting", {"machine": "{switch}"}),
+    Choice("switch", "resetSessions", {"machine": ["{switch}", "switches"]}),
+    *(Choice("switch", "signal", {"to": f"{what}@{{switch}}"}) for what in ("bgpd", "zebra")),
+    Choice("switch", "freeze", {"what": "bgpd@{switch}"}),
+    Choice("cluster", "freeze", {"what": "cluster"}),
+    Choice("cluster", "partition", {"of": "kube", "away": ["nodes", "controls"]}),
+    Choice("work", "crashPod", {"service": STEADY}, asks=True),
+    Choice("work", "rollout", {"service": STEADY}, asks=True),
+    Choice("work", "configMap", {"text": _BROKEN}, asks=True),
+)
 
 
 def plan(seed: int, rack: Rack, minutes: float, faults: int | None) -> tuple[Round, ...]:
