@@ -2,8 +2,10 @@
 
 Rules: a change recomputes the EIPs that it touches, and nothing on its way is proportional to the
 number of EIPs; only what holds for a node as a whole recomputes all. Changes within a few
-milliseconds go out together. Nothing is set before everything needed is known, for what is not in
-the first set is withdrawn. An EIP that is given back is first withdrawn, then the speaker confirms
+milliseconds go out together. Many EIPs are looked at in chunks, those with a route first; each
+chunk is set at once, and what changes meanwhile comes before the rest, so that a node that goes
+does not wait for a load. Nothing is set before everything needed is known, for what is not in the
+first set is withdrawn. An EIP that is given back is first withdrawn, then the speaker confirms
 it, and only then is our name put into its `withdrawnBy`.
 """
 
@@ -52,7 +54,7 @@ _SETTLE_S: Final = 5.0
 _RETRY_S: Final = 0.1
 _AWAY_S: Final = 1.0  # before asking an API server again that is away
 _AT_A_TIME: Final = 8
-_CHUNK: Final = 500  # EIPs between two turns of the event loop
+CHUNK: Final = 500  # EIPs between two turns of the event loop
 _log = structlog.get_logger()
 
 
@@ -227,14 +229,32 @@ class Announcing:
         if everything:
             touched = self._eips.keys() | self.selections.keys()
         rules = Rules(accepted.config, self._me, self._managers)
-        ordered = sorted(touched, key=lambda a: (a.version, int(a)))
-        for start in range(0, len(ordered), _CHUNK):
+        # What has a route may have to lose it.
+        ordered = sorted(touched, key=lambda a: (self._hopless(a), a.version, int(a)))
+        for start in range(0, len(ordered), CHUNK):
+            first = self.number is None
+            if start and not first:
+                self._announce(accepted)
             # Probes and pings go on while ten thousand EIPs are looked at.
             await asyncio.sleep(0)
-            self._select(rules, ordered[start : start + _CHUNK])
+            chunk = ordered[start : start + CHUNK]
+            if self._all and self._hopless(chunk[0]) and not first:
+                break  # all are looked at again, those with routes first
+            self._select(rules, [*self._changed_meanwhile(), *chunk])
         self._announce(accepted)
         self._metrics.select_seconds.observe(time.perf_counter() - started)
         self._leaving.set()
+
+    def _hopless(self, address: Address) -> bool:
+        found = self.selections.get(address)
+        return found is None or not found.paths
+
+    def _changed_meanwhile(self) -> list[Address]:
+        """What was touched since the round began, if it is little; else the next round's."""
+        if not 0 < len(self._touched) <= CHUNK:
+            return []
+        touched, self._touched = self._touched, set()
+        return sorted(touched, key=lambda a: (a.version, int(a)))
 
     def _select(self, rules: Rules, touched: Sequence[Address]) -> None:
         eips = [self._eips[address] for address in touched if address in self._eips]

@@ -15,31 +15,34 @@ asks `take()` what to send. Rules:
   wire before the new is sent.
 - What a lost command did is unknown: such routes are `unsure`, and are sent again or withdrawn.
 - The desired state is taken whole, as a persistent map by prefix (`by_prefix`): the difference to
-  the last is worked out here, at the cost of the prefixes that changed.
+  the last is worked out here, at the cost of the prefixes that changed. `want` notes which prefixes
+  changed; `plan` looks at some of them at a time, always at the newest desired state, and at those
+  that lose a path first. Until these are all planned no announce is sent: a node that goes
+  overtakes a load in progress, whatever of it is not in flight yet.
 - `settled` is the greatest number whose routes are acknowledged and, by a later barrier, on the
   wire of every established session.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Final, TypeAlias
+from itertools import islice
+from typing import Final, NamedTuple, TypeAlias
 
 from lbctl.core import exabgp
-from lbctl.core.announce_table import Route, Table
+from lbctl.core.announce_table import Route, Table, Texts
 from lbctl.core.exabgp import Command, Verb
 from lbctl.core.model import Agreed, Network, Path
 from lbctl.core.pmap import PMap, changed
 from lbctl.errors import MessageError, SpeakerError
 
 WINDOW: Final = 32
+SLICE: Final = 1600  # routes of a peer planned at a time: some 20 ms
 PRUNE_EVERY: Final = 512  # numbers between two clearances of what is remembered for speed
 
-
 Paths: TypeAlias = frozenset[Path] | PMap[Network, frozenset[Path]]
-Routes: TypeAlias = dict[int, list[Route]]  # by family, 4 and 6
 _NONE: Final[frozenset[Path]] = frozenset()
 
 
@@ -95,6 +98,15 @@ TRANSITIONS: Final[dict[tuple[LinkState, LinkEvent], LinkState]] = {
 }
 
 
+class _Known(NamedTuple):
+    """What was made of a path; it holds for other prefixes' paths with its path-id too."""
+
+    path: Path
+    rank: tuple[int, int]
+    identified: str  # its attributes text with the path-id
+    plain: str  # and without
+
+
 @dataclass(frozen=True, slots=True)
 class Send:
     """Something to send: a command, or a barrier if `command` is None."""
@@ -106,8 +118,8 @@ class Send:
 class Announcer:
     """The planner for all peers. Not thread-safe; every method returns at once."""
 
-    def __init__(self, window: int = WINDOW) -> None:
-        self._window = window
+    def __init__(self, window: int = WINDOW, slice_: int = SLICE) -> None:
+        self._window, self._slice = window, slice_
         self._state = LinkState.AWAY
         self._number = 0
         self._paths: PMap[Network, frozenset[Path]] = PMap()
@@ -115,7 +127,11 @@ class Announcer:
         self._modes: dict[str, dict[int, bool]] = {}
         self._up: set[str] = set()
         self._unclaimed: dict[str, list[Held]] = {}  # of peers that are not wanted (yet)
-        self._texts: dict[tuple[object, ...], str] = {}
+        self._losing: dict[Network, None] = {}  # to be planned, first those that lose a path
+        self._coming: dict[Network, None] = {}
+        self._since = 0  # the number at which there began to be something to plan
+        self._known: dict[int, _Known] = {}  # by path-id
+        self._shared: dict[tuple[str, ...], Texts] = {}
         self._in_flight: dict[int, Command] = {}
         self._next_id = 1
         self._barrier: tuple[int, int] | None = None  # (id, number that was acknowledged then)
@@ -145,97 +161,125 @@ class Announcer:
         or one (prefix, path-id) occurs twice.
         """
         before, after = self._paths, by_prefix(paths)
-        added: list[tuple[Network, Iterable[Path]]] = []
-        removed: list[tuple[Network, Iterable[Path]]] = []
-        touched = changed(before, after)
-        for prefix in touched:
+        losing: list[Network] = []
+        coming: list[Network] = []
+        for prefix in sorted(changed(before, after), key=_order):
             was, now = before.get(prefix, _NONE), after.get(prefix, _NONE)
-            fresh, lost = now - was, was - now
-            _check(prefix, now, fresh)
-            if fresh:
-                added.append((prefix, fresh))
-            if lost:
-                removed.append((prefix, lost))
-        new, gone = self._routes(added, True), self._routes(removed, True)
+            if not was <= now:
+                losing.append(prefix)
+            elif was != now:
+                coming.append(prefix)
+            self._check(prefix, was, now)
         self._number += 1
         if self._number % PRUNE_EVERY == 0:
-            self._texts.clear()
-            for table in self._tables.values():
-                table.prune()
+            self._prune()
+        self._paths = after
+        self._note(losing, coming)
         wanted_peers = sorted(set(peers))
         for peer in sorted(set(self._tables) - set(wanted_peers)):
             table = self._tables.pop(peer)
             left = sorted(table.held | table.unsure | table.busy.keys())
             self._unclaimed[peer] = [Held(peer, r.attributes, (r.prefix,), False) for r in left]
-        self._paths = after
         for peer in wanted_peers:
-            known = self._tables.get(peer)
-            if known is None:
+            if peer not in self._tables:
                 self._tables[peer] = table = Table(peer, self._modes.get(peer), peer in self._up)
                 self._learn(table, self._unclaimed.pop(peer, ()))
-                self._fill(table)
-            elif touched:
-                self._follow(known, new, gone, before, touched)
         return self._number
 
-    def _text(self, path: Path, identified: bool) -> str:
-        hop = path.next_hop
-        key = (int(hop), hop.version, path.path_id, path.communities, path.med, identified)
-        text = self._texts.get(key)
-        if text is None:
-            text = self._texts[key] = exabgp.attributes(path, identified)
-        return text
+    def _check(self, prefix: Network, was: frozenset[Path], now: frozenset[Path]) -> None:
+        """SpeakerError if one of the paths that `was` has not is not valid."""
+        fresh = now - was if was else now
+        for path in fresh:
+            if path.prefix is not prefix and path.prefix != prefix:
+                raise SpeakerError(f"a path of {prefix} is for another prefix")
+            self._know(path)
+        if fresh:
+            exabgp.prefix(prefix, *(path.next_hop for path in fresh))
+            if len({path.path_id for path in now}) != len(now):
+                raise SpeakerError("two paths have the same prefix and path-id")
 
-    def _routes(self, paths: Iterable[tuple[Network, Iterable[Path]]], several: bool) -> Routes:
-        """The routes for a peer, by family and in order: all paths, or the first of each prefix."""
-        routes: Routes = {4: [], 6: []}
-        for prefix, some in sorted(paths, key=_order):
-            ranked = sorted(some, key=_rank)
-            text = exabgp.prefix(prefix, *(path.next_hop for path in ranked))
-            for path in ranked if several else ranked[:1]:
-                routes[prefix.version].append(Route(self._text(path, several), text))
-        return routes
+    def _know(self, path: Path) -> _Known:
+        known = self._known.get(path.path_id)
+        if known is None or not _alike(known.path, path):
+            rank = int(path.next_hop), path.path_id
+            known = _Known(path, rank, exabgp.attributes(path), exabgp.attributes(path, False))
+            self._known[path.path_id] = known
+        return known
+
+    def _prune(self) -> None:
+        self._known.clear()
+        self._shared.clear()
+        for table in self._tables.values():
+            table.prune()
+
+    # planning
+
+    def _note(self, losing: Iterable[Network], coming: Iterable[Network]) -> None:
+        """These prefixes have to be planned."""
+        if not self._losing and not self._coming:
+            self._since = self._number
+        for prefix in losing:
+            self._coming.pop(prefix, None)
+            self._losing[prefix] = None
+        for prefix in coming:
+            if prefix not in self._losing:
+                self._coming[prefix] = None
+
+    def plan(self) -> bool:
+        """Plan a slice of what changed; returns whether something is left to plan."""
+        tables = [table for _, table in sorted(self._tables.items()) if table.modes is not None]
+        left = self._slice
+        while left > 0 and (queue := self._losing or self._coming):
+            prefix = next(iter(queue))
+            left -= max(1, self._plan(prefix, tables))
+            del queue[prefix]  # only now: until then its routes are of the number `_since`
+        return bool(self._losing or self._coming)
+
+    def _plan(self, prefix: Network, tables: list[Table]) -> int:
+        """Make each table want what is desired of a prefix; returns how many routes differed."""
+        ranked = sorted(map(self._know, self._paths.get(prefix, _NONE)), key=lambda k: k.rank)
+        text, differ = str(prefix), 0
+        for table in tables:
+            several = (table.modes or {}).get(prefix.version)
+            if several is None:
+                continue
+            if several:
+                texts = tuple([known.identified for known in ranked])
+            else:
+                texts = tuple([known.plain for known in ranked[:1]])
+            shared = self._shared.get(texts)
+            if shared is None:
+                shared = self._shared[texts] = dict.fromkeys(texts)
+            routes = table.want(text, shared)
+            differ = max(differ, len(routes))
+            for route in routes:
+                self._consider(table, route)
+        return differ
 
     def _fill(self, table: Table) -> None:
-        """Make `wanted` anew."""
-        old = table.empty()
-        fresh = [
-            route
-            for version, several in sorted((table.modes or {}).items())
-            for route in self._routes(_of_family(self._paths, self._paths, version), several)[
-                version
-            ]
-        ]
-        for route in fresh:
-            table.want(route)
-        for route in (*sorted(old - table.wanted), *fresh):
+        """Make `wanted` anew, in slices if the peer has nothing yet.
+
+        Else in one piece: what it has is withdrawn unless it is wanted.
+        """
+        table.empty()
+        if table.modes is None:
+            return
+        self._note((), sorted(self._paths, key=_order))
+        there = table.held | table.unsure | table.pending.keys()
+        while there and self.plan():
+            pass
+        for route in sorted(route for route in there if not table.wants(route)):
             self._consider(table, route)
 
-    def _follow(
-        self,
-        table: Table,
-        new: Routes,
-        gone: Routes,
-        before: Mapping[Network, frozenset[Path]],
-        touched: set[Network],
-    ) -> None:
-        """Take in what changed, family by family; new, gone: the routes of a peer with ADD-PATH."""
-        for version, several in sorted((table.modes or {}).items()):
-            fresh, old = new[version], gone[version]
-            if not several:  # look again which path of these prefixes it gets
-                fresh = self._routes(_of_family(self._paths, touched, version), False)[version]
-                old = self._routes(_of_family(before, touched, version), False)[version]
-            table.wanted.difference_update(old)
-            for route in fresh:
-                table.want(route)
-            for route in (*old, *fresh):
-                self._consider(table, route)
-
     def _consider(self, table: Table, route: Route) -> None:
-        table.consider(route, self._number)
-        if route not in table.wanted or route in table.held:
+        table.consider(route, self._label())
+        if not table.wants(route) or route in table.held:
             for old in table.deferred.pop(route, ()):
                 self._consider(table, old)
+
+    def _label(self) -> int:
+        """The oldest number that routes which are looked at now may be of."""
+        return self._since if self._losing or self._coming else self._number
 
     # what happens
 
@@ -290,9 +334,7 @@ class Announcer:
             table.learn(entry.attributes, routes, entry.sure)
         table.unsure -= table.held
         table.blocked = table.modes is not None and table.stray()
-        if table.modes is not None:
-            for route in sorted(table.wanted | table.held | table.unsure):
-                self._consider(table, route)
+        self._fill(table)
 
     def negotiated(self, peer: str, agreed: Agreed) -> None:
         """A session agreed on these families, and whether we may send several paths per prefix."""
@@ -303,8 +345,6 @@ class Announcer:
         table.modes = modes
         table.blocked = table.stray()
         self._fill(table)
-        for route in sorted((table.held | table.unsure) - table.wanted):
-            self._consider(table, route)
 
     def established(self, peer: str, up: bool) -> None:
         """A session came up or went down. ExaBGP sends all again by itself when it comes up."""
@@ -373,16 +413,20 @@ class Announcer:
         """The greatest number of which nothing is pending."""
         if self._state is not LinkState.READY:
             return 0
-        firsts = (next(iter(t.pending.values())) for t in self._tables.values() if t.pending)
+        firsts = [next(iter(t.pending.values())) for t in self._tables.values() if t.pending]
+        if self._losing or self._coming:
+            firsts.append(self._since)
         return min(firsts, default=self._number + 1) - 1
 
     def take(self) -> tuple[Send, ...]:
-        """What to send now; all of it must be sent, in this order."""
+        """What to send now of what is planned; all of it must be sent, in this order."""
         sends: list[Send] = []
         if self._state is not LinkState.READY:
             return ()
         while len(self._in_flight) < self._window:
-            command = self._batch(Verb.WITHDRAW) or self._batch(Verb.ANNOUNCE)
+            command = self._batch(Verb.WITHDRAW)
+            if command is None and not self._losing:
+                command = self._batch(Verb.ANNOUNCE)
             if command is None:
                 break
             self._in_flight[self._next_id] = command
@@ -407,9 +451,7 @@ class Announcer:
             return None
         first = tables[0]
         attributes, queue = next(iter(first.todo[verb].items()))
-        prefixes = tuple(
-            prefix for prefix, _ in zip(queue, range(exabgp.MAX_PREFIXES), strict=False)
-        )
+        prefixes = tuple(islice(queue, exabgp.MAX_PREFIXES))
         chosen = [
             table
             for table in tables
@@ -420,23 +462,11 @@ class Announcer:
         return Command(verb, tuple(table.peer for table in chosen), attributes, prefixes)
 
 
-def _order(entry: tuple[Network, object]) -> tuple[int, int, int]:
-    prefix = entry[0]
+def _order(prefix: Network) -> tuple[int, int, int]:
     return prefix.version, int(prefix.network_address), prefix.prefixlen
 
 
-def _rank(path: Path) -> tuple[int, int]:
-    return int(path.next_hop), path.path_id
-
-
-def _of_family(
-    paths: Mapping[Network, frozenset[Path]], prefixes: Iterable[Network], version: int
-) -> Iterator[tuple[Network, frozenset[Path]]]:
-    return ((p, paths.get(p, _NONE)) for p in prefixes if p.version == version)
-
-
-def _check(prefix: Network, paths: frozenset[Path], fresh: Iterable[Path]) -> None:
-    if any(path.prefix is not prefix and path.prefix != prefix for path in fresh):
-        raise SpeakerError(f"a path of {prefix} is for another prefix")
-    if len({path.path_id for path in paths}) != len(paths):
-        raise SpeakerError("two paths have the same prefix and path-id")
+def _alike(one: Path, other: Path) -> bool:
+    """Whether two paths have the same attributes."""
+    hops = one.next_hop is other.next_hop or one.next_hop == other.next_hop
+    return hops and one.communities == other.communities and one.med == other.med

@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from lbctl.core import exabgp
 from lbctl.core.exabgp import Verb
 
+Texts = dict[str, None]  # attributes of a prefix's paths, in order; shared, so never changed
 Grouped = dict[str, dict[str, None]]  # attributes -> prefixes, in order
+_NOTHING: Final[Texts] = {}
 
 
 class Route(NamedTuple):
@@ -30,13 +32,13 @@ class Route(NamedTuple):
 
 @dataclass(slots=True)
 class Table:
-    """One peer: what it shall have, what it has, and what is under way. Sets of `Route`."""
+    """One peer: what it shall have, what it has, and what is under way."""
 
     peer: str
     modes: Mapping[int, bool] | None = None  # by family: ADD-PATH agreed; None: never negotiated
     up: bool = False
     blocked: bool = False  # the modes changed: no announce until the old kind is gone
-    wanted: set[Route] = field(default_factory=set)
+    wanted: dict[str, Texts] = field(default_factory=dict)  # by prefix, as far as it is planned
     held: set[Route] = field(default_factory=set)
     unsure: set[Route] = field(default_factory=set)
     busy: dict[Route, int] = field(default_factory=dict)  # to the id of the command in flight
@@ -55,27 +57,41 @@ class Table:
         several = (self.modes or {}).get(route.version)
         return (exabgp.path_id(route.attributes) is not None) is not several
 
-    def want(self, route: Route) -> None:
-        """Add to `wanted`."""
-        self.wanted.add(route)
-        if route.attributes not in self.known:
-            self.known.add(route.attributes)
-            for key in _keys(route.attributes):
-                self.kin.setdefault(key, set()).add(route.attributes)
+    def wants(self, route: Route) -> bool:
+        """Whether it is wanted."""
+        return route.attributes in self.wanted.get(route.prefix, _NOTHING)
 
-    def empty(self) -> set[Route]:
-        """Want nothing; returns what was wanted."""
-        wanted, self.wanted, self.kin, self.known = self.wanted, set(), {}, set()
-        return wanted
+    def want(self, prefix: str, texts: Texts) -> list[Route]:
+        """Want exactly these of a prefix; returns what this changes, the routes gone first."""
+        old = self.wanted.get(prefix, _NOTHING)
+        if old is texts:
+            return []
+        if texts:
+            self.wanted[prefix] = texts
+        else:
+            self.wanted.pop(prefix, None)
+        self._relate(texts)
+        gone = [Route(text, prefix) for text in old if text not in texts]
+        return gone + [Route(text, prefix) for text in texts if text not in old]
+
+    def _relate(self, texts: Texts) -> None:
+        for attributes in texts:
+            if attributes not in self.known:
+                self.known.add(attributes)
+                for key in _keys(attributes):
+                    self.kin.setdefault(key, set()).add(attributes)
+
+    def empty(self) -> None:
+        """Want nothing."""
+        self.wanted, self.kin, self.known = {}, {}, set()
 
     def prune(self) -> None:
         """Forget the kinship of routes that are no longer wanted or there."""
-        self.slots = {}
+        self.slots, self.kin, self.known = {}, {}, set()
         for route in self.held | self.unsure:
             self.slots.setdefault(_keys(route.attributes)[1], set()).add(route.attributes)
-        wanted = self.empty()
-        for route in wanted:
-            self.want(route)
+        for texts in self.wanted.values():
+            self._relate(texts)
 
     def successor(self, old: Route) -> Route | None:
         """A wanted route, not there yet, that takes the place of `old`."""
@@ -85,7 +101,7 @@ class Table:
             return None
         for other in sorted(others):
             new = Route(other, old.prefix)
-            if new in self.wanted and new not in self.held:
+            if self.wants(new) and new not in self.held:
                 return new
         return None
 
@@ -134,7 +150,7 @@ class Table:
             self.pending.setdefault(route, number)
             return
         verb = None
-        if route in self.wanted:
+        if self.wants(route):
             if route not in self.held:
                 verb = Verb.ANNOUNCE
         elif route in self.held or route in self.unsure:

@@ -269,6 +269,8 @@ class ExabgpSpeaker:
     def _pump(self) -> None:
         self._scheduled = False
         if self._writer is not None and self._announcer.state is LinkState.READY:
+            if self._announcer.plan():
+                self._schedule()  # the rest in the next turn, after what else waits
             for send in self._announcer.take():
                 if send.command is None:
                     self._send(messages.Flush(send.id))

@@ -66,6 +66,8 @@ class ManagerSide:
     def announce(self) -> None:
         """Set it, and acknowledge every command."""
         self.announcer.want(_PEERS, self.paths)
+        while self.announcer.plan():
+            pass
         while sends := self.announcer.take():
             for send in sends:
                 if send.command is None:
@@ -188,6 +190,7 @@ def _lost(manager: ManagerSide, agent: AgentSide, runs: int) -> Iterator[Measure
 
     def diff() -> None:
         manager.announcer.want(_PEERS, manager.paths)
+        manager.announcer.plan()
         manager.announcer.take()
 
     found: list[float] = []

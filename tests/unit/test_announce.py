@@ -12,7 +12,16 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from lbctl.core import exabgp
-from lbctl.core.announce import TRANSITIONS, WINDOW, Announcer, Held, LinkEvent, LinkState, Send
+from lbctl.core.announce import (
+    SLICE,
+    TRANSITIONS,
+    WINDOW,
+    Announcer,
+    Held,
+    LinkEvent,
+    LinkState,
+    Send,
+)
 from lbctl.core.exabgp import Command, Verb
 from lbctl.core.model import Agreed, Path
 from lbctl.errors import MessageError, SpeakerError
@@ -57,6 +66,12 @@ class Exabgp:
         self.queue.extend(sends)
         self.lines += [send.command for send in sends if send.command is not None]
 
+    def pull(self, announcer: Announcer) -> None:
+        """Queue what it sends once all is planned."""
+        while announcer.plan():
+            pass
+        self.send(announcer.take())
+
     def step(self, announcer: Announcer, ok: bool = True, heard: bool = True) -> None:
         """Do the oldest command; it is answered only if `heard`."""
         send = self.queue.popleft()
@@ -98,16 +113,16 @@ class Exabgp:
 
     def drain(self, announcer: Announcer) -> None:
         for _ in range(100_000):
-            self.send(announcer.take())
+            self.pull(announcer)
             if not self.queue:
                 return
             self.step(announcer)
         raise AssertionError("the announcer never comes to rest")
 
 
-def ready(*peers: str) -> tuple[Announcer, Exabgp]:
+def ready(*peers: str, slice_: int = SLICE) -> tuple[Announcer, Exabgp]:
     """A linked announcer whose sessions are up."""
-    announcer = Announcer()
+    announcer = Announcer(slice_=slice_)
     announcer.connected()
     for peer in peers or (A, B):
         announcer.negotiated(peer, BOTH)
@@ -134,7 +149,7 @@ def test_a_load_is_batched_windowed_and_shared_by_the_peers() -> None:
     eips = exabgp.MAX_PREFIXES * (WINDOW // 2 + 1)
     paths = frozenset(path(eip, node) for eip in range(eips) for node in (1, 2))
     number = announcer.want((A, B), paths)
-    model.send(announcer.take())
+    model.pull(announcer)
     assert announcer.in_flight == len(model.queue) == WINDOW
     assert model.lines[0].prefixes == model.lines[1].prefixes
     assert announcer.settled < number
@@ -154,13 +169,55 @@ def test_an_urgent_withdraw_goes_before_the_rest_of_a_load() -> None:
     model.drain(announcer)
     load = frozenset(path(eip, 2) for eip in range(exabgp.MAX_PREFIXES * (WINDOW + 2)))
     announcer.want((A,), first | load)
-    model.send(announcer.take())
+    model.pull(announcer)
     announcer.want((A,), load)
     sent = len(model.lines)
     model.step(announcer)
-    model.send(announcer.take())
+    model.pull(announcer)
     assert model.lines[sent].verb is Verb.WITHDRAW
     assert len(model.lines[sent].prefixes) == 10
+
+
+def test_a_node_that_goes_overtakes_a_load_that_is_being_planned() -> None:
+    """Its withdraws are all planned before anything more is announced, and what was not planned yet
+    is planned without it."""
+    announcer, model = ready(slice_=100)
+    first = frozenset(path(eip, node) for eip in range(300) for node in (1, 2))
+    announcer.want((A, B), first)
+    model.drain(announcer)
+    load = first | {path(eip, node) for eip in range(300, 2000) for node in (1, 2)}
+    number = announcer.want((A, B), load)
+    assert announcer.plan(), "a load must be planned in slices"
+    begun, sent = len(model.lines), announcer.take()
+    model.send(sent)
+    assert 1 <= len(sent) <= 4, "what is planned must go out while the rest is planned"
+    less = frozenset(p for p in load if p.node == "node-2")
+    later = announcer.want((A, B), less)
+    overtaken = len(model.lines)
+    while announcer.plan():
+        model.send(announcer.take())
+        if model.queue:
+            model.step(announcer)
+        assert announcer.settled < number
+    model.drain(announcer)
+    order = [line.verb for line in model.lines[overtaken:]]
+    assert order == sorted(order, key=lambda verb: verb is Verb.ANNOUNCE)
+    assert (
+        len(
+            {
+                p
+                for line in model.lines[overtaken:]
+                for p in line.prefixes
+                if line.verb is Verb.WITHDRAW
+            }
+        )
+        >= 300
+    )
+    hop = str(path(1, 1).next_hop)
+    late = [line for line in model.lines[begun:] if line.verb is Verb.ANNOUNCE]
+    assert sum(len(x.prefixes) for x in late if exabgp.next_hop(x.attributes) == hop) <= 100
+    assert model.wire == {A: shown(less), B: shown(less)}
+    assert announcer.settled == later
 
 
 def test_a_change_of_attributes_announces_the_new_path_first() -> None:
@@ -169,7 +226,7 @@ def test_a_change_of_attributes_announces_the_new_path_first() -> None:
     announcer.want((A,), frozenset({path()}))
     model.drain(announcer)
     announcer.want((A,), frozenset({path(tag=1)}))
-    model.send(announcer.take())
+    model.pull(announcer)
     assert [line.verb for line in model.lines[1:]] == [Verb.ANNOUNCE]
     model.drain(announcer)
     assert [line.verb for line in model.lines[1:]] == [Verb.ANNOUNCE, Verb.WITHDRAW]
@@ -230,7 +287,7 @@ def test_a_peer_that_loses_add_path_is_emptied_before_it_is_filled() -> None:
     model.drain(announcer)
     model.agreed[A], model.wire[A] = NONE, {}
     announcer.negotiated(A, NONE)
-    model.send(announcer.take())
+    model.pull(announcer)
     while model.queue:
         barrier_next = model.queue[0].command is None
         model.step(announcer)
@@ -268,9 +325,9 @@ def test_a_refused_command_is_sent_again_only_after_retry() -> None:
     """No storm; and the number does not settle meanwhile."""
     announcer, model = ready(A)
     number = announcer.want((A,), frozenset({path()}))
-    model.send(announcer.take())
+    model.pull(announcer)
     model.step(announcer, ok=False)
-    model.send(announcer.take())
+    model.pull(announcer)
     assert not model.queue and announcer.settled < number
     announcer.retry()
     model.drain(announcer)
@@ -282,7 +339,7 @@ def test_settled_needs_the_wire_of_every_established_session() -> None:
     """A barrier that finds something unsent is not enough; a new session starts it anew."""
     announcer, model = ready()
     number = announcer.want((A, B), frozenset({path()}))
-    model.send(announcer.take())
+    model.pull(announcer)
     model.step(announcer)
     (barrier,) = announcer.take()
     assert barrier.command is None
@@ -303,7 +360,7 @@ def test_an_old_number_settles_while_new_ones_keep_coming() -> None:
     announcer, model = ready(A)
     number = announcer.want((A,), frozenset({path()}))
     for eip in range(2, 30):
-        model.send(announcer.take())
+        model.pull(announcer)
         announcer.want((A,), frozenset(path(other) for other in range(1, eip)))
         if model.queue:
             model.step(announcer)
@@ -428,7 +485,7 @@ class Storm:
     """Carries out a script against announcer and model."""
 
     def __init__(self) -> None:
-        self.announcer, self.model = ready()
+        self.announcer, self.model = ready(slice_=2)
         self.wanted: frozenset[Path] = frozenset()
 
     def want(self, peers: set[str], chosen: set[tuple[int, int, int]]) -> None:
@@ -501,6 +558,7 @@ def test_whatever_happens_it_ends_with_what_is_desired(
     announcer, model = storm.announcer, storm.model
     for kind, one, two in script:
         getattr(storm, kind)(one, two)
+        announcer.plan()
         model.send(announcer.take())
         assert announcer.in_flight <= WINDOW
     number = announcer.want((A, B), storm.wanted)

@@ -1,0 +1,146 @@
+"""What every manager does with EIPs: what is set, and in which order."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any, cast
+
+from lbctl.core.announce import Paths
+from lbctl.core.model import Network, NodeState, Path, Peer, Session
+from lbctl.core.pmap import PMap
+from lbctl.core.routes import host_route
+from lbctl.kube.client import Client
+from manager.announcing import CHUNK, Announcing
+from manager.configuration import Accepted
+from manager.inputs import Inputs
+from manager.metrics import Metrics
+from tests.bench.cluster import CONFIG, Cluster
+
+LIMIT_S = 60.0
+LOST = "n3"
+
+
+class Feed:
+    """A watched kind: what is put is there, and the listeners hear of it."""
+
+    def __init__(self) -> None:
+        self.cache: dict[object, object] = {}
+        self._listeners: list[Callable[[Any, Any, Any], None]] = []
+
+    def listen(self, listener: Callable[[Any, Any, Any], None]) -> None:
+        self._listeners.append(listener)
+
+    def put(self, key: object, value: object) -> None:
+        old, self.cache[key] = self.cache.get(key), value
+        for listener in self._listeners:
+            listener(key, old, value)
+
+
+class Speaker:
+    """Keeps every set."""
+
+    def __init__(self) -> None:
+        self.sets: list[PMap[Network, frozenset[Path]]] = []
+        self.on_set: Callable[[], None] = lambda: None
+        self.changed = asyncio.Event()
+
+    def set(self, peers: Iterable[Peer], paths: Paths) -> int:
+        assert isinstance(paths, PMap)
+        self.sets.append(paths)
+        self.changed.set()
+        self.on_set()
+        return len(self.sets)
+
+    async def settled(self, number: int) -> None:
+        return
+
+    def is_settled(self, number: int) -> bool:
+        return True
+
+    def sessions(self) -> tuple[Session, ...]:
+        return ()
+
+
+class World:
+    """A cluster of four chunks of EIPs, and one manager's announcing of it."""
+
+    def __init__(self) -> None:
+        self.cluster = Cluster(4 * CHUNK)
+        self.feeds = {name: Feed() for name in ("eips", "services", "slices", "nodes")}
+        endpoints = self.cluster.endpoints
+
+        async def synced() -> None:
+            return
+
+        index = SimpleNamespace(of=endpoints.__getitem__)
+        inputs = SimpleNamespace(**self.feeds, index=index, synced=synced)
+        self.speaker = Speaker()
+        self.announcing = Announcing(
+            "control-1",
+            cast(Client, None),
+            cast(Inputs, inputs),
+            self.speaker,
+            Metrics(),
+            peers=lambda _accepted: (),
+            can_start=lambda: True,
+        )
+        self.announcing.configure(Accepted(CONFIG, "h", 1))
+        self.announcing.set_views(self.cluster.views)
+        for node in self.cluster.nodes:
+            self.feeds["nodes"].put(node.name, node)
+
+    def add(self, numbers: range) -> list[Network]:
+        """These Services, with their EIPs; their routes."""
+        for n in numbers:
+            ref, address = self.cluster.refs[n], self.cluster.addresses[n]
+            self.feeds["services"].cache[ref] = self.cluster.services[ref]
+            self.feeds["eips"].put(address, self.cluster.eips[address])
+        return [host_route(self.cluster.addresses[n]) for n in numbers]
+
+    def lose(self) -> None:
+        """A node goes."""
+        views = dict(self.cluster.views)
+        views[LOST] = replace(views[LOST], state=NodeState.DOWN)
+        self.announcing.set_views(views)
+
+    async def until(self, condition: Callable[[PMap[Network, frozenset[Path]]], bool]) -> None:
+        """Until the last set is such."""
+        async with asyncio.timeout(LIMIT_S):
+            while not self.speaker.sets or not condition(self.speaker.sets[-1]):
+                await self.speaker.changed.wait()
+                self.speaker.changed.clear()
+
+
+def without(paths: PMap[Network, frozenset[Path]], prefixes: list[Network]) -> bool:
+    """Whether all these are announced, and none by the node."""
+    return all(
+        prefix in paths and all(path.node != LOST for path in paths[prefix]) for prefix in prefixes
+    )
+
+
+async def test_a_node_that_goes_does_not_wait_for_a_load() -> None:
+    """It goes when the first chunk of a load is set: it is taken out of what has routes, chunk by
+    chunk, before more of the load is looked at. The first set of all is whole."""
+    world = World()
+    task = asyncio.create_task(world.announcing.run())
+    first = world.add(range(2 * CHUNK))
+    await world.until(lambda paths: len(paths) == 2 * CHUNK)
+    assert len(world.speaker.sets) == 1, "what is not in the first set is withdrawn"
+
+    def lose() -> None:
+        world.speaker.on_set = lambda: None
+        world.lose()
+
+    world.speaker.on_set = lose
+    rest = world.add(range(2 * CHUNK, 4 * CHUNK))
+    await world.until(lambda paths: without(paths, first + rest))
+    sets = world.speaker.sets
+    out = next(n for n, paths in enumerate(sets) if without(paths, first))
+    assert len(sets[out]) <= 3 * CHUNK, "the load was looked at first"
+    begun = next(n for n, paths in enumerate(sets) if without(paths, first[:CHUNK]))
+    assert begun < out, "a chunk waited for the others"
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
