@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ipaddress import ip_address, ip_network
+from ipaddress import IPv4Network, ip_address
 
 from lbctl.core import config
 from lbctl.core.model import (
@@ -30,13 +30,20 @@ bgp: {asn: 64512, peers: [{name: tor-a, address: 192.0.2.1, asn: 64500}]}
 """
 CONFIG = config.parse(CONFIG_TEXT)
 FIRST = int(ip_address("198.18.0.0"))
+POD_NETWORK = int(ip_address("10.0.0.0"))
 
 
 class Cluster:
-    """`count` Services with an EIP and so many pods each, on so many nodes, all well."""
+    """`count` Services with an EIP and so many pods each, on so many nodes, all well.
 
-    def __init__(self, count: int, nodes: int = NODES, pods: int = PODS) -> None:
+    first: address of the first node; the others follow.
+    """
+
+    def __init__(
+        self, count: int, nodes: int = NODES, pods: int = PODS, first: str = "192.0.2.20"
+    ) -> None:
         self.size, self.pods = nodes, pods
+        self._pod_bits = 16 if nodes <= 256 else 14  # of the addresses of a node's pods
         self.refs = [ObjectRef("default", f"s{n:05}") for n in range(count)]
         self.addresses: list[Address] = [ip_address(FIRST + n) for n in range(count)]
         self.eips = {
@@ -49,8 +56,8 @@ class Cluster:
         self.nodes = tuple(
             Node(
                 f"n{n}",
-                addresses=(ip_address(f"192.0.2.{20 + n}"),),
-                pod_cidrs=(ip_network(f"10.{n}.0.0/16"),),
+                addresses=(ip_address(first) + n,),
+                pod_cidrs=(IPv4Network((self._pods(n), 32 - self._pod_bits)),),
             )
             for n in range(nodes)
         )
@@ -64,12 +71,17 @@ class Cluster:
             for node in self.nodes
         }
 
+    def _pods(self, node: int) -> int:
+        return POD_NETWORK + (node << self._pod_bits)
+
     def behind(self, number: int, pods: int | None = None) -> ServiceEndpoints:
         """The endpoints of Service `number` with so many pods."""
         size = self.size
         found = tuple(
             Endpoint(
-                ip_address(f"10.{(number + p) % size}.{number // 250}.{2 + number % 250}"),
+                ip_address(
+                    self._pods((number + p) % size) + number // 250 * 256 + 2 + number % 250
+                ),
                 8080,
                 f"n{(number + p) % size}",
                 "pod",

@@ -1,11 +1,13 @@
-"""An API server for one agent: the lists of a `Cluster`, and watches whose lines the bench writes.
+"""An API server for one agent or manager: the lists of a `Cluster`, and watches whose lines the
+bench writes. It takes no writes: a manager never leads.
 
-It is as thin as can be, so that what is measured is the agent.
+It is as thin as can be, so that what is measured is the agent or manager.
 """
 
 from __future__ import annotations
 
 import asyncio
+import base64
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Final
@@ -34,10 +36,13 @@ _UNREAD: Final = [
 
 
 class FakeApi:
-    """Serves HTTP on a free port of the loopback. Use as an async context manager."""
+    """Serves HTTP on a free port of the loopback. Use as an async context manager.
 
-    def __init__(self, cluster: Cluster) -> None:
-        self._lists = dict(_lists(cluster))
+    key: of the probes, as the Secret has it for managers.
+    """
+
+    def __init__(self, cluster: Cluster, key: bytes = b"") -> None:
+        self._lists = dict(_lists(cluster, key))
         self._watches: dict[str, asyncio.StreamWriter] = {}
         self._version = 1
 
@@ -73,9 +78,15 @@ class FakeApi:
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while request := await reader.readline():
             path, _, query = request.split()[1].decode().partition("?")
-            while (await reader.readline()).strip():
-                pass
-            if "watch=true" in query:
+            length = 0
+            while header := (await reader.readline()).strip().lower():
+                if header.startswith(b"content-length:"):
+                    length = int(header.partition(b":")[2])
+            await reader.readexactly(length)
+            if path not in self._lists:
+                refusal = b"404 Not Found" if request.startswith(b"GET") else b"409 Conflict"
+                writer.write(b"HTTP/1.1 %b\r\nContent-Length: 2\r\n\r\n{}" % refusal)
+            elif "watch=true" in query:
                 writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
                 self._watches[path] = writer
             else:
@@ -84,8 +95,8 @@ class FakeApi:
             await writer.drain()
 
 
-def _lists(cluster: Cluster) -> Iterable[tuple[str, bytes]]:
-    """Path and body of everything that an agent lists."""
+def _lists(cluster: Cluster, key: bytes) -> Iterable[tuple[str, bytes]]:
+    """Path and body of everything that an agent or a manager lists."""
     yield client.SERVICES.path(), _list(map(_service, range(len(cluster.refs))))
     yield client.NODES.path(), _list(map(_node, cluster.nodes))
     yield client.EIPS.path(), _list(map(_eip, cluster.eips.values()))
@@ -93,6 +104,11 @@ def _lists(cluster: Cluster) -> Iterable[tuple[str, bytes]]:
     meta = _meta(names.ACCEPTED_CONFIG_MAP, names.NAMESPACE)
     accepted = {"metadata": meta, "data": {names.CONFIG_KEY: CONFIG_TEXT, "generation": "1"}}
     yield client.CONFIG_MAPS.path(names.NAMESPACE), _list([accepted])
+    current = base64.b64encode(base64.b64encode(key)).decode()
+    secret = {"metadata": _meta(names.PROBE_SECRET, names.NAMESPACE), "data": {"current": current}}
+    yield client.SECRETS.path(names.NAMESPACE), _list([secret])
+    yield client.PODS.path(names.NAMESPACE), _list([])
+    yield client.NAMESPACES.path(), _list([])
 
 
 def _list(items: Iterable[_Object]) -> bytes:

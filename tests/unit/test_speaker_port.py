@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path as FilePath
 
 import pytest
@@ -12,8 +12,9 @@ from lbctl.core.announce import WINDOW, by_prefix
 from lbctl.core.exabgp import MAX_PREFIXES, Verb
 from lbctl.core.model import Peer
 from manager.speaker import messages
-from manager.speaker.messages import Done, Flush, Flushed, HeldPart, Run, SessionState
+from manager.speaker.messages import Run
 from manager.speaker.port import ExabgpSpeaker
+from tests.bench.fakespeaker import FakeSpeaker
 
 from .test_announce import path
 
@@ -21,40 +22,18 @@ LIMIT_S = 60.0
 PEER = Peer("tor-a", path(1).next_hop, 64500, 64512)
 
 
-class Speaker:
-    """The other end of the socket: one session with ADD-PATH; every command is done at once."""
-
-    def __init__(self) -> None:
-        self.runs: list[Run] = []
-        self.on_run: Callable[[Run], None] = lambda _run: None
-
-    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """One connection."""
-        await reader.readline()
-        agreed = ((4, True), (6, True))
-        writer.write(messages.encode(SessionState(str(PEER.address), True, agreed, "")))
-        writer.write(messages.encode(HeldPart([], 1, True)))
-        while line := await reader.readline():
-            message = messages.decode_from_manager(line)
-            if isinstance(message, Run):
-                self.runs.append(message)
-                self.on_run(message)
-                writer.write(messages.encode(Done(message.id, True)))
-            elif isinstance(message, Flush):
-                writer.write(messages.encode(Flushed(message.id, {str(PEER.address): True})))
-        writer.close()
-
-
 @pytest.fixture
-async def far(tmp_path: FilePath) -> AsyncIterator[Speaker]:
+async def far(tmp_path: FilePath) -> AsyncIterator[FakeSpeaker]:
     """A speaker that listens."""
-    speaker = Speaker()
+    speaker = FakeSpeaker()
     server = await asyncio.start_unix_server(speaker.serve, tmp_path / messages.MANAGER_SOCKET)
     yield speaker
     server.close()
 
 
-async def test_a_withdraw_overtakes_a_load_in_progress(far: Speaker, tmp_path: FilePath) -> None:
+async def test_a_withdraw_overtakes_a_load_in_progress(
+    far: FakeSpeaker, tmp_path: FilePath
+) -> None:
     """A node goes when the load's first command arrives: after what is in flight at the most, it
     is out of all that is announced, and then the load goes on without it."""
     nodes = (1, 2, 3)
@@ -67,7 +46,7 @@ async def test_a_withdraw_overtakes_a_load_in_progress(far: Speaker, tmp_path: F
     async with asyncio.timeout(LIMIT_S), ExabgpSpeaker(tmp_path, "control-1") as port:
         await port.settled(port.set([PEER], first))
         far.runs.clear()
-        number = asyncio.get_running_loop().create_future()
+        number: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
         def lose(_run: Run) -> None:
             if not number.done():
