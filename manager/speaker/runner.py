@@ -10,7 +10,8 @@ it still behaves:
   neighbour, and sends two changes of one route by when their *attributes* were first seen: the
   older may win on the wire.
 - A helper that died while ExaBGP wrote to it does not stop the peers once it is started again.
-- Reconnecting after at most 5 s (ExaBGP: 60 s).
+- Reconnecting after 1 s at first and 5 s at last (ExaBGP: 60 s): a switch that restarts is back in
+  seconds, and has no route until we are.
 - Commands are run as they come, without a scan of all of them and a new event loop per turn.
 - It sleeps until there is something to do; ExaBGP looks a thousand times a second, and sleeps
   while commands wait.
@@ -25,6 +26,7 @@ import os
 import select
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from functools import partial
 from importlib.metadata import version
@@ -34,7 +36,7 @@ from lbctl.core.exabgp import BARRIER
 from manager.speaker.outbox import Group, Outbox
 
 EXABGP_VERSION: Final = "5.0.15"
-MAX_RECONNECT_S: Final = 5
+RECONNECT_S: Final = (1.0, 5.0)  # the first wait, the longest
 IDLE_MS: Final = (
     250  # keepalives and hold times, counted in whole seconds, are looked at this often
 )
@@ -179,16 +181,16 @@ def forgive_helpers() -> None:
 
 
 def reconnect_soon() -> None:
-    """Cap the back-off."""
+    """Another back-off: at once, then by a fifth longer each time."""
     from exabgp.reactor.delay import Delay
 
-    increase = Delay.increase
+    first_s, longest_s = RECONNECT_S
 
-    def capped(self: Any) -> None:
-        increase(self)
-        self._next = min(self._next, MAX_RECONNECT_S)
+    def increase(self: Any) -> None:
+        self._time = time.time() + self._next
+        self._next = min(max(first_s, self._next * 1.2), longest_s)
 
-    Delay.increase = capped
+    Delay.increase = increase
 
 
 def run_commands() -> None:

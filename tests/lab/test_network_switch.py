@@ -134,7 +134,7 @@ def test_frr_restart_brings_the_routes_back(rack: Lab) -> None:
     machine = rack.machine("tor-b")
     switch.restart(machine)
     poll("tor-b to be VRRP backup again", lambda: vrrp(rack) == VRRP)
-    assert set(switch.bgp_peers(machine)) == {"192.0.2.11", "192.0.2.12"}
+    assert "bgp listen range 192.0.2.0/24" in machine.run("vtysh", "-c", "show running").stdout
 
 
 EXABGP = """

@@ -145,16 +145,16 @@ print(queue.run(), len([s for s in seen if s.startswith("d")]), queue.run())
     assert run(code) == expected
 
 
-def test_reconnecting_is_capped() -> None:
-    """ExaBGP goes up to 60 s."""
+def test_reconnecting_soon_at_first_and_seldom_at_last() -> None:
+    """ExaBGP: four times within 7 s, and up to 60 s later."""
     code = """
 from exabgp.reactor.delay import Delay
-delay = Delay()
-for _ in range(20): delay.increase()
-print(delay._next)
+delay, waits = Delay(), []
+for _ in range(20): delay.increase(); waits.append(delay._next)
+print(sum(sum(waits[:n]) < 7 for n in range(20)), waits[-1])
 """
-    assert run(code) == "5"
-    assert int(run(code, repaired=False)) > 5
+    assert run(code) == "5 5.0"
+    assert run(code, repaired=False) == "4 60"
 
 
 def test_exabgp_is_the_one_that_the_runner_was_written_for() -> None:
