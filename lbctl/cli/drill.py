@@ -19,7 +19,7 @@ from rich.live import Live
 from rich.text import Text
 
 from lbctl.cli import output
-from lbctl.errors import LabError
+from lbctl.errors import DrillError, LabError
 from lbctl.lab import preflight
 from lbctl.lab.api import Api
 from lbctl.lab.bringup import KUBECONFIG, bring_up
@@ -68,7 +68,11 @@ def run_drills(
     ] = False,
     reports: Annotated[Path | None, typer.Option("--report", help="Folder for reports.")] = None,
 ) -> None:
-    """Run drills, one after the other. Exit code 1 if an expectation did not hold."""
+    """Run drills, one after the other.
+
+    Exit code 1 if an expectation did not hold, 2 if a drill could not be run, or if a sabotage was
+    not seen in what it should have broken.
+    """
     wanted = spec.names() if every else names or []
     if not wanted:
         raise typer.BadParameter("name a drill, or say --all; `lbctl drill list` shows them")
@@ -76,7 +80,11 @@ def run_drills(
     preflight.check()
     drills = [spec.find(name) for name in wanted]
     drills.sort(key=lambda drill: drill.topology)  # stable: one lab for neighbours
-    if not Drills(Console(highlight=False), kind, lab, reports).run(drills, sabotage):
+    try:
+        held = Drills(Console(highlight=False), kind, lab, reports).run(drills, sabotage)
+    except LabError as error:
+        output.cannot(error)
+    if not held:
         raise typer.Exit(output.WRONG)
 
 
@@ -121,8 +129,11 @@ class Drills:
         while left:
             with self._site(left[0].topology) as site:
                 while left and left[0].topology == site.lab.topology.name:
-                    held = self._one(site, left.pop(0), sabotaged) and held
-                    if not self._restored(site) and left:
+                    try:
+                        held = self._one(site, left.pop(0), sabotaged) and held
+                    finally:
+                        healed = self._restored(site)
+                    if not healed:
                         break
         return held
 
@@ -162,7 +173,10 @@ class Drills:
             seen = run(site, drill, sabotaged, show)
         checks = verdict.judge(drill, seen)
         title = report.Title(drill.name, drill.about, drill.sabotage if sabotaged else "")
-        return self._told(title, seen, checks)
+        held = self._told(title, seen, checks)
+        if sabotaged and (kept := verdict.unharmed(drill, seen)):
+            raise DrillError(f"{drill.name}: the sabotage was not seen in {', '.join(kept)}")
+        return held
 
     def chaos(self, seed: int, minutes: float, faults: int | None) -> bool:
         """Faults at random; whether everything held."""

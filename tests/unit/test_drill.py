@@ -16,6 +16,7 @@ from lbctl.lab.drill.verdict import (
     HopsSeen,
     RequestSeen,
     judge,
+    unharmed,
 )
 
 GOOD = """\
@@ -37,6 +38,7 @@ expect:
   steered: 0.2
 sabotage:
   about: nobody notices
+  fails: [outage, nextHops]
   timeline:
     - {at: 0s, do: freeze, what: "manager@*"}
 """
@@ -75,6 +77,7 @@ def test_steps_are_in_order_and_sabotage_comes_first() -> None:
         ("replicas: 6", "replicas: 0", "3:27: services[0].replicas: input should be greater"),
         ("outage: 1s", "outtage: 1s", "expect.outtage: unknown key"),
         ("about: a node dies\n", "", "about: field required"),
+        ("fails: [outage", "fails: [outag", "fails[0]: this drill does not expect 'outag'"),
     ],
 )
 def test_what_is_wrong_is_said_with_its_place(old: str, new: str, said: str) -> None:
@@ -149,6 +152,13 @@ def test_flows_to_dead_nodes_and_ended_pods_do_not_count() -> None:
 )
 def test_each_expectation_can_fail(seen: Evidence, name: str) -> None:
     assert name in failed(seen)
+
+
+def test_a_sabotage_is_seen_in_what_it_should_have_broken() -> None:
+    assert unharmed(drill(), SEEN) == ("outage", "nextHops")
+    late = (*SEEN.requests, RequestSeen("web", 3.1, 0.8, "timed out"))
+    assert unharmed(drill(), replace(SEEN, requests=late)) == ("nextHops",)
+    assert unharmed(drill(), replace(SEEN, requests=late, hops=SEEN.hops[:-1])) == ()
 
 
 def test_the_report_is_one_file_and_escapes_what_it_shows() -> None:

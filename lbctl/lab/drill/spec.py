@@ -84,9 +84,13 @@ class Step:
 
 
 class Sabotage(_Model):
-    """What takes out the thing that the drill guards: with it, the drill must fail."""
+    """What takes out the thing that the drill guards: with it, the drill must fail.
+
+    fails: the expectations, by their keys, that must not hold then.
+    """
 
     about: str
+    fails: tuple[str, ...] = Field(min_length=1)
     timeline: tuple[dict[str, Any], ...] = Field(min_length=1)
 
 
@@ -116,6 +120,7 @@ class Drill:
     timeline: tuple[Step, ...]
     expect: Expect
     sabotage: str
+    sabotage_fails: tuple[str, ...]
     sabotage_timeline: tuple[Step, ...]
 
     def steps(self, sabotaged: bool) -> tuple[Step, ...]:
@@ -155,6 +160,7 @@ def parse(text: str, name: str, source: str) -> Drill:
     timeline = _steps(document, ("timeline",), file.timeline, problems)
     sabotage = _steps(document, ("sabotage", "timeline"), file.sabotage.timeline, problems)
     problems += _unknown_services(document, file)
+    problems += _unexpected(document, file)
     if problems:
         raise _refused(problems, source)
     return Drill(
@@ -168,6 +174,7 @@ def parse(text: str, name: str, source: str) -> Drill:
         timeline,
         file.expect,
         file.sabotage.about,
+        file.sabotage.fails,
         sabotage,
     )
 
@@ -192,6 +199,16 @@ def _unknown_services(document: Document, file: _File) -> list[Problem]:
         for number, traffic in enumerate(file.traffic)
         for loc in [("traffic", number, "service")]
         if traffic.service not in known
+    ]
+
+
+def _unexpected(document: Document, file: _File) -> list[Problem]:
+    known = file.expect.model_dump(by_alias=True, exclude_none=True)
+    return [
+        Problem(document.mark(loc), loc, f"this drill does not expect {key!r}")
+        for number, key in enumerate(file.sabotage.fails)
+        for loc in [("sabotage", "fails", number)]
+        if key not in known
     ]
 
 

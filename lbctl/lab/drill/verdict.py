@@ -8,7 +8,7 @@ that proves that the drill could have failed is an expectation like any other.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lbctl.lab.drill.spec import Drill, Expect
 
@@ -129,6 +129,17 @@ def judge(drill: Drill, seen: Evidence) -> tuple[Check, ...]:
                 )
             )
     return tuple(checks)
+
+
+def unharmed(drill: Drill, seen: Evidence) -> tuple[str, ...]:
+    """The expectations that the drill's sabotage should have broken, and that held all the same."""
+    expected = drill.expect.model_dump(by_alias=True)
+    found = []
+    for key in drill.sabotage_fails:
+        alone = replace(drill, expect=Expect.model_validate({key: expected[key]}))
+        if all(check.held for check in judge(alone, seen)):
+            found.append(key)
+    return tuple(found)
 
 
 def _broken(expect: Expect, seen: Evidence) -> list[Check]:

@@ -40,6 +40,7 @@ expect:
   nextHops: [node-1, node-2, node-3]
 sabotage:
   about: What they wrote is wiped while they are frozen.
+  fails: [failed]
   timeline:
     - {at: 0s, do: freeze, what: "agent@*"}
     - {at: 0s, do: wipeTables, machine: nodes}
