@@ -1,9 +1,13 @@
-"""Conntrack entries of UDP flows whose pod has left.
+"""Conntrack entries of flows whose pod has left.
 
 A UDP flow has no end: its entry lives as long as the client sends, and leads to the address of a
 pod that is no more. So when a local endpoint leaves, the entries of its EIP that lead to it are
 deleted (kube-proxy does the same for ClusterIPs), and the flow's next packet chooses anew. The same
 is done with flows that were handed over to a node, when none of its endpoints takes flows any more.
+A TCP connection that nobody could end stays for days, and swallows each new one from the same
+client port: its SYN follows the entry to where nobody is. So those go too, but for what a SYN
+replaces of its own accord (TIME_WAIT, CLOSE). On a node that others call down its pods may live on:
+there TCP is left alone.
 Rule: only entries whose original destination is one of our EIP:ports are touched. pyroute2 does the
 same at 2.6 ms an entry; a pod that answers DNS has thousands.
 
@@ -18,7 +22,7 @@ import socket
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from agent.nfnetlink import (
     DONE,
@@ -40,6 +44,9 @@ _CONNTRACK: Final = 1 << 8
 _GET, _DELETE = 1, 2
 _ACK: Final = 0x4
 _ORIG, _REPLY, _MARK, _FILTER = 1, 2, 8, 25  # CTA_TUPLE_ORIG, …_REPLY, CTA_MARK, CTA_FILTER
+_PROTOCOL_INFO, _TCP_INFO, _TCP_STATE = 4, 1, 1
+_TIME_WAIT: Final = 7  # and CLOSE after it: enum tcp_conntrack
+_NUMBER: Final = {Protocol.TCP: socket.IPPROTO_TCP, Protocol.UDP: socket.IPPROTO_UDP}
 _BY_PROTOCOL, _BY_PORT = 1 << 3, 1 << 4  # CTA_FILTER_F_CTA_…
 _LIMIT_S: Final = 5.0
 _FAMILY: Final = {4: socket.AF_INET, 6: socket.AF_INET6}
@@ -47,7 +54,7 @@ _FAMILY: Final = {4: socket.AF_INET, 6: socket.AF_INET6}
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """An EIP:port over UDP, and the pod on this node that it led to.
+    """An EIP:port, and the pod on this node that it led to.
 
     mark: of the node that its flows were handed over to; then the pod is the EIP:port itself.
     """
@@ -57,10 +64,11 @@ class Target:
     pod: Address
     pod_port: int
     mark: int = 0
+    protocol: Protocol = Protocol.UDP
 
 
 def left(before: Table, now: Table, me: str, index: Mapping[str, int]) -> tuple[Target, ...]:
-    """The UDP targets on node `me` that `before` had and `now` has no more, sorted.
+    """The targets on node `me` that `before` had and `now` has no more, sorted.
 
     index: the other nodes' numbers. Costs what differs between the two.
     """
@@ -68,16 +76,25 @@ def left(before: Table, now: Table, me: str, index: Mapping[str, int]) -> tuple[
     for address in changed(before.eips, now.eips):
         if had := _targets(before, address, me, index):
             gone |= had - _targets(now, address, me, index)
-    return tuple(sorted(gone, key=lambda t: (int(t.eip), t.port, int(t.pod), t.pod_port, t.mark)))
+    if me in now.sources.down:
+        gone = {target for target in gone if target.protocol is Protocol.UDP}
+    return tuple(sorted(gone, key=_order))
+
+
+def _order(target: Target) -> tuple[int | str, ...]:
+    numbers = (int(target.eip), target.port, int(target.pod), target.pod_port, target.mark)
+    return (*numbers, target.protocol.value)
 
 
 def _targets(table: Table, address: Address, me: str, index: Mapping[str, int]) -> set[Target]:
     entry = table.eips.get(address)
     found: set[Target] = set()
     for port in entry.ports if entry else ():
+        own = (address, port.port)
+        if port.protocol in _NUMBER:
+            pods = ((h.address, h.port) for h in port.members if h.node == me)
+            found |= {Target(*own, *pod, protocol=port.protocol) for pod in pods}
         if port.protocol is Protocol.UDP:
-            own = (address, port.port)
-            found |= {Target(*own, h.address, h.port) for h in port.members if h.node == me}
             others = {h.node for h in port.endpoints} & index.keys()
             found |= {Target(*own, *own, MARK_BASE + index[name]) for name in others}
     return found
@@ -90,27 +107,52 @@ def forget(targets: Iterable[Target]) -> int:
         with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_NETFILTER) as link:
             link.bind((0, 0))
             link.settimeout(_LIMIT_S)
-            for target in targets:
-                for flow in list(_flows(link, target)):
-                    link.send(_message(_DELETE, REQUEST | _ACK, target, attribute(_ORIG, flow)))
+            for question, group in _grouped(targets):
+                for flow in list(_flows(link, question, group)):
+                    body = attribute(_ORIG, flow)
+                    link.send(_message(_DELETE, REQUEST | _ACK, question.version, body))
                     count += _acknowledged(link)
     except OSError as error:
         raise DataplaneError(f"conntrack: {error}") from error
     return count
 
 
-def _message(kind: int, flags: int, target: Target, body: bytes) -> bytes:
-    payload = struct.pack(">BBH", _FAMILY[target.eip.version], 0, 0) + body
+class _Question(NamedTuple):
+    """What one dump asks for: a walk over all of conntrack is too long for each pod."""
+
+    version: int
+    protocol: Protocol
+    pod_port: int
+
+
+_Group = Mapping[tuple[bytes, int, bytes], frozenset[int]]  # EIP, its port, pod: marks
+
+
+def _grouped(targets: Iterable[Target]) -> Iterator[tuple[_Question, _Group]]:
+    groups: dict[_Question, dict[tuple[bytes, int, bytes], frozenset[int]]] = {}
+    for target in targets:
+        group = groups.setdefault(
+            _Question(target.eip.version, target.protocol, target.pod_port), {}
+        )
+        key = target.eip.packed, target.port, target.pod.packed
+        group[key] = group.get(key, frozenset()) | {target.mark}
+    yield from groups.items()
+
+
+def _message(kind: int, flags: int, version: int, body: bytes) -> bytes:
+    payload = struct.pack(">BBH", _FAMILY[version], 0, 0) + body
     return struct.pack("=IHHII", 16 + len(payload), _CONNTRACK | kind, flags, 1, 0) + payload
 
 
-def _flows(link: socket.socket, target: Target) -> Iterator[bytes]:
-    """The original tuples, as the kernel wrote them, of the flows that lead to the target's pod."""
-    proto = attribute(1, bytes([socket.IPPROTO_UDP])) + attribute(2, _port(target.pod_port))
+def _flows(link: socket.socket, asked: _Question, group: _Group) -> Iterator[bytes]:
+    """The original tuples, as the kernel wrote them, of the flows that lead to the group's pods."""
+    number = bytes([_NUMBER[asked.protocol]])
+    proto = attribute(1, number) + attribute(2, _port(asked.pod_port))
+    source, destination = (1, 2) if asked.version == 4 else (3, 4)  # CTA_IP_V…
     # Not by address: kernels compare IPv6 ones the wrong way round (seen on 6.18).
     flags = attribute(2, struct.pack("=I", _BY_PROTOCOL | _BY_PORT))
     question = _nest(_REPLY, _nest(2, proto)) + _nest(_FILTER, flags)
-    link.send(_message(_GET, REQUEST | DUMP, target, question))
+    link.send(_message(_GET, REQUEST | DUMP, asked.version, question))
     while True:
         data = link.recv(1 << 18)
         for kind, _, message in messages(data):
@@ -119,13 +161,18 @@ def _flows(link: socket.socket, target: Target) -> Iterator[bytes]:
             if kind == ERROR:
                 raise OSError(-struct.unpack_from("=i", message)[0], "the dump was refused")
             found = dict(nested(message[4:]))
-            source, destination = (1, 2) if target.eip.version == 4 else (3, 4)  # CTA_IP_V…
-            to_eip = _end(found[_ORIG], destination, 3) == (target.eip.packed, _port(target.port))
+            eip, port = _end(found[_ORIG], destination, 3)
+            pod, _ = _end(found[_REPLY], source, 2)
+            marks = group.get((eip or b"", int.from_bytes(port or b"", "big"), pod or b""), ())
             mark = int.from_bytes(found.get(_MARK, b""), "big")
-            if target.mark not in (0, mark):
-                continue
-            if to_eip and _end(found[_REPLY], source, 2)[0] == target.pod.packed:
+            if (0 in marks or mark in marks) and not _over(found):
                 yield found[_ORIG]
+
+
+def _over(found: Mapping[int, bytes]) -> bool:
+    """Whether it is a TCP connection that a new SYN replaces."""
+    tcp = dict(nested(found.get(_PROTOCOL_INFO, b""))).get(_TCP_INFO, b"")
+    return dict(nested(tcp)).get(_TCP_STATE, b"\0")[0] >= _TIME_WAIT
 
 
 def _end(flow: bytes, address: int, port: int) -> tuple[bytes | None, bytes | None]:

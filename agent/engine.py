@@ -220,22 +220,22 @@ class Engine:
             )
 
     async def _forget(self, gone: tuple[conntrack.Target, ...]) -> None:
-        """End what conntrack knows of UDP flows to pods that left; after the tables know it."""
+        """End what conntrack knows of flows to pods that left; after the tables know it."""
         if gone:
             try:
                 count = await asyncio.to_thread(conntrack.forget, gone)
             except DataplaneError as error:  # the tables are right all the same
                 self.failures += 1
-                _log.error("udp_flows_kept", error=str(error))
+                _log.error("flows_kept", error=str(error))
             else:
-                _log.info("udp_flows_forgotten", count=count, targets=len(gone))
+                _log.info("flows_forgotten", count=count, targets=len(gone))
 
     def _plan(
         self, before: State, inputs: Inputs, down: frozenset[str], index: Mapping[str, int]
     ) -> tuple[State, tuple[conntrack.Target, ...]]:
         """Runs in a thread: pure, and at the cost of what differs from `before`.
 
-        Returns the UDP targets that are no more, too.
+        Returns the targets that are no more, too.
         """
         locator = self._located(inputs.nodes)
         since_s = time.monotonic() - FALLEN_S

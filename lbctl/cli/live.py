@@ -25,6 +25,7 @@ _WANTED = {
     Reason.NO_ENDPOINTS,
     Reason.NO_LOCAL_ENDPOINT,
     Reason.NODE_EXCLUDED,
+    Reason.NODE_OUT_OF_SERVICE,
     Reason.NODE_DRAINING,
     Reason.RELEASING,
 }

@@ -136,6 +136,7 @@ class Node:
     """A Kubernetes Node as far as forwarding goes.
 
     `addresses` are its InternalIPs; `next_hops` the parsed `lbctl.io/next-hop` annotation.
+    A cordoned node (`spec.unschedulable`) forwards like any other, so that is not kept.
     """
 
     name: str
@@ -144,6 +145,7 @@ class Node:
     pod_cidrs: tuple[Network, ...] = ()
     ready: bool = True
     excluded: bool = False
+    out_of_service: bool = False
     draining: bool = False
     deleting: bool = False
     next_hops: tuple[Address, ...] = ()

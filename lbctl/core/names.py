@@ -35,6 +35,7 @@ ANNOTATION_DRAIN: Final = "lbctl.io/drain"
 ANNOTATION_NEXT_HOP: Final = "lbctl.io/next-hop"
 ANNOTATION_POOL: Final = "lbctl.io/pool"  # on a Service: where its addresses came from
 LABEL_EXCLUDE: Final = "node.kubernetes.io/exclude-from-external-load-balancers"
+TAINT_OUT_OF_SERVICE: Final = "node.kubernetes.io/out-of-service"
 STATE_TOKEN_HEADER: Final = "Lbctl-Authorization"  # the API server's pod proxy strips Authorization
 
 MANAGER_HTTP_PORT: Final = 7480  # /healthz /readyz /metrics /v1/state

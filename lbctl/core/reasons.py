@@ -59,6 +59,7 @@ class Reason(StrEnum):
     NODE_DOWN = "NodeDown"
     NODE_NOT_READY = "NodeNotReady"
     NODE_EXCLUDED = "NodeExcluded"
+    NODE_OUT_OF_SERVICE = "NodeOutOfService"
     NODE_DRAINING = "NodeDraining"
     NODE_UNKNOWN = "NodeNeverAnswered"
     NODE_FLAPPING = "NodeFlapping"
@@ -129,6 +130,7 @@ SENTENCE: Final[dict[Reason, str]] = {
     Reason.NODE_DOWN: "the node is down: two witnesses agree",
     Reason.NODE_NOT_READY: "Kubernetes calls the node NotReady",
     Reason.NODE_EXCLUDED: "the node is labelled to be excluded from load balancers",
+    Reason.NODE_OUT_OF_SERVICE: "the node is tainted as out of service",
     Reason.NODE_DRAINING: "the node is being drained",
     Reason.NODE_UNKNOWN: "the node has not answered a probe yet",
     Reason.NODE_FLAPPING: "the node is back but has to be stable for longer",

@@ -5,8 +5,8 @@ Pure and incremental: `select` remembers, through `previous`, what did not chang
   (`lbctl.core.serving`) have paths. The
   pool check is made here on its own, whatever the allocator believes.
 - A next hop is a node that is Up (or AgentSilent, or held by panic) and has confirmed the EIP, with
-  an address of the EIP's family, neither excluded nor draining; with policy Local it has a ready
-  endpoint, and says so itself.
+  an address of the EIP's family, neither excluded, out of service nor draining; with policy Local
+  it has a ready endpoint, and says so itself.
 - If nobody is left: nodes that flap or lag; after those, the node that became Suspect last. Down is
   the only state that takes the last next hop away.
 - Of more than `max_paths` a stable subset by rendezvous hashing. `perManager`: each living manager
@@ -351,6 +351,8 @@ def _verdict(node: Node, view: NodeView | None, ids: PathIds) -> _Verdict:
 def _tier(node: Node, view: NodeView) -> tuple[_Tier, Reason]:
     if node.excluded:
         return _Tier.NEVER, Reason.NODE_EXCLUDED
+    if node.out_of_service:
+        return _Tier.NEVER, Reason.NODE_OUT_OF_SERVICE
     if node.draining or node.deleting:
         return _Tier.NEVER, Reason.NODE_DRAINING
     match view.state:

@@ -144,9 +144,14 @@ class _Slice(msgspec.Struct):
     ports: list[_SlicePort] | None = None
 
 
+class _Taint(msgspec.Struct):
+    key: str
+
+
 class _NodeSpec(msgspec.Struct):
     podCIDR: str | None = None
     podCIDRs: list[str] | None = None
+    taints: list[_Taint] | None = None
 
 
 class _NodeAddress(msgspec.Struct):
@@ -350,6 +355,7 @@ def to_node(raw: bytes | msgspec.Raw) -> Node:
         pod_cidrs=tuple(values.network(text) for text in cidrs),
         ready=any(c.type == "Ready" and c.status == "True" for c in found.status.conditions or ()),
         excluded=names.LABEL_EXCLUDE in labels,
+        out_of_service=any(t.key == names.TAINT_OUT_OF_SERVICE for t in found.spec.taints or ()),
         draining=annotations.get(names.ANNOTATION_DRAIN, "false") != "false",
         deleting=meta.deletionTimestamp is not None,
         next_hops=tuple(values.address(text) for text in hops),

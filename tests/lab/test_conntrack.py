@@ -1,4 +1,4 @@
-"""Entries of UDP flows to a pod that left are deleted, and no others, in both families."""
+"""Entries of flows to a pod that left are deleted, and no others, in both families."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ table {family} t {{
     type nat hook output priority -100;
     {family} daddr {eip} udp dport 53 dnat to {pod}:8053
     {family} daddr {eip} udp dport 54 dnat to {pod}:8054
+    {family} daddr {eip} tcp dport 80 dnat to {pod}:8080
   }}
 }}
 """
@@ -26,6 +27,7 @@ import json, socket, sys
 from ipaddress import ip_address
 from pathlib import Path
 from agent.conntrack import Target, forget
+from lbctl.core.model import Protocol
 
 eip, pod, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
 family = socket.AF_INET6 if ":" in eip else socket.AF_INET
@@ -33,14 +35,21 @@ sockets = [socket.socket(family, socket.SOCK_DGRAM) for _ in range(count)]
 for port in (53, 54):
     for one in sockets:
         one.sendto(b"x", (eip, port))
-target = Target(ip_address(eip), 53, ip_address(pod), 8053)
+with socket.create_server((pod, 8080), family=family) as server:  # TCP: one of two ends in peace
+    clients = [socket.create_connection((eip, 80)) for _ in range(2)]
+    accepted = [server.accept()[0] for _ in clients]
+clients[0].close()
+assert next(one for one in accepted if one.recv(1) == b"") is accepted[0]
+accepted[0].close()
+pod, eip = ip_address(pod), ip_address(eip)
+targets = [Target(eip, 53, pod, 8053), Target(eip, 80, pod, 8080, protocol=Protocol.TCP)]
 
 def left():
     lines = Path("/proc/net/nf_conntrack").read_text().splitlines()
-    return [sum(f"dport={port} " in line for line in lines) for port in (53, 54)]
+    return [sum(f"dport={port} " in line for line in lines) for port in (53, 54, 80)]
 
 before = left()
-print(json.dumps([before, forget([target]), left(), forget([target])]))
+print(json.dumps([before, forget(targets), left(), forget(targets)]))
 """
 
 
@@ -70,4 +79,4 @@ def test_only_the_flows_of_the_pod_are_forgotten(
     sh(*inside, "nft", "-f", "-", text=text)
     command = (sys.executable, "-c", SCRIPT, eip, pod, "40")
     said = sh(*inside, "env", f"PYTHONPATH={ROOT}", *command)
-    assert json.loads(said) == [[40, 40], 40, [0, 40], 0]
+    assert json.loads(said) == [[40, 40, 2], 41, [0, 40, 1], 0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from ipaddress import ip_address, ip_network
 from typing import Any
 
@@ -141,6 +142,15 @@ def test_node() -> None:
         draining=True,
         next_hops=(ip_address("192.0.2.9"), ip_address("2001:db8::9")),
     )
+
+
+@pytest.mark.parametrize(
+    ("taint", "out"), [("unschedulable", False), ("not-ready", False), ("out-of-service", True)]
+)
+def test_a_cordoned_node_forwards_and_one_out_of_service_does_not(taint: str, out: bool) -> None:
+    taints = [{"key": f"node.kubernetes.io/{taint}", "value": "x", "effect": "NoExecute"}]
+    found = objects.to_node(raw("node-1", "", spec={"unschedulable": True, "taints": taints}))
+    assert found == replace(objects.to_node(raw("node-1", "", spec={})), out_of_service=out)
 
 
 @pytest.mark.parametrize("text", ["198.51.100.1", "2001:db8::1"])

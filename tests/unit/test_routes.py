@@ -146,6 +146,7 @@ def test_views_that_take_a_node_out(changes: dict[str, object], reason: Reason) 
     ("changes", "reason"),
     [
         ({"excluded": True}, Reason.NODE_EXCLUDED),
+        ({"out_of_service": True}, Reason.NODE_OUT_OF_SERVICE),
         ({"draining": True}, Reason.NODE_DRAINING),
         ({"deleting": True}, Reason.NODE_DRAINING),
         ({"addresses": ()}, Reason.NODE_NO_ADDRESS),
@@ -160,6 +161,14 @@ def test_nodes_that_are_no_next_hop_even_as_the_last(
     assert world.hops() == []
     assert world.one().reasons["n1"] is reason
     assert world.one().reason is Reason.NO_NEXT_HOP
+
+
+def test_a_deleted_node_is_no_next_hop_and_leaves_no_verdict() -> None:
+    world = World()
+    assert world.hops() == ["n1", "n2", "n3"]
+    del world.nodes["n1"]
+    assert world.hops() == ["n2", "n3"]
+    assert "n1" not in world.one().reasons
 
 
 def test_not_ready_is_said_as_such() -> None:

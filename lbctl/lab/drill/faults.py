@@ -282,5 +282,5 @@ def config_map(site: Site, text: str) -> None:
 
 @fault("addNode")
 def add_node(site: Site) -> None:
-    """One more node with its agent; returns when it is Ready."""
-    bringup.add_node(site.lab, lambda _text: None)
+    """One more node with its agent; returns when it is Ready. It stays: the lab is made anew."""
+    site.added.add(bringup.add_node(site.lab, lambda _text: None).name)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from lbctl.core import names
-from lbctl.errors import DrillError
+from lbctl.errors import DrillError, LabError
 from lbctl.kube import client as kube
 from lbctl.lab import control, processes, workload
 from lbctl.lab.api import DEPLOYMENTS, Api, is_ready, wait
@@ -66,6 +66,7 @@ class Site:
     drained: set[str] = field(default_factory=set)
     cordoned: set[str] = field(default_factory=set)
     crashed: set[str] = field(default_factory=set)  # pods
+    added: set[str] = field(default_factory=set)  # nodes
     config: str = workload.CONFIG
 
     # -- who ------------------------------------------------------------------------------------
@@ -205,6 +206,8 @@ class Site:
         self.passing.clear()
         self.dead.clear()
         self.crashed.clear()
+        if self.added:
+            raise LabError(f"{', '.join(sorted(self.added))} cannot be taken away again")
 
     def mend(self) -> None:
         """Undo every fault. Raises LabError if the lab does not heal."""

@@ -1,0 +1,40 @@
+"""Which flows' conntrack entries a node deletes when its endpoints change."""
+
+from __future__ import annotations
+
+from agent.conntrack import left
+from lbctl.core.forwarding import Table
+from lbctl.core.model import Protocol
+
+from .forwarding_cases import EIP, INDEX, pod, service, table
+
+TCP, UDP = Protocol.TCP, Protocol.UDP
+BOTH = service(protocols=(TCP, UDP))
+HERE, OTHER, AWAY = pod(1, 1), pod(1, 2), pod(2, 1)
+
+
+def gone(before: Table, now: Table) -> set[tuple[Protocol, str]]:
+    own = [target for target in left(before, now, "n1", INDEX) if not target.mark]
+    assert all((target.eip, target.port) == (EIP, 80) for target in own)
+    return {(target.protocol, str(target.pod)) for target in own}
+
+
+def test_a_pod_that_left_takes_its_flows_along() -> None:
+    before = table(HERE, OTHER, AWAY, of=BOTH)
+    assert gone(before, table(OTHER, AWAY, of=BOTH)) == {(TCP, "10.244.1.1"), (UDP, "10.244.1.1")}
+    assert gone(before, table(HERE, OTHER, of=service(protocols=(TCP,)))) == {
+        (UDP, "10.244.1.1"),
+        (UDP, "10.244.1.2"),
+    }
+
+
+def test_a_pod_that_is_not_ready_or_ends_keeps_its_connections() -> None:
+    before = table(HERE, AWAY, of=BOTH)
+    for flags in ("", "st"):
+        assert (TCP, "10.244.1.1") not in gone(before, table(pod(1, 1, flags), AWAY, of=BOTH))
+
+
+def test_pods_of_a_node_that_is_called_down_may_live_on() -> None:
+    before = table(HERE, AWAY, of=BOTH)
+    now = table(HERE, AWAY, of=BOTH, down=frozenset({"n1"}))
+    assert gone(before, now) == {(UDP, "10.244.1.1")}
