@@ -1,11 +1,14 @@
-# The commands of this repository. `make demo` first; `make test` is what CI runs.
+# The commands of this repository. `make demo` first; `make test` is what CI runs, and `make drills`.
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
 # Where Debian keeps nft, ip and sysctl; a plain `su` leaves these out.
 export PATH := $(PATH):/usr/local/sbin:/usr/sbin:/sbin
 BIN := .venv/bin
 SOURCES := lbctl manager agent tests
-.PHONY: help tools demo test check unit kube lab bench format clean
+# What CI drills, each with its sabotage: forwarding, a node's death, a switch, a rolling update.
+DRILLS := agents-die node-dies switch-restarts pods-roll
+DRILL_LAB := --lab ci-drills
+.PHONY: help tools demo test check unit kube lab drills bench format clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 10
@@ -33,6 +36,12 @@ kube: tools ## contract tests on both clusters
 
 lab: tools ## namespaces, FRR, traffic
 	@$(BIN)/pytest -q tests/lab
+
+drills: tools ## four failure drills under traffic, then each sabotaged: those must fail (5 min)
+	@trap '$(BIN)/lbctl lab down $(DRILL_LAB)' EXIT; \
+	$(BIN)/lbctl lab up $(DRILL_LAB) && $(BIN)/lbctl drill run $(DRILLS) $(DRILL_LAB) || exit; \
+	$(BIN)/lbctl drill run --sabotage $(DRILLS) $(DRILL_LAB); \
+	code=$$?; test $$code = 1 || { echo "the sabotaged drills ended with $$code, not 1"; exit 1; }
 
 bench: tools ## measure, and print a table
 	@$(BIN)/python -m tests.bench
