@@ -12,8 +12,9 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final
 
@@ -26,6 +27,7 @@ from lbctl.core.nftrules import FAMILIES, TIMEOUT_TRIAL
 from lbctl.errors import DataplaneError
 
 NFT_LIMIT_S: Final = 60.0
+AHEAD: Final = 8  # steps that wait for the kernel, of about 1 MiB each
 _Found = dict[int, Fingerprint | None]  # by IP version
 _log = structlog.get_logger()
 
@@ -96,17 +98,22 @@ class Dataplane:
         self._kernel, self._shape = rules, _shape(found)
         return True
 
-    async def set(self, rules: Ruleset) -> bool:
-        """Make the kernel hold `rules`; True if anything had to be written.
+    def blank(self) -> bool:
+        """Whether no complete table of ours, of whatever run, is in the kernel."""
+        return all(self._netlink.marker(family.version) is None for family in FAMILIES)
 
+    async def set(self, stages: Iterable[Ruleset]) -> bool:
+        """Make the kernel hold the last of `stages`; True if anything had to be written.
+
+        stages: the ruleset that is wanted, or from nothing several, of which each holds all of the
+        one before. They are asked for in a thread, while the kernel takes what they made so far.
         Raises DataplaneError, after which the kernel's state is unknown.
         """
         started = time.monotonic()
         known = self._kernel
         self._kernel = None
         try:
-            steps = nft.steps(known, rules, timeouts=not self.lacking)
-            count = await asyncio.to_thread(self._write, steps)
+            rules, count = await asyncio.to_thread(self._write, known, stages)
             if not count:
                 self._kernel = known
                 return False
@@ -119,20 +126,27 @@ class Dataplane:
         self.figures.last_s = time.monotonic() - started
         return True
 
-    def _write(self, steps: Iterator[Step]) -> int:
-        """Runs in a thread. The next step is made while the kernel takes one; how many there were.
+    def _write(self, known: Ruleset | None, stages: Iterable[Ruleset]) -> tuple[Ruleset, int]:
+        """Runs in a thread. Returns the last of the stages, and how many steps led to it.
 
-        What is not made yet takes no memory.
+        A few steps are made while the kernel takes one; what is not made yet takes no memory.
         """
-        count, step = 0, next(steps, None)
-        while step is not None:
-            taken = self._sender.submit(self._take, step)
-            step = next(steps, None)
-            taken.result()
+        rules, count = _Last(stages), 0
+        waiting: deque[Future[None]] = deque()
+        for step in nft.steps(known, rules, timeouts=not self.lacking):
+            last = waiting[-1] if waiting else None
+            waiting.append(self._sender.submit(self._take, step, last))
             count += 1
-        return count
+            if len(waiting) > AHEAD:
+                waiting.popleft().result()
+        for taken in waiting:
+            taken.result()
+        self._count(rules.last)
+        return rules.last, count
 
-    def _take(self, step: Step) -> None:
+    def _take(self, step: Step, last: Future[None] | None) -> None:
+        if last is not None:
+            last.result()  # after one that failed, none
         if isinstance(step, str):
             run_nft(step)
         else:
@@ -170,8 +184,11 @@ class Dataplane:
     def _fingerprints(self) -> _Found:
         return {family.version: self._netlink.fingerprint(family.version) for family in FAMILIES}
 
-    def _fits(self, found: _Found, rules: Ruleset) -> bool:
+    def _count(self, rules: Ruleset) -> None:
         self._counted = (rules, nft.recounted(self._counted[1], self._counted[0], rules))
+
+    def _fits(self, found: _Found, rules: Ruleset) -> bool:
+        self._count(rules)
         counts = {version: one.counts() if one else {} for version, one in found.items()}
         return all(
             name in counts[version] and counts[version][name] in (None, number)
@@ -181,6 +198,19 @@ class Dataplane:
     def counters(self) -> dict[str, int]:
         """Packets by named counter."""
         return self._netlink.counters()
+
+
+class _Last:
+    """Hands rulesets on, and keeps the last."""
+
+    def __init__(self, stages: Iterable[Ruleset]) -> None:
+        self._stages = stages
+        self.last = Ruleset()
+
+    def __iter__(self) -> Iterator[Ruleset]:
+        for rules in self._stages:
+            self.last = rules
+            yield rules
 
 
 def _shape(found: _Found) -> tuple[object, ...]:

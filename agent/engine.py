@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
@@ -21,7 +21,7 @@ import structlog
 from agent import conntrack, settings
 from agent.clash import Lookout
 from agent.dataplane import Dataplane
-from agent.inputs import Inputs
+from agent.inputs import Inputs, growing
 from agent.reach import Reach
 from agent.rendering import State, render
 from agent.routes import Routes
@@ -30,7 +30,9 @@ from lbctl.core import forwarding, nodeview
 from lbctl.core.clash import Clash
 from lbctl.core.forwarding import EVERYWHERE, EipTable, Locator, Sources, Table
 from lbctl.core.model import Address, Behind, Node
+from lbctl.core.nft import Ruleset
 from lbctl.core.nftrules import UDP_MEMORY_S
+from lbctl.core.nodeview import View
 from lbctl.core.pmap import PMap, changed, persistent
 from lbctl.core.ways import assign, current_macs
 from lbctl.errors import DataplaneError
@@ -81,6 +83,7 @@ class Engine:
         self._down: frozenset[str] = frozenset()
         self._fell_s: Mapping[str, float] = {}  # when each of them fell
         self._state = State()
+        self._planned: tuple[State, tuple[conntrack.Target, ...]] = self._state, ()
         self._settling = Settling()
         self._macs: Mapping[Address, str] = {}
         self._locator: tuple[tuple[Node, ...], Locator] = ((), Locator(()))
@@ -188,13 +191,15 @@ class Engine:
         wanted = inputs.forwarding.interfaces
         if not reach.survey.uplinks or before.inputs.forwarding.interfaces != wanted:
             await reach.look(wanted)
-        index = assign(before.index, self._node, inputs.nodes)
+        index = self._numbers(before, inputs.nodes)
         reach.plan(inputs, index)
         await reach.ensure()
         await reach.loosen()
-        planned, gone = await asyncio.to_thread(self._plan, before, inputs, down, index)
-        repairing = self._dataplane.kernel is None
-        written = await self._dataplane.set(planned.rules)
+        whole = self._dataplane.kernel is None
+        boots = not before.rules.generation
+        parts = growing(inputs) if boots and self._dataplane.blank() else (inputs,)
+        written = await self._dataplane.set(self._stages(before, parts, down, index))
+        planned, gone = self._planned
         await reach.prune()
         await self._forget(gone)
         if not written:
@@ -202,22 +207,33 @@ class Engine:
             planned = replace(
                 planned, rules=replace(planned.rules, generation=before.rules.generation)
             )
-        self._state = replace(planned, shape=self._dataplane.shape)
-        if self._settling.note(planned.view, time.monotonic()):
-            asyncio.get_running_loop().call_later(UDP_MEMORY_S + 0.1, self._wake.set)
-        self._resolve.set()
-        self._confirm(self._state)
-        self._programmed.set()
-        self._on_state(self._state)
+        self._take_over(replace(planned, shape=self._dataplane.shape))
         if written:
             _log.info(
                 "table_applied",
                 generation=planned.rules.generation,
                 digest=f"{planned.table.digest:016x}",
                 eips=len(planned.table.eips),
-                whole=repairing,
+                whole=whole,
                 took_s=round(time.monotonic() - started, 4),
             )
+
+    def _take_over(self, state: State) -> None:
+        """The kernel has it."""
+        self._state = state
+        if self._settling.note(state.view, time.monotonic()):
+            asyncio.get_running_loop().call_later(UDP_MEMORY_S + 0.1, self._wake.set)
+        self._resolve.set()
+        self._confirm(state)
+        self._programmed.set()
+        self._on_state(state)
+
+    def _numbers(self, before: State, nodes: tuple[Node, ...]) -> Mapping[str, int]:
+        """The nodes' numbers; their MACs are kept as long as they are there."""
+        known = nodes is before.inputs.nodes
+        if not known or self._macs is not before.macs:
+            self._macs = current_macs(self._macs, self._node, nodes)
+        return before.index if known else assign(before.index, self._node, nodes)
 
     async def _forget(self, gone: tuple[conntrack.Target, ...]) -> None:
         """End what conntrack knows of flows to pods that left; after the tables know it."""
@@ -230,13 +246,34 @@ class Engine:
             else:
                 _log.info("flows_forgotten", count=count, targets=len(gone))
 
-    def _plan(
-        self, before: State, inputs: Inputs, down: frozenset[str], index: Mapping[str, int]
-    ) -> tuple[State, tuple[conntrack.Target, ...]]:
-        """Runs in a thread: pure, and at the cost of what differs from `before`.
+    def _stages(
+        self,
+        before: State,
+        parts: Iterable[Inputs],
+        down: frozenset[str],
+        index: Mapping[str, int],
+    ) -> Iterator[Ruleset]:
+        """What the kernel is to hold; where there is nothing yet, the way there in stages.
 
-        Returns the targets that are no more, too.
+        Leaves the state in `_planned`, with the conntrack targets that are no more.
         """
+        boots, numbers = not before.rules.generation, {**before.index, **index}
+        for part in parts:
+            made = self._plan(before, part, down, index, boots=boots)
+            gone = conntrack.left(before.table, made.table, self._node, numbers)
+            before, self._planned = made, (made, gone)
+            yield made.rules
+
+    def _plan(
+        self,
+        before: State,
+        inputs: Inputs,
+        down: frozenset[str],
+        index: Mapping[str, int],
+        *,
+        boots: bool,
+    ) -> State:
+        """Runs in a thread: pure, and at the cost of what differs from `before`."""
         locator = self._located(inputs.nodes)
         since_s = time.monotonic() - FALLEN_S
         fallen = frozenset(name for name in down if self._fell_s.get(name, 0.0) > since_s)
@@ -244,8 +281,8 @@ class Engine:
             inputs.eips, inputs.services, inputs.endpoints, locator, down, inputs.forwarding, fallen
         )
         table = forwarding.revise(before.table, sources)
-        past = before if before.rules.generation else self._others(table, sources)
-        view = nodeview.advance(past.view, table, self._node, past.table)
+        past = self._others(before, table, sources) if boots else before.view
+        view = nodeview.advance(past, table, self._node, before.table)
         view = nodeview.settle(view, self._settling.due(time.monotonic()))
         state = State(
             inputs,
@@ -253,24 +290,26 @@ class Engine:
             table,
             view,
             index,
-            current_macs(self._macs, self._node, inputs.nodes),
+            self._macs,
             usable=self._reach.usable(4),
             usable6=self._reach.usable(6),
             tunnel_peers=self._reach.tunnel_peers,
             tunnel_mtu=self._reach.tunnel_mtu,
         )
         generation = before.rules.generation + 1
-        made = render(state, self._node, generation, self._reach.uplinks, before)
-        numbers = {**before.index, **index}
-        return made, conntrack.left(before.table, table, self._node, numbers)
+        return render(state, self._node, generation, self._reach.uplinks, before)
 
-    def _others(self, table: Table, sources: Sources) -> State:
+    def _others(self, before: State, table: Table, sources: Sources) -> View:
         """What every other node has had until now, while this one was off or not there.
 
         A node that boots has no past of its own, but its pods' buckets had other owners.
         """
-        others = forwarding.revise(table, replace(sources, down=sources.down | {self._node}))
-        return State(table=others, view=nodeview.advance({}, others, self._node))
+        fresh = changed(before.table.eips, table.eips)
+        mine = [a for a in fresh if a in table.eips and self._node in table.eips[a].nodes]
+        eips = PMap({address: sources.eips[address] for address in mine})
+        away = replace(sources, eips=eips, down=sources.down | {self._node})
+        others = forwarding.revise(forwarding.EMPTY, away)
+        return persistent(before.view).updated(nodeview.advance({}, others, self._node))
 
     def _located(self, nodes: tuple[Node, ...]) -> Locator:
         if self._locator[0] != nodes:

@@ -8,9 +8,9 @@ changes nothing. Inputs are immutable: a change makes new ones and shares what d
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Final
 
 import structlog
 
@@ -33,6 +33,7 @@ from lbctl.kube.client import Client
 from lbctl.kube.objects import DataObject, Slice
 from lbctl.kube.slices import SliceIndex
 
+STAGE: Final = 500  # EIPs of which tables are made at a time, where there is nothing yet
 _log = structlog.get_logger()
 
 
@@ -51,6 +52,16 @@ class Inputs:
     ranges: tuple[tuple[Address, Address], ...] = ()
     forwarding: ForwardingOptions = field(default_factory=ForwardingOptions)
     config_generation: int = 0
+
+
+def growing(inputs: Inputs, stage: int = STAGE) -> Iterator[Inputs]:
+    """The inputs with `stage` EIPs more each time; the last are the inputs themselves."""
+    order = sorted(inputs.eips, key=lambda a: (a.version, int(a)))
+    eips: PMap[Address, Eip] = PMap()
+    for start in range(0, len(order) - stage, stage):
+        eips = eips.updated({a: inputs.eips[a] for a in order[start : start + stage]})
+        yield replace(inputs, eips=eips)
+    yield inputs
 
 
 class Watcher:

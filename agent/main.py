@@ -34,6 +34,7 @@ from lbctl.errors import DataplaneError, KubeError, LbctlError
 from lbctl.kube.client import Client
 
 _RETRY_S: Final = 2.0
+_LOADING, _LOADED = 1_000_000, 50_000  # objects made between two collections
 _log = structlog.get_logger()
 
 
@@ -121,6 +122,10 @@ class Agent:
 
     def _save(self, state: State) -> None:
         self._store.save(state)
+        if gc.get_threshold()[0] == _LOADING:
+            # What the first table holds stays: no collection, for which probes wait, looks at it.
+            gc.freeze()
+            gc.set_threshold(_LOADED, 50, 100)
 
 
 async def _serve(node: str, directory: Path, keys: Path) -> None:
@@ -172,10 +177,9 @@ def main() -> None:
             return
         if not node:
             raise DataplaneError("NODE_NAME is not set: the DaemonSet gives it by the downward API")
-        # Tables are made in a thread: probes must not wait for its turn to end, nor for a
-        # collection of everything that the tables hold.
+        # Tables are made in a thread: probes must not wait for its turn to end.
         sys.setswitchinterval(0.001)
-        gc.set_threshold(50_000, 50, 100)
+        gc.set_threshold(_LOADING, 50, 100)
         asyncio.run(_serve(node, arguments.snapshot_dir, arguments.keys_dir))
     except LbctlError as error:
         _log.error("cannot_work", error=str(error))

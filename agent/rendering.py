@@ -72,22 +72,29 @@ def render(
     before = State() if before is None else before
     touched = changed(before.table.eips, state.table.eips)
     strays = _strays(before, state, touched)
-    ranges = nft.merged(
-        [*state.inputs.ranges, *((a, a) for a in strays)],
-        [a for node in state.inputs.nodes for a in node.addresses],
-    )
     peers = tuple(sorted(set(state.macs.values())))
     state = replace(state, strays=strays, externals=_externals(before, state, touched))
     rules = Ruleset(
         generation,
         uplinks,
         peers,
-        ranges,
+        _ranges(before, state, strays),
         _ports(before, state, me),
         _sources(before, state, touched),
         _policy(before, state, touched, uplinks),
     )
     return replace(state, rules=rules)
+
+
+def _ranges(before: State, state: State, strays: PMap[Address, None]) -> _Ranges:
+    """The pools and what is outside them, but for the nodes' own addresses."""
+    was, now = before.inputs, state.inputs
+    if was.ranges == now.ranges and was.nodes is now.nodes and before.strays is strays:
+        return before.rules.ranges
+    return nft.merged(
+        [*now.ranges, *((a, a) for a in strays)],
+        [a for node in now.nodes for a in node.addresses],
+    )
 
 
 def _ports(before: State, state: State, me: str) -> PMap[PortKey, PortElements]:

@@ -8,9 +8,9 @@ The cost is that of the ports that differ. `nft` makes text of it, `nfbatch` net
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from itertools import zip_longest
-from typing import Final, TypeAlias
+from types import MappingProxyType
+from typing import Final, NamedTuple, TypeAlias
 
 from lbctl.core.model import Address
 from lbctl.core.nftrules import hash_chain
@@ -24,8 +24,7 @@ BUCKET_MAPS: Final = ("deliver", "prev", "spare", "steer")
 PORT_MAPS: Final = ("closed", "past", "svc")
 
 
-@dataclass(frozen=True, slots=True)
-class Delta:
+class Delta(NamedTuple):
     """What one map loses and gains for one port.
 
     gone: buckets. fresh: buckets by their new value; one that changes its value is in both.
@@ -33,11 +32,11 @@ class Delta:
 
     key: PortKey
     map: str
-    gone: list[int] = field(default_factory=list)
-    fresh: dict[Value, list[int]] = field(default_factory=dict)
+    gone: list[int]
+    fresh: Mapping[Value, list[int]] = MappingProxyType({})
 
     @property
-    def count(self) -> int:
+    def total(self) -> int:
         """How many elements it deletes and adds."""
         return len(self.gone) + sum(map(len, self.fresh.values()))
 
@@ -64,25 +63,25 @@ def _port(key: PortKey, old: PortElements | None, new: PortElements | None) -> I
     for name, of_pod, of_node in rows:
         one: Sequence[int] = getattr(old, name) if old else b""
         other: Sequence[int] = getattr(new, name) if new else b""
-        yield from _rows(Delta(key, of_pod), Delta(key, of_node), (was, one), (now, other))
+        yield from _rows(key, (of_pod, of_node), (was, one), (now, other))
     for name, values in (("svc", _chain_of), ("past", _past_chain_of), ("closed", _closed)):
         before, after = values(old), values(new)
         if before != after:
-            fresh: dict[Value, list[int]] = {value: [WHOLE] for value in after}
-            yield Delta(key, name, [WHOLE] if before else [], fresh)
+            yield Delta(key, name, [WHOLE] if before else [], {value: [WHOLE] for value in after})
 
 
 _Targets = tuple[tuple[Target, ...], Sequence[int]]
 
 
-def _rows(pods: Delta, nodes: Delta, old: _Targets, new: _Targets) -> tuple[Delta, Delta]:
-    """Fill in the buckets whose target differs."""
+def _rows(key: PortKey, maps: tuple[str, str], old: _Targets, new: _Targets) -> tuple[Delta, ...]:
+    """What the maps of pods and of nodes lose and gain by the buckets whose target differs."""
     (was, one), (now, other) = old, new
     if old == new or (not one and other.count(NOTHING) == len(other)):
-        return pods, nodes
+        return ()
     names = {target: number for number, target in enumerate(now)}
     same = [names.get(target, -1) for target in was]
-    gone = [pods.gone if isinstance(t, tuple) else nodes.gone for t in was]
+    gone: tuple[list[int], list[int]] = [], []
+    leaving = [gone[not isinstance(target, tuple)] for target in was]
     fresh: list[list[int]] = [[] for _ in now]
     if not one:  # a whole load: twice as fast
         for bucket, after in enumerate(other):
@@ -91,12 +90,13 @@ def _rows(pods: Delta, nodes: Delta, old: _Targets, new: _Targets) -> tuple[Delt
         for bucket, (before, after) in enumerate(zip_longest(one, other, fillvalue=NOTHING)):
             if same[before] != after:
                 if before:
-                    gone[before].append(bucket)
+                    leaving[before].append(bucket)
                 fresh[after].append(bucket)
+    coming: tuple[dict[Value, list[int]], ...] = {}, {}
     for target, buckets in zip(now, fresh, strict=True):
         if buckets and target is not None:
-            (pods if isinstance(target, tuple) else nodes).fresh[target] = buckets
-    return pods, nodes
+            coming[not isinstance(target, tuple)][target] = buckets
+    return tuple(map(Delta, (key, key), maps, gone, coming))
 
 
 def _chain_of(port: PortElements | None) -> tuple[Value, ...]:

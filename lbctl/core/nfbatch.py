@@ -16,6 +16,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Final
 
 from lbctl.core import maglev
@@ -122,24 +123,24 @@ class _Writer:
             self._put((DELETE_ELEMENTS, version, delta.map), prefix, delta.gone, b"")
         for value, buckets in delta.fresh.items():
             self._put((NEW_ELEMENTS, version, delta.map), prefix, buckets, _data(value))
-        self.count += delta.count
+        self.count += delta.total
 
     def _put(
         self, place: tuple[int, int, str], prefix: bytes, buckets: Sequence[int], data: bytes
     ) -> None:
-        length = len(prefix) + (0 if buckets[0] == WHOLE else 4)
-        sizes = 12 + length + len(data), 1 | _NESTED, 8 + length, 1 | _NESTED, 4 + length, 1
-        head = struct.pack("=6H", *sizes) + prefix
-        each = len(head) + length - len(prefix) + len(data)
-        most = _LIMIT // each
-        for start in range(0, len(buckets), most):
-            part = buckets[start : start + most]
-            known = self._open.setdefault(place, bytearray())
-            if len(known) + each * len(part) > _LIMIT:
+        head = _head(len(prefix) + (0 if buckets[0] == WHOLE else 4), len(data)) + prefix
+        each = len(head) + (0 if buckets[0] == WHOLE else 4) + len(data)
+        start, separator = 0, data + head  # what is alike between two buckets
+        while start < len(buckets):
+            known = self._open.get(place)
+            if known is None:
+                known = self._open[place] = bytearray()
+            part = buckets[start : start + (_LIMIT - len(known)) // each]
+            if part:
+                known += head + separator.join(map(_BUCKETS.__getitem__, part)) + data
+                start += len(part)
+            else:
                 self._close(place)
-                known = self._open.setdefault(place, bytearray())
-            # What is alike between two buckets is the separator of a join.
-            known += head + (data + head).join(map(_BUCKETS.__getitem__, part)) + data
 
     def _close(self, place: tuple[int, int, str]) -> None:
         kind, version, name = place
@@ -162,6 +163,13 @@ def _port_key(key: PortKey) -> bytes:
     return address.packed + struct.pack(">B3xH2x", _PROTOCOLS[protocol], port)
 
 
+@lru_cache(maxsize=8)
+def _head(key: int, data: int) -> bytes:
+    """The start of an element, up to its key, for these lengths of key and data."""
+    return struct.pack("=6H", 12 + key + data, 1 | _NESTED, 8 + key, 1 | _NESTED, 4 + key, 1)
+
+
+@lru_cache(maxsize=1024)
 def _data(value: Value) -> bytes:
     """The attribute with what a key leads to; nothing in a set."""
     if value is None:

@@ -100,20 +100,32 @@ def _address(family: Family, value: int) -> Address:
 Step: TypeAlias = str | Batch  # a transaction: text for nft, or messages
 
 
-def steps(old: Ruleset | None, new: Ruleset, timeouts: bool = True) -> Iterator[Step]:
-    """Yield the transactions that turn the kernel's `old` (None: whatever is there) into `new`.
+def steps(old: Ruleset | None, stages: Iterable[Ruleset], timeouts: bool = True) -> Iterator[Step]:
+    """Yield the transactions that turn the kernel's `old` (None: whatever is there) into `stages`.
 
-    timeouts: whether the kernel takes `ct timeout` objects. Nothing if only the number differs. The
+    stages: from None one or several, each with all that the one before has; else one. timeouts:
+    whether the kernel takes `ct timeout` objects. Nothing if only the number differs. The
     generation is written by the last, and taken away by the first of several: tables that bear one
     are complete.
     """
     if old is None:
         # Until the last step, what has no entry yet is dropped and not reset: a sender repeats.
-        yield _beginning(new, timeouts)
-        yield from nfbatch.pieces(deltas({}, new.ports))
+        before = Ruleset()
+        text = removal() + "".join(skeleton(family, timeouts) for family in FAMILIES)
+        for new in stages:
+            text += "".join(_small_sets(before, new))
+            if text:
+                yield text
+            yield from nfbatch.pieces(deltas(before.ports, new.ports))
+            text, before = "", new
         yield "".join(map(refusals, FAMILIES))
-        yield Batch([], nfbatch.mark(new.generation))
-        return
+        yield Batch([], nfbatch.mark(before.generation))
+    else:
+        for new in stages:
+            yield from _change(old, new)
+
+
+def _change(old: Ruleset, new: Ruleset) -> Iterator[Step]:
     small = "".join(_small_sets(old, new))
     batches = nfbatch.pieces(deltas(old.ports, new.ports))
     batch = next(batches, None)
@@ -133,7 +145,8 @@ def steps(old: Ruleset | None, new: Ruleset, timeouts: bool = True) -> Iterator[
 def full(rules: Ruleset) -> list[str]:
     """Return `steps` from nothing as text alone: for those who read it."""
     pieces = list(_pieces(deltas({}, rules.ports)))
-    pieces = [_beginning(rules) + (pieces[0] if pieces else ""), *pieces[1:]]
+    tables = "".join(map(skeleton, FAMILIES)) + "".join(_small_sets(Ruleset(), rules))
+    pieces = [removal() + tables + (pieces[0] if pieces else ""), *pieces[1:]]
     pieces[-1] += "".join(map(refusals, FAMILIES)) + _generation(rules.generation, flush=False)
     return pieces
 
@@ -152,11 +165,6 @@ def difference(old: Ruleset, new: Ruleset) -> list[str]:
 def reshapes(old: Ruleset, new: Ruleset) -> bool:
     """Whether the change writes rules, so that the kernel numbers them anew."""
     return old.policy.new_flows != new.policy.new_flows
-
-
-def _beginning(rules: Ruleset, timeouts: bool = True) -> str:
-    tables = "".join(skeleton(family, timeouts) for family in FAMILIES)
-    return removal() + tables + "".join(_small_sets(Ruleset(), rules))
 
 
 def totals(rules: Ruleset) -> dict[SetKey, int]:
@@ -251,7 +259,7 @@ def _pieces(changes: Iterable[Sequence[Delta]]) -> Iterator[str]:
             deleted, added, count = {}, {}, 0
         for delta in port:
             _write(delta, deleted, added)
-            count += delta.count
+            count += delta.total
     if count:
         yield _text(deleted, added)
 

@@ -131,7 +131,7 @@ class AgentSide:
     def steps(self) -> Iterator[nft.Step]:
         """The transactions that are due."""
         before, self.before = self.before, self.state.rules
-        return nft.steps(before, self.state.rules)
+        return nft.steps(before, [self.state.rules])
 
     def encoded(self) -> int:
         """Their number of bytes, as sent."""

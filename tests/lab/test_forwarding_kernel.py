@@ -255,7 +255,7 @@ async def main():
     plane = Dataplane()
     await plane.survey()
     print(*plane.lacking)
-    print(await plane.set(Ruleset(1, ("eth0",))))
+    print(await plane.set([Ruleset(1, ("eth0",))]))
 
 asyncio.run(main())
 """

@@ -6,7 +6,7 @@ from dataclasses import replace
 from ipaddress import IPv4Address, IPv4Network, IPv6Network, ip_address
 from pathlib import Path
 
-from agent.inputs import Inputs, config_of
+from agent.inputs import Inputs, config_of, growing
 from agent.rendering import State, render
 from agent.snapshot import FILE, Store
 from lbctl.core import forwarding, nodeview, ways
@@ -49,6 +49,16 @@ def test_numbers_have_no_bit_of_the_others() -> None:
     assert assign(numbers, "n0000", many) == numbers
     # One from before NODE_BITS were fixed is not kept.
     assert assign({"n2": 0x100}, "n1", nodes(2)) == {"n2": 1}
+
+
+def test_a_load_in_stages_ends_with_the_inputs_themselves() -> None:
+    eips = {EIP + n: Eip(EIP + n, "public", WEB, "uid") for n in range(7)}
+    inputs = Inputs(eips=eips, nodes=nodes(3))
+    *parts, last = growing(inputs, stage=3)
+    assert last is inputs
+    assert [sorted(part.eips) for part in parts] == [sorted(eips)[:3], sorted(eips)[:6]]
+    assert all(part.nodes is inputs.nodes for part in parts)
+    assert list(growing(Inputs(), stage=3)) == [Inputs()]
 
 
 def old_nodes(count: int) -> tuple[Node, ...]:

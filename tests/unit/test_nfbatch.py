@@ -145,16 +145,16 @@ def test_tables_with_a_generation_are_complete() -> None:
     """Whatever comes first takes it away, the last step alone writes it, in one transaction."""
     small = nft.Ruleset(1, ("eth0",), ports={KEY: port(bytes(64 * [1]))})
     one = replace(small, generation=2, ports={KEY: port(bytes(64 * [2]))})
-    assert [marks(step) for step in nft.steps(small, one)] == [(True, True)]
+    assert [marks(step) for step in nft.steps(small, [one])] == [(True, True)]
     names = replace(small, generation=2, uplinks=("eth1",))
-    assert [marks(step) for step in nft.steps(small, names)] == [(True, True)]
+    assert [marks(step) for step in nft.steps(small, [names])] == [(True, True)]
     both = replace(one, uplinks=("eth1",))
-    assert [marks(step) for step in nft.steps(small, both)] == [(True, False), (False, True)]
+    assert [marks(step) for step in nft.steps(small, [both])] == [(True, False), (False, True)]
     many = replace(small, ports={(EIP + n, "TCP", 80): port(bytes(4096 * [1])) for n in range(12)})
-    found = [marks(step) for step in nft.steps(small, many)]
+    found = [marks(step) for step in nft.steps(small, [many])]
     assert found == [(True, False), (False, False), (False, True)]
-    assert list(nft.steps(small, replace(small, generation=9))) == []
-    fresh = list(nft.steps(None, many))
+    assert list(nft.steps(small, [replace(small, generation=9)])) == []
+    fresh = list(nft.steps(None, [small, many]))
     assert isinstance(fresh[0], str) and fresh[0].startswith("add table ip lbctl\ndelete table")
     assert [marks(step)[1] for step in fresh] == [False] * (len(fresh) - 1) + [True]
 
