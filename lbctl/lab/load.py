@@ -59,6 +59,7 @@ class Report:
     marks: dict[str, float]
     started_s: float
     ended_s: float
+    received: tuple[tuple[float, str, int], ...] = ()  # when, pod, bytes
 
     def broken(self) -> tuple[FlowRecord, ...]:
         """The flows that count as broken."""
@@ -91,14 +92,21 @@ def parse_report(data: dict[str, Any]) -> Report:
         marks=dict(data["marks"]),
         started_s=data["started_s"],
         ended_s=data["ended_s"],
+        received=tuple((at_s, pod, size) for at_s, pod, size in data["received"]),
     )
 
 
-def _spawn(client: Machine, *arguments: str) -> subprocess.Popen[bytes]:
-    """The driver inside a machine, with the checkout importable there."""
+def spawn(
+    machine: Machine, module: str, *arguments: str, core: int | None = None
+) -> subprocess.Popen[bytes]:
+    """A module of ours inside a machine, its standard input and output in our hands.
+
+    core: the processor that it runs on, and with it the kernel's work for what it sends.
+    """
     path = os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH"))))
-    return client.popen(
-        *(sys.executable, "-m", "lbctl.lab.traffic", *arguments),
+    pinned = () if core is None else ("taskset", "--cpu-list", str(core))
+    return machine.popen(
+        *(*pinned, sys.executable, "-m", module, *arguments),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": path},
@@ -126,6 +134,8 @@ class Load:
         timeout_s: float = 1.0,
         drain_s: float = 5.0,
         ready_s: float = 60.0,
+        downloads: int = 0,
+        core: int | None = None,
     ) -> Load:
         """Start driving from a machine. Raises LabError if not everything opens within ready_s."""
         options = {
@@ -136,9 +146,10 @@ class Load:
             "--interval": interval_s,
             "--timeout": timeout_s,
             "--drain": drain_s,
+            "--downloads": downloads,
         }
         flat = [str(word) for pair in options.items() for word in pair]
-        load = cls(_spawn(client, host, str(port), *flat))
+        load = cls(spawn(client, "lbctl.lab.traffic", host, str(port), *flat, core=core))
         try:
             ready = load._expect("ready", ready_s)
             if ready["flows"] != flows:

@@ -5,7 +5,8 @@ UDP; both answer `POD PEER PAYLOAD`):
 - flows: long-lived TCP connections; each asks for `/n/NUMBER` every interval and checks that the
   answer has that number and comes from the pod that answered first;
 - probes: new connections, so many a second, one request each;
-- datagrams: UDP sockets, each sending numbered datagrams every interval.
+- datagrams: UDP sockets, each sending numbered datagrams every interval;
+- downloads: so many at a time, one after the other (`lbctl.lab.downloads`).
 
 Reset, closed, a wrong number, another pod, or no answer at the end: each counts as broken.
 
@@ -27,9 +28,11 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final, cast
 
+from lbctl.lab import downloads
+from lbctl.lab.asking import ask_once, parse_answer, request, take_response
+
 _TICK_S: Final = 0.005
 _CONNECT_AT_ONCE: Final = 50
-MAX_BODY: Final = 1 << 16
 
 
 @dataclass(slots=True)
@@ -62,6 +65,7 @@ class Options:
     datagrams: int
     timeout_s: float
     drain_s: float
+    downloads: int = 0
 
 
 @dataclass(slots=True)
@@ -71,6 +75,7 @@ class Results:
     flows: list[FlowRecord] = field(default_factory=list)
     datagrams: list[FlowRecord] = field(default_factory=list)
     probes: list[tuple[float, float, str, str]] = field(default_factory=list)
+    received: list[tuple[float, str, int]] = field(default_factory=list)  # when, pod, bytes
     marks: list[tuple[str, float]] = field(default_factory=list)
     started_s: float = 0.0
     ended_s: float = 0.0
@@ -84,36 +89,6 @@ class Results:
             "answered": sum(flow.answered for flow in flows),
             "broken": sum(1 for flow in flows if flow.broken),
         }
-
-
-def parse_answer(text: str) -> tuple[str, str, str]:
-    """`POD PEER PAYLOAD` → its three words; ("", "", "") for anything else."""
-    words = text.split()
-    return (words[0], words[1], words[2]) if len(words) == 3 else ("", "", "")
-
-
-def take_response(buffer: bytearray) -> str | None:
-    """Cut one HTTP response off the front of the buffer; its body, or None if it is incomplete.
-
-    Raises ValueError for what is no 200 answer with a Content-Length.
-    """
-    end = buffer.find(b"\r\n\r\n")
-    if end < 0:
-        if len(buffer) > MAX_BODY:
-            raise ValueError("headers without an end")
-        return None
-    head = bytes(buffer[:end]).decode("latin-1").split("\r\n")
-    if head[0].split(" ")[1:2] != ["200"]:
-        raise ValueError(f"answer {head[0][:40]!r}")
-    headers = {k.strip().lower(): v.strip() for k, _, v in (h.partition(":") for h in head[1:])}
-    length = int(headers["content-length"]) if "content-length" in headers else -1
-    if not 0 <= length <= MAX_BODY:
-        raise ValueError("no usable Content-Length")
-    if len(buffer) < end + 4 + length:
-        return None
-    body = bytes(buffer[end + 4 : end + 4 + length])
-    del buffer[: end + 4 + length]
-    return body.decode("utf-8", "replace")
 
 
 class _Numbered:
@@ -269,12 +244,6 @@ class Datagrams(_Numbered, asyncio.DatagramProtocol):
         return not self.open
 
 
-def request(host: str, number: int) -> bytes:
-    """The question with that number. `host`: an address, IPv6 too."""
-    name = f"[{host}]" if ":" in host else host
-    return f"GET /n/{number} HTTP/1.1\r\nHost: {name}\r\n\r\n".encode()
-
-
 class Driver:
     """Everything that runs; the records are in `results`."""
 
@@ -294,6 +263,10 @@ class Driver:
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(self._tick()), group.create_task(self._commands())]
             tasks.append(group.create_task(self._probe()))
+            meter = downloads.Meter(self.results.received, self.results.probes)
+            for _ in range(self.options.downloads):
+                more = downloads.again_and_again(self.options.host, self.options.port, meter)
+                tasks.append(group.create_task(more))
             await self.stop.wait()
             for task in tasks:
                 task.cancel()
@@ -399,25 +372,6 @@ class Driver:
             flow.end(asked_until_s)
 
 
-async def ask_once(host: str, port: int) -> str:
-    """One new connection with one request; the pod's name. Raises OSError, ValueError, EOFError."""
-    reader, writer = await asyncio.open_connection(host, port)
-    try:
-        writer.write(request(host, 1))
-        buffer = bytearray()
-        while (body := take_response(buffer)) is None:
-            data = await reader.read(MAX_BODY)
-            if not data:
-                raise EOFError("closed without an answer")
-            buffer += data
-        pod, _, payload = parse_answer(body)
-        if payload != "/n/1":
-            raise ValueError(f"wrong answer {body[:60]!r}")
-        return pod
-    finally:
-        writer.close()
-
-
 def emit(event: str, **values: Any) -> None:
     """One JSON line on stdout."""
     print(json.dumps({"event": event, **values}), flush=True)
@@ -433,6 +387,7 @@ def parse_arguments(argv: list[str]) -> Options:
     parser.add_argument("--interval", type=float, default=0.04, help="seconds between questions")
     parser.add_argument("--probes", type=float, default=0.0, help="new connections per second")
     parser.add_argument("--datagrams", type=int, default=0, help="UDP sockets")
+    parser.add_argument("--downloads", type=int, default=0, help="at a time")
     parser.add_argument("--timeout", type=float, default=1.0, help="for a new connection, seconds")
     parser.add_argument("--drain", type=float, default=5.0, help="wait for last answers, seconds")
     a = parser.parse_args(argv)
@@ -446,6 +401,7 @@ def parse_arguments(argv: list[str]) -> Options:
         datagrams=a.datagrams,
         timeout_s=a.timeout,
         drain_s=a.drain,
+        downloads=a.downloads,
     )
 
 

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from lbctl.errors import DrillError
+from lbctl.lab import downloads, flooding
 from lbctl.lab.drill import report, spec
 from lbctl.lab.drill.spec import Drill
 from lbctl.lab.drill.verdict import (
     Evidence,
     FaultSeen,
+    FloodSeen,
     FlowSeen,
     HopsSeen,
+    ReceivedSeen,
     RequestSeen,
     judge,
     unharmed,
@@ -52,7 +56,7 @@ def test_every_drill_that_is_here_can_be_read() -> None:
     found = [spec.find(name) for name in spec.names()]
     assert len(found) >= 10
     for one in found:
-        assert one.sabotage_timeline, one.name
+        assert one.sabotage_timeline or one.sabotage_prepare, one.name
         assert (spec.DRILLS.parent / f"{one.topology}.clab.yml").exists(), one.name
 
 
@@ -167,3 +171,79 @@ def test_the_report_is_one_file_and_escapes_what_it_shows() -> None:
     assert "<script" not in page and "powerCut &lt;script&gt;" in page
     assert "http://" not in page and "https://" not in page
     assert page.count("<svg") == 5
+
+
+LOADED = replace(
+    SEEN,
+    faults=(FaultSeen(0.0, 0.1, "rate"), FaultSeen(10.0, 10.1, "addNode")),
+    received=tuple(
+        ReceivedSeen(at_s / 2, "web", f"node-{1 + at_s % 3}", 1_000_000) for at_s in range(40)
+    ),  # 16 Mbit/s
+    requests=tuple(RequestSeen("web", at_s / 10, 0.01, "") for at_s in range(-20, 150)),
+    floods=(FloodSeen("web", 1000, 900),),
+    leaders=("m1", "m1"),
+)
+
+
+@pytest.mark.parametrize(
+    ("expect", "seen", "held"),
+    [
+        ({"throughput": [{"after": 1, "mbit": 15}]}, LOADED, True),
+        ({"throughput": [{"after": 1, "mbit": 17}]}, LOADED, False),
+        ({"throughput": [{"after": 2, "mbit": 15}]}, replace(LOADED, received=()), False),
+        ({"latency": {"web": 2.0}}, LOADED, True),
+        (
+            {"latency": {"web": 2.0}},
+            replace(
+                LOADED,
+                requests=tuple(
+                    replace(r, took_s=0.01 if r.start_s < 5 else 0.03) for r in LOADED.requests
+                ),
+            ),
+            False,
+        ),
+        ({"latency": {"web": 2.0}}, replace(LOADED, requests=()), False),
+        ({"flooded": 0.8}, LOADED, True),
+        ({"flooded": 0.95}, LOADED, False),
+        ({"flooded": 0.8}, replace(LOADED, floods=()), False),
+        ({"leader": "kept"}, LOADED, True),
+        ({"leader": "kept"}, replace(LOADED, leaders=("m1", "m2")), False),
+        ({"leader": "kept"}, replace(LOADED, leaders=("", "")), False),
+        ({"changes": 2}, LOADED, True),
+        ({"changes": 1}, LOADED, False),
+    ],
+)
+def test_load_floods_and_clocks_are_judged(
+    expect: dict[str, Any], seen: Evidence, held: bool
+) -> None:
+    wanted = spec.Expect.model_validate(expect, strict=False)
+    checks = judge(replace(drill(), expect=wanted), seen)
+    assert [check.held for check in checks] == [held]
+
+
+def test_preparations_of_the_sabotage_come_first() -> None:
+    prepared = GOOD.replace("timeline:", "prepare: [{do: heal}]\ntimeline:", 1).replace(
+        "  fails:", "  prepare: [{do: fakeClocks, of: agents}]\n  fails:"
+    )
+    found = spec.parse(prepared, "good", "good.yml")
+    assert [step.fault for step in found.preparations(sabotaged=True)] == ["fakeClocks", "heal"]
+    assert [step.fault for step in found.preparations(sabotaged=False)] == ["heal"]
+
+
+@pytest.mark.parametrize("kind", ["syn", "udp"])
+def test_packets_of_a_flood_have_right_checksums(kind: flooding.Kind) -> None:
+    target = bytes((198, 51, 100, 1))
+    made = flooding.packet(kind, 123_456, target, 80)
+    head, body = made[:20], made[20:]
+    assert head[16:20] == target and body[2:4] == b"\0\x50"
+    pseudo = head[12:20] + bytes((0, head[9], 0, len(body)))
+    assert flooding.checksum(pseudo + body) == 0
+    assert head[12:16] != flooding.packet(kind, 123_457, target, 80)[12:16]
+
+
+def test_downloads_are_metered_by_pod_and_half_second() -> None:
+    meter = downloads.Meter([], [])
+    for pod in ("a", "b", "a"):
+        meter.count(pod, 10)
+    assert sum(size for _, pod, size in meter.received if pod == "a") == 20
+    assert {at_s % downloads.BIN_S for at_s, _, _ in meter.received} == {0.0}

@@ -9,8 +9,9 @@ import time
 import pytest
 
 from lbctl.lab import processes
+from lbctl.lab.asking import parse_answer, take_response
 from lbctl.lab.load import parse_report
-from lbctl.lab.traffic import Flow, FlowRecord, parse_answer, take_response
+from lbctl.lab.traffic import Flow, FlowRecord
 
 
 def answer(body: str) -> bytes:
@@ -121,6 +122,7 @@ def test_the_report_measures_outage_from_a_mark() -> None:
         {
             "flows": [],
             "datagrams": [],
+            "received": [(10.0, "w", 5)],
             "probes": [(10.4, 1.0, "", "timed out"), (9.0, 1.0, "", "early"), (10.9, 0.1, "w", "")],
             "marks": [("cut", 10.0), ("later", 10.5)],
             "started_s": 8.0,

@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Final
 
-from lbctl.errors import KubeError, LbctlError
+from lbctl.errors import KubeError, LabError, LbctlError
 from lbctl.kube import client as kube
 from lbctl.lab import workload
 from lbctl.lab.api import DEPLOYMENTS
@@ -40,7 +40,7 @@ HEAL_S: Final = 90.0
 _AFTER_S: Final = 2.0  # of new connections once everything holds
 _TARGET: Final = 8080
 _SERVICE: Final = DrillService(name=STEADY, replicas=6)
-_TRAFFIC: Final = Traffic(service=STEADY, flows=20, requests=10, datagrams=0)
+_TRAFFIC: Final = Traffic(service=STEADY, flows=20, requests=10, timeout=3.0)
 # Addresses are free again soon, so that what is left over is seen within a quiet period.
 CONFIG: Final = workload.CONFIG.replace("announce: {}", "announce: {reuseAfter: 3s}")
 
@@ -123,7 +123,12 @@ def _round(
 ) -> bool:
     pods = {STEADY: site.api.pod_nodes(STEADY)}
     with ExitStack() as stack:
-        load = stack.enter_context(start_load(site, _TRAFFIC))
+        try:
+            load = stack.enter_context(start_load(site, _TRAFFIC))
+        except LabError as error:
+            name = f"round {one.number}: connections before it"
+            seen.checks.append(Check(name, "all open", str(error), False))
+            return False
         loads = [(_TRAFFIC, load)]
         for change in one.changes:
             show(Now(time.monotonic() - begin_s, str(change)))

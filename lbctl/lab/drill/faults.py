@@ -19,8 +19,9 @@ from lbctl.core import names
 from lbctl.errors import DrillError
 from lbctl.kube import client as kube
 from lbctl.lab import bringup, control, processes, switch, workload
-from lbctl.lab.api import DAEMON_SETS, DEPLOYMENTS, wait
-from lbctl.lab.drill.site import Site
+from lbctl.lab.api import DEPLOYMENTS, wait
+from lbctl.lab.drill import clocks
+from lbctl.lab.drill.site import WORKLOADS, Site
 
 F = TypeVar("F", bound=Callable[..., None])
 FAULTS: Final[dict[str, Callable[..., None]]] = {}
@@ -131,6 +132,22 @@ def rate(site: Site, machine: str, mbit: int, interface: str = "eth1") -> None:
         found.run("tc", "qdisc", "replace", "dev", interface, "root", *shape)
 
 
+@fault("flood")
+def flood(
+    site: Site,
+    service: str,
+    rate: int,
+    seconds: float,
+    kind: Literal["syn", "udp"] = "syn",
+    core: int | None = None,
+) -> None:
+    """From the client: so many packets per second from made-up senders; does not wait.
+
+    core: the processor that sends, and with it the kernel's work for each packet on its way.
+    """
+    site.flood(service, kind, rate, seconds, core)
+
+
 @fault("flap")
 def flap(site: Site, machine: str, times: int, every: float) -> None:
     """Machines fall silent and come back, so many times, half of `every` seconds each."""
@@ -175,6 +192,21 @@ def thaw(site: Site, what: str) -> None:
     site.stopped -= found
 
 
+@fault("fakeClocks")
+def fake_clocks(site: Site, of: Literal["managers", "agents"], monotonic: bool = False) -> None:
+    """Roll our pods so that `stepClock` can set their clocks; returns when all run so.
+
+    monotonic: the clock that durations are taken with as well. What is faked already stays so.
+    """
+    clocks.fake(site, of, monotonic)
+
+
+@fault("stepClock")
+def step_clock(site: Site, what: str, by: int) -> None:
+    """Set the clock of `manager@WHERE`, `speaker@WHERE` or `agent@WHERE` to so many s from now."""
+    clocks.step(site, what, by)
+
+
 @fault("killContainer")
 def kill_container(site: Site, container: str, where: str = "*", grace: float = 30.0) -> None:
     """End containers of ours as a kubelet does, one after the other; they are restarted."""
@@ -217,10 +249,7 @@ def rollout(site: Site, service: str) -> None:
 @fault("upgrade")
 def upgrade(site: Site, what: Literal["managers", "agents"]) -> None:
     """Roll our own pods; does not wait."""
-    kind, name = {
-        "managers": (DEPLOYMENTS, names.MANAGER_APP),
-        "agents": (DAEMON_SETS, names.AGENT_APP),
-    }[what]
+    kind, name = WORKLOADS[what]
     site.api.patch(kind, name, _restarted(), names.NAMESPACE)
 
 

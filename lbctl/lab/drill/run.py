@@ -13,12 +13,22 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Final
 
+from lbctl.core import names
 from lbctl.errors import LabError
+from lbctl.kube import client as kube
 from lbctl.lab.api import wait
 from lbctl.lab.drill import entries, faults
 from lbctl.lab.drill.site import Site
 from lbctl.lab.drill.spec import Drill, DrillService, Traffic
-from lbctl.lab.drill.verdict import Evidence, FaultSeen, FlowSeen, HopsSeen, RequestSeen
+from lbctl.lab.drill.verdict import (
+    Evidence,
+    FaultSeen,
+    FloodSeen,
+    FlowSeen,
+    HopsSeen,
+    ReceivedSeen,
+    RequestSeen,
+)
 from lbctl.lab.load import Count, Load, Report
 from lbctl.lab.traffic import FlowRecord
 
@@ -74,6 +84,9 @@ class Eyes:
 
 def run(site: Site, drill: Drill, sabotaged: bool, show: Show) -> Evidence:
     """Run it. Raises LabError for what could not be done; the site is then as it is."""
+    for step in drill.preparations(sabotaged):
+        show(Now(0.0, str(step)))
+        faults.inject(site, step.fault, step.arguments)
     for service in drill.services:
         show(Now(0.0, f"deploying {service.name}"))
         site.deploy(service.name, service.replicas, service.policy)
@@ -88,8 +101,10 @@ def run(site: Site, drill: Drill, sabotaged: bool, show: Show) -> Evidence:
         eyes = stack.enter_context(watched(site, begin_s))
         pass_time(begin_s, begin_s, "traffic runs", loads, eyes, show)
         entered = entries.take(site)
+        leader = _leader(site)
         done = _timeline(site, drill, sabotaged, begin_s, loads, eyes, show)
         reports = [(traffic, load.stop()) for traffic, load in loads]
+        floods = tuple(FloodSeen(f.service, f.asked, f.sent()) for f in site.floods)
     after = {s.name: site.api.pod_nodes(s.name) for s in drill.services}
     gone = {pod for name, on in pods.items() for pod in on if pod not in after[name]}
     return Evidence(
@@ -102,7 +117,16 @@ def run(site: Site, drill: Drill, sabotaged: bool, show: Show) -> Evidence:
         services=dict(site.services),
         began_s=min(report.started_s for _, report in reports) - begin_s,
         ended_s=max(report.ended_s for _, report in reports) - begin_s,
+        received=tuple(_received(reports, pods, after, begin_s)),
+        floods=floods,
+        leaders=(leader, _leader(site) if drill.expect.leader else leader),
     )
+
+
+def _leader(site: Site) -> str:
+    """Who holds the Lease, as the API server has it."""
+    lease = site.api.find(kube.LEASES, names.LEASE, names.NAMESPACE) or {}
+    return str(lease.get("spec", {}).get("holderIdentity") or "")
 
 
 def wait_routed(site: Site, service: DrillService) -> None:
@@ -125,6 +149,8 @@ def start_load(site: Site, traffic: Traffic) -> Load:
         probes_per_s=float(traffic.requests),
         datagrams=traffic.datagrams,
         timeout_s=traffic.timeout,
+        downloads=traffic.downloads,
+        core=traffic.core,
     )
 
 
@@ -213,3 +239,15 @@ def requests_seen(reports: list[tuple[Traffic, Report]], begin_s: float) -> Iter
     for traffic, report in reports:
         for probe in report.probes:
             yield RequestSeen(traffic.service, probe.start_s - begin_s, probe.took_s, probe.error)
+
+
+def _received(
+    reports: list[tuple[Traffic, Report]],
+    before: dict[str, dict[str, str]],
+    after: dict[str, dict[str, str]],
+    begin_s: float,
+) -> Iterator[ReceivedSeen]:
+    for traffic, report in reports:
+        on = before[traffic.service] | after[traffic.service]
+        for at_s, pod, size in report.received:
+            yield ReceivedSeen(at_s - begin_s, traffic.service, on.get(pod, ""), size)

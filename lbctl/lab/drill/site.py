@@ -7,18 +7,20 @@ cluster heal; a lab that cannot be restored is not used again.
 from __future__ import annotations
 
 import signal
+import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from lbctl.core import names
 from lbctl.errors import DrillError, LabError
 from lbctl.kube import client as kube
-from lbctl.lab import control, processes, workload
-from lbctl.lab.api import DEPLOYMENTS, Api, is_ready, wait
+from lbctl.lab import control, flooding, processes, workload
+from lbctl.lab.api import DAEMON_SETS, DEPLOYMENTS, Api, is_ready, wait
 from lbctl.lab.lab import Lab
+from lbctl.lab.load import spawn
 from lbctl.lab.machine import Machine
 from lbctl.lab.processes import Pid
 
@@ -30,6 +32,10 @@ _CONTAINERS: Final = {
     "agent": ("agent", ""),
     "exabgp": ("speaker", "runner"),
     "relay": ("speaker", "relay"),
+}
+WORKLOADS: Final = {
+    "managers": (DEPLOYMENTS, names.MANAGER_APP),
+    "agents": (DAEMON_SETS, names.AGENT_APP),
 }
 _WALL = """
 add table inet lbctl-drill
@@ -46,6 +52,20 @@ table inet lbctl-drill {{
 }}
 """
 _NO_WALL = "add table inet lbctl-drill\ndelete table inet lbctl-drill\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Flood:
+    """A flood that was begun: packets asked for, and its process, which says how many it sent."""
+
+    service: str
+    asked: int
+    process: subprocess.Popen[bytes]
+
+    def sent(self) -> int:
+        """Wait for its end; 0 if it failed."""
+        said, _ = self.process.communicate(timeout=2 * flooding.MOST_S)
+        return int(said or 0)
 
 
 @dataclass(slots=True)
@@ -67,6 +87,8 @@ class Site:
     cordoned: set[str] = field(default_factory=set)
     crashed: set[str] = field(default_factory=set)  # pods
     added: set[str] = field(default_factory=set)  # nodes
+    floods: list[Flood] = field(default_factory=list)
+    faked: dict[str, list[Any]] = field(default_factory=dict)  # of whom → containers as they were
     config: str = workload.CONFIG
 
     # -- who ------------------------------------------------------------------------------------
@@ -140,6 +162,16 @@ class Site:
                 machine.run("tc", "qdisc", "del", "dev", interface, "root", check=False)
         self.limited.clear()
 
+    def flood(self, service: str, kind: str, rate: int, seconds: float, core: int | None) -> None:
+        """Begin a flood at a Service's port 80. Raises DrillError beyond what is allowed."""
+        if not (0 < rate <= flooding.MOST_PER_S and 0 < seconds <= flooding.MOST_S):
+            most = f"{flooding.MOST_PER_S} packets/s for {flooding.MOST_S:g} s"
+            raise DrillError(f"a flood of {rate}/s for {seconds:g} s: at most {most}")
+        words = (self.services[service], "80", "--kind", kind, "--rate", str(rate))
+        client = self.lab.machine("client")
+        process = spawn(client, "lbctl.lab.flooding", *words, "--seconds", str(seconds), core=core)
+        self.floods.append(Flood(service, int(rate * seconds), process))
+
     # -- life -----------------------------------------------------------------------------------
     def configure(self) -> None:
         """Write the lab's configuration and wait until everybody runs."""
@@ -212,6 +244,10 @@ class Site:
     def mend(self) -> None:
         """Undo every fault. Raises LabError if the lab does not heal."""
         self.heal()
+        for flood in self.floods:
+            flood.process.kill()
+            flood.process.communicate()
+        self.floods.clear()
         processes.send(self.stopped, signal.SIGCONT)
         self.stopped.clear()
         for name, interface in sorted(self.down):
@@ -226,7 +262,26 @@ class Site:
         for node in sorted(self.cordoned):
             self.api.patch(kube.NODES, node, {"spec": {"unschedulable": None}}, "")
         self.cordoned.clear()
+        for of, containers in sorted(self.faked.items()):
+            self.set_containers(of, containers)
+        self.faked.clear()
         self.configure()
+
+    def set_containers(self, of: str, containers: list[Any]) -> None:
+        """Write the containers of our managers or agents; returns when all pods are of them."""
+        kind, name = WORKLOADS[of]
+        body = {"spec": {"template": {"spec": {"containers": containers}}}}
+        self.api.patch(kind, name, body, names.NAMESPACE)
+        wanted = [container.get("env") for container in containers]
+
+        def rolled() -> bool:
+            pods = self.api.system_pods(name)
+            return all(
+                is_ready(pod) and [c.get("env") for c in pod["spec"]["containers"]] == wanted
+                for pod in pods
+            )
+
+        wait(f"{of} to be rolled", rolled, limit_s=READY_S)
 
     def annotate(self, node: str, key: str, value: str | None) -> None:
         """Set an annotation of a Node; None removes it."""

@@ -40,14 +40,27 @@ class Traffic(_Model):
     """What the client drives at one Service.
 
     flows: long-lived TCP connections with numbered data. requests: new connections per second.
-    datagrams: UDP flows. timeout: for one new connection with its answer.
+    datagrams: UDP flows. timeout: for one new connection with its answer. downloads: at a time,
+    each on a new connection. core: the processor that all of this is pinned to.
     """
 
     service: str
-    flows: int = Field(0, ge=0, le=1000)
-    requests: int = Field(0, ge=0, le=1000)
-    datagrams: int = Field(0, ge=0, le=1000)
+    flows: int = Field(default=0, ge=0, le=1000)
+    requests: int = Field(default=0, ge=0, le=1000)
+    datagrams: int = Field(default=0, ge=0, le=1000)
     timeout: Seconds = 1.0
+    downloads: int = Field(default=0, ge=0, le=100)
+    core: int | None = Field(default=None, ge=0)
+
+
+class Carried(_Model):
+    """What downloads must reach: Mbit/s in all, from 3 s after step number `after` of the timeline.
+
+    Steps count from 1; it ends with the next step.
+    """
+
+    after: int = Field(ge=1)
+    mbit: float = Field(gt=0)
 
 
 class Expect(_Model):
@@ -57,7 +70,10 @@ class Expect(_Model):
     failed. outage: none failed that began later than that after the last fault before it. gap: the
     longest silence of a living flow. next_hops: at the end, on every living switch. entered:
     (machine, share of the flows that entered there). steered: share of the flows whose pod was on
-    another node than the one they entered at.
+    another node than the one they entered at. throughput: of the downloads. latency: for a service,
+    how many times slower nine of ten new connections may be after the last fault than before the
+    first. flooded: share of each flood that was really sent. leader: the same manager leads at the
+    end. changes: at most so many changes of any switch's next hops after the first fault.
     """
 
     broken: int | None = Field(None, ge=0)
@@ -68,6 +84,11 @@ class Expect(_Model):
     next_hops: tuple[str, ...] | None = Field(None, alias="nextHops")
     entered: dict[str, float] | None = None
     steered: float | None = None
+    throughput: tuple[Carried, ...] | None = None
+    latency: dict[str, float] | None = None
+    flooded: float | None = None
+    leader: Literal["kept"] | None = None
+    changes: int | None = Field(None, ge=0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,19 +100,23 @@ class Step:
     arguments: Mapping[str, Any]
 
     def __str__(self) -> str:
-        words = (f"{key} {value}" for key, value in self.arguments.items())
+        words = (
+            f"{key} {str(value).partition(chr(10))[0]}" for key, value in self.arguments.items()
+        )
         return " ".join((self.fault, *words))
 
 
 class Sabotage(_Model):
     """What takes out the thing that the drill guards: with it, the drill must fail.
 
-    fails: the expectations, by their keys, that must not hold then.
+    fails: the expectations, by their keys, that must not hold then. prepare: before the
+    drill's own.
     """
 
     about: str
     fails: tuple[str, ...] = Field(min_length=1)
-    timeline: tuple[dict[str, Any], ...] = Field(min_length=1)
+    prepare: tuple[dict[str, Any], ...] = ()
+    timeline: tuple[dict[str, Any], ...] = ()
 
 
 class _File(_Model):
@@ -99,6 +124,7 @@ class _File(_Model):
     topology: str = "small"
     services: tuple[DrillService, ...] = Field(min_length=1)
     traffic: tuple[Traffic, ...] = Field(min_length=1)
+    prepare: tuple[dict[str, Any], ...] = ()
     before: Seconds = 2.0
     after: Seconds = 10.0
     timeline: tuple[dict[str, Any], ...] = Field(min_length=1)
@@ -108,20 +134,29 @@ class _File(_Model):
 
 @dataclass(frozen=True, slots=True)
 class Drill:
-    """One drill, checked. `after_s`: traffic goes on so long after the last step."""
+    """One drill, checked. `after_s`: traffic goes on so long after the last step.
+
+    prepare: what is done before there are Services and traffic.
+    """
 
     name: str
     about: str
     topology: str
     services: tuple[DrillService, ...]
     traffic: tuple[Traffic, ...]
+    prepare: tuple[Step, ...]
     before_s: float
     after_s: float
     timeline: tuple[Step, ...]
     expect: Expect
     sabotage: str
     sabotage_fails: tuple[str, ...]
+    sabotage_prepare: tuple[Step, ...]
     sabotage_timeline: tuple[Step, ...]
+
+    def preparations(self, sabotaged: bool) -> tuple[Step, ...]:
+        """What is done before there is traffic, sabotage first."""
+        return (*(self.sabotage_prepare if sabotaged else ()), *self.prepare)
 
     def steps(self, sabotaged: bool) -> tuple[Step, ...]:
         """The timeline in order; sabotage comes before what happens at the same time."""
@@ -157,8 +192,11 @@ def parse(text: str, name: str, source: str) -> Drill:
             problems += [_problem(document, item) for item in error.errors()]
     if file is None:
         raise _refused(problems, source)
+    prepare = _steps(document, ("prepare",), file.prepare, problems)
     timeline = _steps(document, ("timeline",), file.timeline, problems)
-    sabotage = _steps(document, ("sabotage", "timeline"), file.sabotage.timeline, problems)
+    before, during = file.sabotage.prepare, file.sabotage.timeline
+    sabotage_prepare = _steps(document, ("sabotage", "prepare"), before, problems)
+    sabotage = _steps(document, ("sabotage", "timeline"), during, problems)
     problems += _unknown_services(document, file)
     problems += _unexpected(document, file)
     if problems:
@@ -169,12 +207,14 @@ def parse(text: str, name: str, source: str) -> Drill:
         file.topology,
         file.services,
         file.traffic,
+        prepare,
         file.before,
         file.after,
         timeline,
         file.expect,
         file.sabotage.about,
         file.sabotage.fails,
+        sabotage_prepare,
         sabotage,
     )
 

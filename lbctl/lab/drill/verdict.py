@@ -9,8 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Final
 
+from lbctl.lab.downloads import BIN_S
 from lbctl.lab.drill.spec import Drill, Expect
+
+_SETTLE_S: Final = 3.0  # until TCP has found its rate
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +62,30 @@ class HopsSeen:
 
 
 @dataclass(frozen=True, slots=True)
+class ReceivedSeen:
+    """Bytes that downloads got from a pod, in the half second from `at_s`."""
+
+    at_s: float
+    service: str
+    node: str
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class FloodSeen:
+    """A flood: packets asked for and sent."""
+
+    service: str
+    asked: int
+    sent: int
+
+
+@dataclass(frozen=True, slots=True)
 class Evidence:
-    """All that was seen. gone: pods that the drill itself ended. dead: machines without power."""
+    """All that was seen. gone: pods that the drill itself ended. dead: machines without power.
+
+    leaders: who held the Lease before the timeline and at its end.
+    """
 
     flows: tuple[FlowSeen, ...]
     requests: tuple[RequestSeen, ...]
@@ -70,6 +96,9 @@ class Evidence:
     services: Mapping[str, str]
     began_s: float
     ended_s: float
+    received: tuple[ReceivedSeen, ...] = ()
+    floods: tuple[FloodSeen, ...] = ()
+    leaders: tuple[str, str] = ("", "")
 
     def living(self, protocol: str) -> tuple[FlowSeen, ...]:
         """The flows whose pods live."""
@@ -116,7 +145,14 @@ class Check:
 def judge(drill: Drill, seen: Evidence) -> tuple[Check, ...]:
     """Hold what was seen against what must hold, in the order of the file format."""
     expect = drill.expect
-    checks = [*_broken(expect, seen), *_failures(expect, seen), *_shares(expect, seen)]
+    checks = [
+        *_broken(expect, seen),
+        *_failures(expect, seen),
+        *_shares(expect, seen),
+        *_throughput(expect, seen),
+        *_latency(expect, seen),
+        *_calm(expect, seen),
+    ]
     if expect.next_hops is not None:
         wanted = tuple(sorted(expect.next_hops))
         for (service, switch), hops in seen.last_hops().items():
@@ -200,4 +236,72 @@ def _shares(expect: Expect, seen: Evidence) -> list[Check]:
         checks.append(
             Check("flows that were steered", wanted, f"{found:.0%}", found >= expect.steered)
         )
+    return checks
+
+
+def _throughput(expect: Expect, seen: Evidence) -> list[Check]:
+    checks = []
+    for wanted in expect.throughput or ():
+        steps = seen.faults[wanted.after - 1 : wanted.after + 1]
+        end_s = steps[1].at_s if len(steps) > 1 else max((r.at_s for r in seen.received), default=0)
+        from_s = steps[0].done_s + _SETTLE_S
+        by_node: dict[str, float] = {}
+        for part in seen.received:
+            if from_s <= part.at_s < end_s - BIN_S:
+                by_node[part.node] = by_node.get(part.node, 0.0) + part.size
+        span_s = max(end_s - BIN_S - from_s, 0.001)
+        mbit = sum(by_node.values()) * 8 / span_s / 1e6
+        shares = ", ".join(
+            f"{node or '?'} {size * 8 / span_s / 1e6:.1f}" for node, size in sorted(by_node.items())
+        )
+        found = f"{mbit:.1f} Mbit/s in {span_s:.0f} s ({shares or 'nothing'})"
+        what = f"downloads after step {wanted.after}"
+        checks.append(Check(what, f"{wanted.mbit:g} Mbit/s or more", found, mbit >= wanted.mbit))
+    return checks
+
+
+def _latency(expect: Expect, seen: Evidence) -> list[Check]:
+    """Nine of ten new connections: how long they took at most, before the faults and after."""
+    checks = []
+    first_s, last_s = (seen.faults[0].at_s, seen.faults[-1].done_s) if seen.faults else (0.0, 0.0)
+    for service, factor in sorted((expect.latency or {}).items()):
+        ours = [r for r in seen.requests if r.service == service]
+        before = _most_took_s([r for r in ours if r.start_s < first_s])
+        after = _most_took_s([r for r in ours if r.start_s >= last_s])
+        checks.append(
+            Check(
+                f"time of nine of ten new connections to {service}",
+                f"at most {factor:g} times what it was",
+                f"{after * 1000:.1f} ms, {before * 1000:.1f} ms before",
+                0 < after <= factor * before,
+            )
+        )
+    return checks
+
+
+def _most_took_s(requests: list[RequestSeen]) -> float:
+    took = sorted(request.took_s for request in requests)
+    return took[len(took) * 9 // 10] if took else 0.0
+
+
+def _calm(expect: Expect, seen: Evidence) -> list[Check]:
+    checks = []
+    if expect.flooded is not None:
+        for flood in seen.floods:
+            share = flood.sent / flood.asked
+            found = f"{flood.sent} of {flood.asked} packets ({share:.0%})"
+            wanted = f"{expect.flooded:.0%} or more"
+            checks.append(
+                Check(f"flood at {flood.service}", wanted, found, share >= expect.flooded)
+            )
+        if not seen.floods:
+            checks.append(Check("floods", "1 or more", "none", False))
+    if expect.leader is not None:
+        before, after = seen.leaders
+        checks.append(Check("leader", f"still {before}", after or "nobody", before == after != ""))
+    if expect.changes is not None and seen.faults:
+        later = [change for change in seen.hops if change.at_s > seen.faults[0].at_s]
+        found = f"{len(later)}" + (f" (first: {later[0].switch} {later[0].hops})" if later else "")
+        wanted = f"at most {expect.changes}"
+        checks.append(Check("changes of next hops", wanted, found, len(later) <= expect.changes))
     return checks
