@@ -2,7 +2,8 @@
 
 Rules: the library is loaded through the environment in the pod template, as anyone could do it in a
 cluster; what it tells the process is read from a file in a directory that the container may write,
-so a step happens while it runs. Source: faketime(1), libfaketime's README.
+so a step happens while it runs. Where durations stay true, Python's `time.sleep` fails (EINVAL,
+libfaketime 0.9.10); ours never call it. Source: faketime(1), libfaketime's README.
 """
 
 from __future__ import annotations
