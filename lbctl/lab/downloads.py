@@ -41,7 +41,7 @@ async def again_and_again(host: str, port: int, meter: Meter) -> None:
         try:
             await _download(host, port, meter)
         except (OSError, ValueError, EOFError) as error:  # TimeoutError is an OSError
-            why = f"download: {error or type(error).__name__}"
+            why = f"download: {str(error) or type(error).__name__}"
             meter.failed.append((start_s, time.monotonic() - start_s, "", why))
             await asyncio.sleep(BIN_S)
 

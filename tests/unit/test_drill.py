@@ -175,7 +175,7 @@ def test_the_report_is_one_file_and_escapes_what_it_shows() -> None:
 
 LOADED = replace(
     SEEN,
-    faults=(FaultSeen(0.0, 0.1, "rate"), FaultSeen(10.0, 10.1, "addNode")),
+    faults=(FaultSeen(0.0, 0.1, "rate", 1), FaultSeen(10.0, 10.1, "addNode", 2)),
     received=tuple(
         ReceivedSeen(at_s / 2, "web", f"node-{1 + at_s % 3}", 1_000_000) for at_s in range(40)
     ),  # 16 Mbit/s
@@ -190,7 +190,9 @@ LOADED = replace(
     [
         ({"throughput": [{"after": 1, "mbit": 15}]}, LOADED, True),
         ({"throughput": [{"after": 1, "mbit": 17}]}, LOADED, False),
+        ({"throughput": [{"after": 2, "mbit": 14}]}, LOADED, True),
         ({"throughput": [{"after": 2, "mbit": 15}]}, replace(LOADED, received=()), False),
+        ({"throughput": [{"after": 2, "mbit": 1}]}, replace(LOADED, faults=()), False),
         ({"latency": {"web": 2.0}}, LOADED, True),
         (
             {"latency": {"web": 2.0}},

@@ -176,12 +176,15 @@ def _timeline(
     show: Show,
 ) -> tuple[FaultSeen, ...]:
     done = []
+    own = drill.steps(sabotaged=False)
     for step in drill.steps(sabotaged):
         pass_time(begin_s + step.at_s, begin_s, f"until {step}", loads, eyes, show)
         started_s = time.monotonic()
         show(Now(started_s - begin_s, str(step), _NOTHING, eyes.now()))
         faults.inject(site, step.fault, step.arguments)
-        done.append(FaultSeen(started_s - begin_s, time.monotonic() - begin_s, str(step)))
+        number = own.index(step) + 1 if step in own else 0
+        done_s = time.monotonic() - begin_s
+        done.append(FaultSeen(started_s - begin_s, done_s, str(step), number))
     end_s = time.monotonic() + drill.after_s
     pass_time(end_s, begin_s, "all faults are in; traffic goes on", loads, eyes, show)
     return tuple(done)

@@ -7,6 +7,7 @@ that proves that the drill could have failed is an expectation like any other.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Final
@@ -44,11 +45,15 @@ class RequestSeen:
 
 @dataclass(frozen=True, slots=True)
 class FaultSeen:
-    """A step of the timeline: when it was begun, and when it was in place."""
+    """A step of the timeline: when it was begun, and when it was in place.
+
+    number: of the drill's own steps, from 1; 0 for one of its sabotage.
+    """
 
     at_s: float
     done_s: float
     text: str
+    number: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,9 +247,10 @@ def _shares(expect: Expect, seen: Evidence) -> list[Check]:
 def _throughput(expect: Expect, seen: Evidence) -> list[Check]:
     checks = []
     for wanted in expect.throughput or ():
-        steps = seen.faults[wanted.after - 1 : wanted.after + 1]
-        end_s = steps[1].at_s if len(steps) > 1 else max((r.at_s for r in seen.received), default=0)
-        from_s = steps[0].done_s + _SETTLE_S
+        begun = [fault for fault in seen.faults if fault.number == wanted.after]
+        from_s = begun[0].done_s + _SETTLE_S if begun else math.inf
+        later = [fault.at_s for fault in seen.faults if begun and fault.at_s > begun[0].done_s]
+        end_s = min(later, default=max((r.at_s for r in seen.received), default=0.0))
         by_node: dict[str, float] = {}
         for part in seen.received:
             if from_s <= part.at_s < end_s - BIN_S:
