@@ -21,6 +21,7 @@ import structlog
 
 from lbctl import errors
 from lbctl.core.announce import Paths
+from lbctl.core.confirmations import Confirmations
 from lbctl.core.forwarding import Locator
 from lbctl.core.model import (
     Address,
@@ -40,7 +41,7 @@ from lbctl.core.model import (
 )
 from lbctl.core.pmap import PMap
 from lbctl.core.reasons import Reason
-from lbctl.core.routes import Confirmations, EipSelection, PathIds, Rules, host_route, select
+from lbctl.core.routes import EipSelection, PathIds, Rules, host_route, select
 from lbctl.kube import client as api
 from lbctl.kube.client import Client
 from lbctl.kube.objects import Slice
@@ -54,7 +55,7 @@ _SETTLE_S: Final = 5.0
 _RETRY_S: Final = 0.1
 _AWAY_S: Final = 1.0  # before asking an API server again that is away
 _AT_A_TIME: Final = 8
-CHUNK: Final = 500  # EIPs between two turns of the event loop
+PAIRS: Final = 4000  # of an EIP and a node, looked at between two turns of the event loop
 _log = structlog.get_logger()
 
 
@@ -231,13 +232,14 @@ class Announcing:
         rules = Rules(accepted.config, self._me, self._managers)
         # What has a route may have to lose it.
         ordered = sorted(touched, key=lambda a: (self._hopless(a), a.version, int(a)))
-        for start in range(0, len(ordered), CHUNK):
+        size = self._chunk()
+        for start in range(0, len(ordered), size):
             first = self.number is None
             if start and not first:
                 self._announce(accepted)
             # Probes and pings go on while ten thousand EIPs are looked at.
             await asyncio.sleep(0)
-            chunk = ordered[start : start + CHUNK]
+            chunk = ordered[start : start + size]
             if self._all and self._hopless(chunk[0]) and not first:
                 break  # all are looked at again, those with routes first
             self._select(rules, [*self._changed_meanwhile(), *chunk])
@@ -245,13 +247,16 @@ class Announcing:
         self._metrics.select_seconds.observe(time.perf_counter() - started)
         self._leaving.set()
 
+    def _chunk(self) -> int:
+        return max(1, PAIRS // max(1, len(self._nodes)))
+
     def _hopless(self, address: Address) -> bool:
         found = self.selections.get(address)
         return found is None or not found.paths
 
     def _changed_meanwhile(self) -> list[Address]:
         """What was touched since the round began, if it is little; else the next round's."""
-        if not 0 < len(self._touched) <= CHUNK:
+        if not 0 < len(self._touched) <= self._chunk():
             return []
         touched, self._touched = self._touched, set()
         return sorted(touched, key=lambda a: (a.version, int(a)))

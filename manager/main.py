@@ -80,6 +80,7 @@ class Manager:
         )
         self.agents = AgentHosts()
         self._probed: frozenset[str] | None = None
+        self._listing = False  # the nodes are looked at in the loop's next turn
         self._reach = Reach(names.MANAGER_PEER_PORT)
         self.fleet = Fleet(given.manager_id, self.inputs.nodes.cache.items, self)
         self.keys = ProbeKeys(client, self._new_keys, given.namespace)
@@ -139,7 +140,7 @@ class Manager:
         inputs.accepted.listen(lambda _key, _old, new: self.configuration.change_accepted(new))
         inputs.secrets.listen(lambda key, _old, _new: self._secret_changed(key))
         inputs.pods.listen(lambda key, _old, _new: self._pod_changed(key))
-        inputs.nodes.listen(lambda _key, _old, _new: self._nodes_listed())
+        inputs.nodes.listen(lambda _key, _old, _new: self._node_changed())
 
     # What happens
 
@@ -166,7 +167,14 @@ class Manager:
         if self.fleet.change(key, pod):
             self.allocating.touch()
 
+    def _node_changed(self) -> None:
+        """A list of a thousand is one change."""
+        if not self._listing:
+            self._listing = True
+            asyncio.get_running_loop().call_soon(self._nodes_listed)
+
     def _nodes_listed(self) -> None:
+        self._listing = False
         if self._watch is not None:
             nodes = {node.name: node for node in self.inputs.nodes.cache.items.values()}
             self._probed = self._expected()

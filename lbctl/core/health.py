@@ -229,8 +229,9 @@ def judge(
         signal = _signal(old, judging, ignore_not_ready, now_s, limits)
         new = _enter(old, TABLE[old.state, signal], now_s)
         new = _hold(new, panic, judging, seen_here, now_s, limits)
-        new = replace(new, reason=_reason(new, now_s))
-        if new != old:
+        if (reason := _reason(new, now_s)) is not new.reason:
+            new = replace(new, reason=reason)
+        if new is not old and new != old:
             changed[name] = new
     return changed
 
@@ -326,16 +327,23 @@ def _hold(
 ) -> Health:
     """Decide `held` and `settled` of a node that may be gone."""
     if health.state is NodeState.DOWN:
-        return replace(health, held=False, settled=True)
+        return _held(health, False, True)
     if health.state is not NodeState.SUSPECT:
-        return replace(health, held=False, settled=False)
+        return _held(health, False, False)
     if health.settled:
         return health
     since_s = now_s - health.since_s
     if health.name in panic:
         held = seen_here <= max(peer.seen for peer in peers) if peers else since_s < PANIC_S
-        return replace(health, held=held, settled=not held)
-    return replace(health, held=False, settled=since_s >= limits.at_once_s)
+        return _held(health, held, not held)
+    return _held(health, False, since_s >= limits.at_once_s)
+
+
+def _held(health: Health, held: bool, settled: bool) -> Health:
+    """With these; the same object if it is so already, for a thousand nodes are judged often."""
+    if health.held == held and health.settled == settled:
+        return health
+    return replace(health, held=held, settled=settled)
 
 
 def _panic(nodes: Mapping[str, Health], now_s: float, limits: Limits) -> frozenset[str]:

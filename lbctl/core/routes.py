@@ -15,13 +15,14 @@ Pure and incremental: `select` remembers, through `previous`, what did not chang
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import lru_cache
 from hashlib import blake2b
+from heapq import nsmallest
 from ipaddress import IPv4Network, IPv6Network
-from typing import Final, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from lbctl.core.config import Config
 from lbctl.core.forwarding import Locator
@@ -40,7 +41,6 @@ from lbctl.core.model import (
     ServiceEndpoints,
     TrafficPolicy,
 )
-from lbctl.core.pmap import differing
 from lbctl.core.reasons import Reason
 from lbctl.core.serving import serving
 
@@ -60,11 +60,15 @@ class EipSelection:
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """All paths, and each EIP's part. `facts` is what it was made from, for the next time."""
+    """Each EIP's part. `facts` is what it was made from, for the next time."""
 
-    paths: frozenset[Path]
     eips: Mapping[Address, EipSelection]
     facts: Mapping[Address, tuple[object, ...]] = field(default_factory=dict, repr=False)
+
+    @property
+    def paths(self) -> frozenset[Path]:
+        """All paths."""
+        return frozenset().union(*(selection.paths for selection in self.eips.values()))
 
     def reasons(self) -> dict[tuple[Address, str], Reason]:
         """Return the reason of every (EIP, node)."""
@@ -157,46 +161,7 @@ class Rules:
     managers: tuple[str, ...] = ()
 
 
-_NOBODY: Final[frozenset[str]] = frozenset()
 Evidence: TypeAlias = Callable[[Address], tuple[frozenset[str], frozenset[str]]]
-
-
-class Confirmations:
-    """By EIP: the nodes that confirmed it with endpoints, those that have a ready one themselves.
-
-    `take` costs what differs between two views of a node; an instance is an `Evidence`.
-    """
-
-    def __init__(self) -> None:
-        self._of: tuple[dict[Address, frozenset[str]], ...] = ({}, {}, {})
-        self._same: dict[frozenset[str], frozenset[str]] = {}  # few distinct ones are kept
-
-    def take(self, name: str, old: NodeView | None, new: NodeView | None) -> set[Address]:
-        """Take a node's next view in; the EIPs of which it says something else than the last."""
-        old, new = old or NodeView(name), new or NodeView(name)
-        found: set[Address] = set()
-        for known, was, now in (
-            (self._of[0], old.confirmed, new.confirmed),
-            (self._of[1], old.empty, new.empty),
-            (self._of[2], old.local_ready, new.local_ready),
-        ):
-            touched = differing(was, now)
-            for address in touched:
-                names = known.get(address, _NOBODY)
-                names = names | {name} if address in now else names - {name}
-                if names:
-                    known[address] = self._same.setdefault(names, names)
-                else:
-                    known.pop(address, None)
-            found |= touched
-        if len(self._same) > 4096:
-            self._same.clear()
-        return found
-
-    def __call__(self, address: Address) -> tuple[frozenset[str], frozenset[str]]:
-        """The nodes that confirmed the EIP with endpoints; those that have a ready one."""
-        confirmed, empty, local = (known.get(address, _NOBODY) for known in self._of)
-        return confirmed - empty if empty else confirmed, local
 
 
 def _asked(nodes: Iterable[str], views: Mapping[str, NodeView]) -> Evidence:
@@ -231,6 +196,7 @@ def select(
         old = next(iter(previous.facts.values()))[0]
         common = old if old == common else common
     evidence = evidence if evidence is not None else _asked(verdicts, views)
+    judge = _Judge(verdicts, locator)
     selections: dict[Address, EipSelection] = {}
     facts: dict[Address, tuple[object, ...]] = {}
     for eip in sorted(eips, key=lambda eip: (eip.address.version, eip.address)):
@@ -241,10 +207,8 @@ def select(
         if previous is not None and previous.facts.get(eip.address) == fact:
             selections[eip.address] = previous.eips[eip.address]
             continue
-        found = _Candidates(verdicts, locator, confirmed, local)
-        selections[eip.address] = _select(rules, eip, service, behind, found)
-    paths = frozenset().union(*(selection.paths for selection in selections.values()))
-    return Selection(paths, selections, facts)
+        selections[eip.address] = _select(rules, eip, service, behind, (confirmed, local), judge)
+    return Selection(selections, facts)
 
 
 def standing(
@@ -280,17 +244,70 @@ def select_eip(
     return select(rules, (eip,), services, behind, nodes, views, ids).eips[eip.address]
 
 
-@dataclass(frozen=True, slots=True)
-class _Candidates:
-    """The nodes in view of one EIP: `confirmed` have endpoints for it, `local` ones of their own.
+class _Judged(NamedTuple):
+    """Whom EIPs with the same evidence go through, before the ranking; why the others not."""
 
-    A table without endpoints refuses new connections: it is not enough that the manager knows some.
-    """
+    chosen: tuple[str, ...]
+    reasons: Mapping[str, Reason]
 
-    verdicts: Mapping[str, _Verdict]
-    locator: Locator
-    confirmed: frozenset[str]
-    local: frozenset[str]
+
+class _Judge:
+    """The nodes in view of one EIP after another; what is alike for many is worked out once."""
+
+    def __init__(self, verdicts: Mapping[str, _Verdict], locator: Locator) -> None:
+        self.verdicts = verdicts
+        self.locator = locator
+        self._known: dict[object, _Judged] = {}
+
+    def __call__(
+        self,
+        version: int,
+        confirmed: frozenset[str],
+        only: frozenset[str] | None,
+    ) -> _Judged:
+        """confirmed: the nodes that have endpoints for it; only: with policy Local.
+
+        A table without endpoints refuses new connections: it is not enough that the manager knows
+        some.
+        """
+        key = version, confirmed, only
+        judged = self._known.get(key)
+        if judged is None:
+            judged = self._known[key] = self._judge(version, confirmed, only)
+        return judged
+
+    def _judge(
+        self, version: int, confirmed: frozenset[str], only: frozenset[str] | None
+    ) -> _Judged:
+        reasons: dict[str, Reason] = {}
+        tiers: dict[_Tier, list[str]] = {tier: [] for tier in _Tier}
+        for name, verdict in self.verdicts.items():
+            tier, reasons[name] = verdict.tier, verdict.reason
+            if tier is _Tier.NEVER:
+                continue
+            obstacle = _obstacle(name, version, verdict, confirmed, only)
+            if obstacle is None:
+                tiers[tier].append(name)
+            elif tier is not _Tier.SUSPECT:
+                reasons[name] = obstacle
+        return _Judged(tuple(_chosen(tiers, self.verdicts, reasons)), reasons)
+
+
+class _Beyond(Mapping[str, Reason]):
+    """The reasons of an EIP that has more nodes than paths: those of all but the left out."""
+
+    def __init__(self, judged: _Judged, keep: Iterable[str]) -> None:
+        self._reasons = judged.reasons
+        self._left_out = frozenset(judged.chosen).difference(keep)
+
+    def __getitem__(self, name: str) -> Reason:
+        return Reason.OVER_MAX_PATHS if name in self._left_out else self._reasons[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._reasons)
+
+    def __len__(self) -> int:
+        return len(self._reasons)
 
 
 def _select(
@@ -298,34 +315,24 @@ def _select(
     eip: Eip,
     service: Service | None,
     endpoints: ServiceEndpoints | None,
-    candidates: _Candidates,
+    evidence: tuple[frozenset[str], frozenset[str]],
+    judge: _Judge,
 ) -> EipSelection:
     refusal = _refusal(rules.config, eip, service)
     if refusal is not None or service is None:
         return EipSelection(frozenset(), refusal or Reason.NO_ENDPOINTS, {})
     external = rules.config.endpoints.external
     alone = None if eip.sharers else service
-    behind = serving(alone, endpoints, eip.address.version, candidates.locator, external)
+    behind = serving(alone, endpoints, eip.address.version, judge.locator, external)
     if behind.reason is not None:
         return EipSelection(frozenset(), behind.reason, {})
-    only = behind.nodes if service.policy is TrafficPolicy.LOCAL else None
-    verdicts = candidates.verdicts
-    reasons: dict[str, Reason] = {}
-    tiers: dict[_Tier, list[str]] = {tier: [] for tier in _Tier}
-    for name, verdict in verdicts.items():
-        tier, reasons[name] = verdict.tier, verdict.reason
-        if tier is _Tier.NEVER:
-            continue
-        obstacle = _obstacle(name, eip, verdict, candidates, only)
-        if obstacle is None:
-            tiers[tier].append(name)
-        elif tier is not _Tier.SUSPECT:
-            reasons[name] = obstacle
-    chosen = _chosen(tiers, verdicts, reasons)
-    keep = _ranked(rules, eip.address, chosen)
-    for name in set(chosen) - set(keep):
-        reasons[name] = Reason.OVER_MAX_PATHS
-    paths = _paths(eip.address, keep, verdicts)
+    (confirmed, local), only = evidence, None
+    if service.policy is TrafficPolicy.LOCAL:
+        confirmed, only = confirmed & local, behind.nodes
+    judged = judge(eip.address.version, confirmed, only)
+    keep = _ranked(rules, eip.address, judged.chosen)
+    reasons = judged.reasons if len(keep) == len(judged.chosen) else _Beyond(judged, keep)
+    paths = _paths(eip.address, keep, judge.verdicts)
     return EipSelection(paths, Reason.ANNOUNCED if paths else Reason.NO_NEXT_HOP, reasons)
 
 
@@ -374,17 +381,17 @@ def _tier(node: Node, view: NodeView) -> tuple[_Tier, Reason]:
 
 def _obstacle(
     name: str,
-    eip: Eip,
+    version: int,
     verdict: _Verdict,
-    candidates: _Candidates,
+    confirmed: frozenset[str],
     only: frozenset[str] | None,
 ) -> Reason | None:
-    """Why this EIP in particular does not go through the node. only: with policy Local."""
-    if verdict.hops[eip.address.version == 6] is None:
+    """Why such an EIP in particular does not go through the node. only: with policy Local."""
+    if verdict.hops[version == 6] is None:
         return Reason.NODE_NO_ADDRESS
     if only is not None and name not in only:
         return Reason.NO_LOCAL_ENDPOINT
-    if name not in candidates.confirmed or (only is not None and name not in candidates.local):
+    if name not in confirmed:
         return Reason.NOT_CONFIRMED
     return None
 
@@ -405,19 +412,29 @@ def _chosen(
     return chosen
 
 
-def _ranked(rules: Rules, eip: Address, names: list[str]) -> list[str]:
+def _ranked(rules: Rules, eip: Address, names: Sequence[str]) -> Sequence[str]:
     announce = rules.config.announce
     if announce.paths == "addPath" and len(names) <= announce.max_paths:
         return names
-    ranking = sorted(names, key=lambda name: (_score(eip, name), name))[: announce.max_paths]
+    ranking = ranked(eip, names, announce.max_paths)
     if announce.paths == "addPath" or not ranking:
         return ranking
     managers = sorted({*rules.managers, rules.me})
     return [ranking[managers.index(rules.me) % len(ranking)]]
 
 
-def _score(eip: Address, node: str) -> bytes:
-    return blake2b(f"{eip}|{node}".encode(), digest_size=8).digest()
+def ranked(eip: Address, names: Iterable[str], count: int) -> list[str]:
+    """The first nodes of an EIP's rendezvous ranking (Thaler and Ravishankar, 1998): few EIPs have
+    others when a node comes or goes.
+    """
+    start = blake2b(f"{eip}|".encode(), digest_size=8)
+
+    def score(name: str) -> tuple[bytes, str]:
+        own = start.copy()
+        own.update(name.encode())
+        return own.digest(), name
+
+    return nsmallest(count, names, key=score)
 
 
 def _paths(eip: Address, names: Iterable[str], verdicts: Mapping[str, _Verdict]) -> frozenset[Path]:

@@ -18,9 +18,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import announce, beside, lab, pure, scale
+from . import announce, beside, lab, probes, pure, scale
 
-_PARTS = ("pure", "scale", "lab", "memory", "beside", *beside.PARTS, "announce")
+_PARTS = ("pure", "scale", "probes", "lab", "memory", "beside", *beside.PARTS, "announce")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,10 @@ def main(argv: Sequence[str]) -> int:
     if chosen.only in (None, "scale"):
         for what, values, unit in scale.measure(chosen.runs):
             print(Row(what, values, unit).render(), flush=True)
-    if chosen.only not in ("pure", "scale"):
+    if chosen.only in (None, "probes"):
+        for what, values, unit in probes.measure(chosen.runs):
+            print(Row(what, values, unit).render(), flush=True)
+    if chosen.only not in ("pure", "scale", "probes"):
         for what, values, unit in lab.measure(
             chosen.runs, chosen.services, chosen.only == "memory"
         ):

@@ -17,12 +17,13 @@ from agent.rendering import State, render
 from lbctl.core import forwarding, nft, nodeview
 from lbctl.core.announce import Announcer
 from lbctl.core.changelog import ChangeLog
+from lbctl.core.confirmations import Confirmations
 from lbctl.core.forwarding import Locator, Sources
 from lbctl.core.model import Network, NodeState, Path
 from lbctl.core.nfbatch import Batch, framed
 from lbctl.core.nft import Ruleset
 from lbctl.core.pmap import PMap
-from lbctl.core.routes import Confirmations, PathIds, Rules, host_route, select
+from lbctl.core.routes import PathIds, Rules, host_route, select
 
 from .cluster import CONFIG, NODES, Cluster
 from .timing import Measured, timed

@@ -51,16 +51,17 @@ def measure(runs: int) -> Iterator[Measured]:
     """Load, changes, nodes lost, and an agent with nothing to do, at two sizes."""
     for services in SIZES:
         where = f"{services:,} Services × {PODS} endpoints × {NODES} nodes"
-        for what, (values, unit) in _in_namespace(services, runs).items():
+        for what, (values, unit) in in_namespace("scale", services, runs).items():
             yield f"{where}: {what}", tuple(values), unit
 
 
-def _in_namespace(services: int, runs: int) -> dict[str, tuple[list[float], str]]:
+def in_namespace(module: str, *arguments: int) -> dict[str, tuple[list[float], str]]:
+    """What a module of the bench, run in a new network namespace, prints: JSON."""
     name = f"bench{os.getpid()}"
     ip = ("ip", "netns")
     subprocess.run([*ip, "add", name], check=True)
     try:
-        python = [sys.executable, "-m", "tests.bench.scale", str(services), str(runs)]
+        python = [sys.executable, "-m", f"tests.bench.{module}", *map(str, arguments)]
         done = subprocess.run(
             [*ip, "exec", name, *python], cwd=_ROOT, check=True, stdout=subprocess.PIPE, timeout=900
         )

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lbctl.core.config import parse
+from lbctl.core.confirmations import Confirmations
 from lbctl.core.endpoints import eligible
 from lbctl.core.model import (
     Eip,
@@ -30,7 +31,6 @@ from lbctl.core.model import (
 from lbctl.core.pmap import PSet
 from lbctl.core.reasons import Reason
 from lbctl.core.routes import (
-    Confirmations,
     EipSelection,
     PathIds,
     Rules,
