@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Final
@@ -76,6 +77,10 @@ class FakeApi:
         self._watches[client.ENDPOINT_SLICES.path()].write(b"%x\r\n%b\r\n" % (len(data), data))
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError):
+            await self._answer(reader, writer)
+
+    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while request := await reader.readline():
             path, _, query = request.split()[1].decode().partition("?")
             length = 0
