@@ -55,7 +55,8 @@ _SETTLE_S: Final = 5.0
 _RETRY_S: Final = 0.1
 _AWAY_S: Final = 1.0  # before asking an API server again that is away
 _AT_A_TIME: Final = 8
-PAIRS: Final = 4000  # of an EIP and a node, looked at between two turns of the event loop
+CHUNK: Final = 500  # EIPs looked at between two turns of the event loop
+_PAIRS: Final = 20_000  # and pairs of an EIP and a node: fewer EIPs where nodes are many
 _log = structlog.get_logger()
 
 
@@ -248,7 +249,7 @@ class Announcing:
         self._leaving.set()
 
     def _chunk(self) -> int:
-        return max(1, PAIRS // max(1, len(self._nodes)))
+        return max(1, min(CHUNK, _PAIRS // max(1, len(self._nodes))))
 
     def _hopless(self, address: Address) -> bool:
         found = self.selections.get(address)

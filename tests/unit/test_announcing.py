@@ -13,14 +13,13 @@ from lbctl.core.model import Network, NodeState, Path, Peer, Session
 from lbctl.core.pmap import PMap
 from lbctl.core.routes import host_route
 from lbctl.kube.client import Client
-from manager.announcing import PAIRS, Announcing
+from manager.announcing import CHUNK, Announcing
 from manager.configuration import Accepted
 from manager.inputs import Inputs
 from manager.metrics import Metrics
-from tests.bench.cluster import CONFIG, NODES, Cluster
+from tests.bench.cluster import CONFIG, Cluster
 
 LIMIT_S = 60.0
-CHUNK = PAIRS // NODES
 LOST = "n3"
 
 
