@@ -11,19 +11,21 @@ on only if it is as it was decided on. A status shows an address only *after* a 
 object that was decided on the same Service (CreateEip, RebindEip). So whichever of the two comes
 later to the EIP object meets a resourceVersion that is not its own.
 
-Named tuples, as a batch has three for each of its Services, and they are made three times as fast
-as frozen dataclasses; so two of different kinds may be equal: tell them apart by their type.
+msgspec's Structs: a batch has three for each of its Services, and they are made five times as fast
+as frozen dataclasses.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
+
+from msgspec import Struct
 
 from lbctl.core.model import Address, Eip, ObjectRef, Service
 from lbctl.core.reasons import Reason
 
 
-class AddFinalizer(NamedTuple):
+class AddFinalizer(Struct, frozen=True, gc=False):
     """Add `names.FINALIZER` to the Service, so that its EIP outlives it, and say in an annotation
     which pools its addresses are of (separated by commas)."""
 
@@ -33,7 +35,7 @@ class AddFinalizer(NamedTuple):
     pools: str = ""
 
 
-class RemoveFinalizer(NamedTuple):
+class RemoveFinalizer(Struct, frozen=True, gc=False):
     """Remove `names.FINALIZER` from the Service: nothing of it is left."""
 
     service: ObjectRef
@@ -41,7 +43,7 @@ class RemoveFinalizer(NamedTuple):
     reason: Reason
 
 
-class CreateEip(NamedTuple):
+class CreateEip(Struct, frozen=True, gc=False):
     """Create the EIP object. 409 means that someone else has the address."""
 
     service: ObjectRef
@@ -49,7 +51,7 @@ class CreateEip(NamedTuple):
     reason: Reason
 
 
-class RebindEip(NamedTuple):
+class RebindEip(Struct, frozen=True, gc=False):
     """Replace `seen` by `eip`: Bound, the Service's uid, forwarding, no marks of a release.
 
     Always gives it a new resourceVersion, even if nothing else differs (the API server keeps the
@@ -62,7 +64,7 @@ class RebindEip(NamedTuple):
     reason: Reason
 
 
-class ReleaseEip(NamedTuple):
+class ReleaseEip(Struct, frozen=True, gc=False):
     """Make the EIP object Releasing, `releasedAt` now.
 
     because: the Service that was decided on, None if it was gone. Read it again before the write;
@@ -75,7 +77,7 @@ class ReleaseEip(NamedTuple):
     because: Service | None
 
 
-class SetUnforwarded(NamedTuple):
+class SetUnforwarded(Struct, frozen=True, gc=False):
     """Set `forwarding: false`, `unforwardedAt` now: agents remove it."""
 
     service: ObjectRef
@@ -83,7 +85,7 @@ class SetUnforwarded(NamedTuple):
     reason: Reason
 
 
-class DeleteEip(NamedTuple):
+class DeleteEip(Struct, frozen=True, gc=False):
     """Delete the EIP object (with a precondition on its resourceVersion): the address is free."""
 
     service: ObjectRef
@@ -91,7 +93,7 @@ class DeleteEip(NamedTuple):
     reason: Reason
 
 
-class WriteStatus(NamedTuple):
+class WriteStatus(Struct, frozen=True, gc=False):
     """Make `status.loadBalancer.ingress` exactly these addresses."""
 
     service: ObjectRef
@@ -100,7 +102,7 @@ class WriteStatus(NamedTuple):
     reason: Reason
 
 
-class ClearStatus(NamedTuple):
+class ClearStatus(Struct, frozen=True, gc=False):
     """Make `status.loadBalancer` empty."""
 
     service: ObjectRef
@@ -108,7 +110,7 @@ class ClearStatus(NamedTuple):
     reason: Reason
 
 
-class Refused(NamedTuple):
+class Refused(Struct, frozen=True, gc=False):
     """Nothing is written but an Event and a condition: why the Service has no (full) address."""
 
     service: ObjectRef
@@ -117,7 +119,7 @@ class Refused(NamedTuple):
     sentence: str
 
 
-class LeaveEip(NamedTuple):
+class LeaveEip(Struct, frozen=True, gc=False):
     """Replace `seen` by `eip`, which no longer has the Service among its members; others do.
 
     because: as in ReleaseEip, with the same check.
@@ -130,7 +132,7 @@ class LeaveEip(NamedTuple):
     because: Service | None
 
 
-class Told(NamedTuple):
+class Told(Struct, frozen=True, gc=False):
     """Nothing is written but an Event: what was just done needs a word. It follows that write."""
 
     service: ObjectRef

@@ -15,6 +15,7 @@ API server's answer), then call it again when something changed. After a failed 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from operator import itemgetter
 from typing import Final
 
 from lbctl.core import names
@@ -31,7 +32,7 @@ from lbctl.core.actions import (
     Told,
     WriteStatus,
 )
-from lbctl.core.annotations import Asked, asked
+from lbctl.core.annotations import asked
 from lbctl.core.choosing import Chooser, Pick, without
 from lbctl.core.config import Config, Services
 from lbctl.core.holdings import Decision, Holdings, Record
@@ -51,8 +52,8 @@ def not_ours(service: Service, rule: Services = ANY_CLASS_RULE) -> Reason | None
     """
     if not service.is_load_balancer:
         return Reason.NOT_LOAD_BALANCER
-    ours = service.load_balancer_class == rule.load_balancer_class
-    if not ours and (service.load_balancer_class is not None or not rule.without_class):
+    found = service.load_balancer_class
+    if not (rule.without_class if found is None else found == rule.load_balancer_class):
         return Reason.OTHER_CLASS
     if service.deleting:
         return Reason.RELEASING
@@ -120,7 +121,7 @@ class Allocator:
         record = self._held.record(service.ref)
         before = record.service
         record.service = service  # even if equal: its version may be newer
-        if before != service:
+        if before is None or before != service:
             self._mark(record)
             gone = before.cluster_ips if before is not None else ()
             if gone or service.cluster_ips:
@@ -170,11 +171,10 @@ class Allocator:
         """
         ref = action.service
         record = self._held.record(ref)
+        for address in record.new:
+            self.remove_eip(address)
         for address in record.planned:
-            if address in record.new:
-                self.remove_eip(address)
-            else:
-                self._mark_all(self._held.answered(address))
+            self._mark_all(self._held.answered(address))
         if isinstance(action, Refused):
             record.decision = None
         self._mark(record)
@@ -240,17 +240,18 @@ class Allocator:
                     here.append((self._key(record.service), record))
             for record in sorted(gone, key=lambda r: r.ref):
                 actions += self._take_back(record, None, Reason.RELEASED)
-            here.sort(key=lambda entry: entry[0])
+            here.sort(key=itemgetter(0))
             for _, record in here:
-                actions += self._look(record)
+                self._look(record, actions)
 
-    def _look(self, record: Record) -> list[Action]:
+    def _look(self, record: Record, todo: list[Action]) -> None:
         service = record.service
         assert service is not None
         why = not_ours(service, self._rule)
         if why is None or (why is Reason.OTHER_CLASS and self._was_ours(record, service)):
-            return self._serve(record, service)
-        return self._take_back(record, service, why)
+            self._serve(record, service, todo)
+        else:
+            todo += self._take_back(record, service, why)
 
     def _was_ours(self, record: Record, service: Service) -> bool:
         """Only the configuration can have changed: the class cannot, and a change of type clears
@@ -266,9 +267,10 @@ class Allocator:
         """Order of a batch. An address in the status is a claim too: a restored cluster's."""
         ref = service.ref
         if self._supply.adopting:
-            return not service.ingress, service.created_s, ref.namespace, ref.name
-        named = bool(service.ingress) and any(map(self._supply.pool_of, service.ingress))
-        if not named:
+            named = bool(service.ingress)
+        elif service.ingress and any(map(self._supply.pool_of, service.ingress)):
+            named = True
+        else:
             named = bool(asked(service).addresses)
         return not named, service.created_s, ref.namespace, ref.name
 
@@ -282,16 +284,16 @@ class Allocator:
             self._mark_all(woken)
 
     def _settle(self, record: Record) -> None:
-        """It waits for nothing, as far as is known."""
-        if record.refused:
-            record.refused = False
-            self._refused.discard(record.ref)
-            self._waiting.leave(record.ref)
+        """It waits for nothing any more, as far as is known."""
+        record.refused = False
+        self._refused.discard(record.ref)
+        self._waiting.leave(record.ref)
 
     def _take_back(self, record: Record, service: Service | None, why: Reason) -> list[Action]:
         """The Service is gone or not ours: its EIPs go the long way round (`core.release`), or to
         those that it shares them with."""
-        self._settle(record)
+        if record.refused:
+            self._settle(record)
         record.decision = Decision(record.ref, why) if service is not None else None
         actions: list[Action] = []
         left = 0
@@ -327,78 +329,84 @@ class Allocator:
         self._held.expect(record, eip.address)
         return [LeaveEip(ref, eip, without(eip, ref), Reason.RELEASING, service)]
 
-    def _serve(self, record: Record, service: Service) -> list[Action]:
+    def _serve(self, record: Record, service: Service, todo: list[Action]) -> None:
         """Everything for one Service that is ours, in an order that is safe to stop in."""
-        self._settle(record)
+        if record.refused:
+            self._settle(record)
         wanted = asked(service)
-        picks = [self._pick(record, service, wanted, family) for family in service.families]
-        for pick in picks:
-            busy = self._busy(service, pick)
-            if busy is not None:
+        picks: list[Pick] = []
+        pools: list[str] = []
+        addresses: tuple[Address, ...] = ()
+        first: Pick | None = None
+        for family in service.families:
+            pick = self._chooser.pick(record, service, wanted, family)
+            busy = pick.busy if pick.seen is None else self._busy(service, pick.eip, pick.seen)
+            if busy is not None:  # another Service is about to write this EIP: that comes first
                 self._held.wishes.setdefault(busy, set()).add(record.ref)
-                return []
-        kept = [pick for pick in picks if pick.eip is not None]
-        actions: list[Action] = []
-        if kept and (pools := _to_mark(service, kept)):
-            actions.append(AddFinalizer(service.ref, service, kept[0].reason, pools))
-        for pick in kept:
-            actions += self._bind(record, service, pick)
-        addresses = tuple([pick.eip.address for pick in kept if pick.eip is not None])
-        actions += self._status(record, service, addresses, kept)
+                return
+            picks.append(pick)
+            if pick.eip is not None:
+                first = first or pick
+                addresses += (pick.eip.address,)
+                if pick.eip.pool not in pools:
+                    pools.append(pick.eip.pool)
+        if first is not None and (mark := _to_mark(service, ",".join(pools))):
+            todo.append(AddFinalizer(service.ref, service, first.reason, mark))
+        for pick in picks:
+            if pick.eip is not None:
+                self._bind(record, service, pick.eip, pick, todo)
+        if addresses != service.ingress:
+            self._status(record, service, addresses, first, todo)
         for eip in record.eips:
             if eip.address not in addresses:
-                actions += self._give_up(record, eip, service)
-        return actions + self._decide(record, service, picks, addresses)
+                todo += self._give_up(record, eip, service)
+        self._decide(record, service, picks, addresses, todo)
 
-    def _pick(self, record: Record, service: Service, wanted: Asked, family: int) -> Pick:
-        if adopted := self._chooser.adopt(record, service, wanted, family):
-            return adopted
-        if wanted.problem is not None:
-            return self._chooser.keep(record, service, family, wanted.problem)
-        return self._chooser.pick(record, service, wanted, family)
+    def _busy(self, service: Service, eip: Eip | None, seen: Eip) -> Address | None:
+        """The address of an EIP that somebody else is about to write, unless nothing is to do."""
+        settled = eip == seen and seen.address in service.ingress
+        return None if settled or not self._held.busy(seen.address, service.ref) else seen.address
 
-    def _busy(self, service: Service, pick: Pick) -> Address | None:
-        """The address whose EIP another Service is about to write: that comes first."""
-        if pick.busy is not None or pick.seen is None:
-            return pick.busy
-        address = pick.seen.address
-        settled = pick.eip == pick.seen and address in service.ingress
-        return address if not settled and self._held.busy(address, service.ref) else None
-
-    def _bind(self, record: Record, service: Service, pick: Pick) -> list[Action]:
-        eip, seen = pick.eip, pick.seen
-        if eip is None or eip.address in record.new:
-            return []
-        if eip == seen and eip.address in service.ingress:
-            return []  # one that is not shown yet is bound anew first: see `core.actions`
-        if seen is not None:
+    def _bind(
+        self, record: Record, service: Service, eip: Eip, pick: Pick, todo: list[Action]
+    ) -> None:
+        seen = pick.seen
+        if seen is None:
+            if eip.address not in record.new:
+                self._held.create(record, eip)
+                todo.append(CreateEip(service.ref, eip, pick.reason))
+        elif eip.address not in record.new and (eip != seen or eip.address not in service.ingress):
+            # one that is not shown yet is bound anew first: see `core.actions`
             self._held.expect(record, eip.address)
-            return [RebindEip(service.ref, seen, eip, pick.reason)]
-        self._held.create(record, eip)
-        return [CreateEip(service.ref, eip, pick.reason)]
+            todo.append(RebindEip(service.ref, seen, eip, pick.reason))
 
     def _status(
-        self, record: Record, service: Service, addresses: tuple[Address, ...], kept: list[Pick]
-    ) -> list[Action]:
+        self,
+        record: Record,
+        service: Service,
+        addresses: tuple[Address, ...],
+        first: Pick | None,
+        todo: list[Action],
+    ) -> None:
         ref, shown = service.ref, service.ingress
         if self._supply.adopting and not set(shown) <= set(addresses):
-            return []
-        if addresses:
-            if len(addresses) == len(shown) and set(addresses) == set(shown):
-                return []
-            actions: list[Action] = [WriteStatus(ref, service, addresses, kept[0].reason)]
-            return actions + self._tell(record, service) if shown else actions
+            return
+        if first is not None:
+            if len(addresses) != len(shown) or set(addresses) != set(shown):
+                todo.append(WriteStatus(ref, service, addresses, first.reason))
+                if shown:
+                    self._tell(record, service, todo)
+            return
         # An address of ours without an EIP object behind it may be another Service's by now.
         # One that is in no pool was written by somebody else: leave it.
         mine = {eip.address for eip in record.eips}
         if any(address in mine or self._supply.pool_of(address) for address in shown):
-            return [ClearStatus(ref, service, Reason.RELEASED), *self._tell(record, service)]
-        return []
+            todo.append(ClearStatus(ref, service, Reason.RELEASED))
+            self._tell(record, service, todo)
 
-    def _tell(self, record: Record, service: Service) -> list[Action]:
+    def _tell(self, record: Record, service: Service, todo: list[Action]) -> None:
         """A status that showed what the Service does not have is replaced, and not silently."""
         mine = {eip.address: eip for eip in record.eips}
-        told: list[Action] = []
         for address in service.ingress:
             if address in mine:
                 if not self._chooser.released(mine[address]):
@@ -410,8 +418,7 @@ class Allocator:
             else:
                 reason = Reason.STATUS_OVERWRITTEN
                 said = f"its status showed {address}, which it does not have"
-            told.append(Told(record.ref, service, reason, f"Service {record.ref}: {said}"))
-        return told
+            todo.append(Told(record.ref, service, reason, f"Service {record.ref}: {said}"))
 
     def _decide(
         self,
@@ -419,23 +426,26 @@ class Allocator:
         service: Service,
         picks: list[Pick],
         addresses: tuple[Address, ...],
-    ) -> list[Action]:
+        todo: list[Action],
+    ) -> None:
         """Remember what was decided; say it once if something could not be given."""
-        ref, before = service.ref, record.decision
-        missing = [pick for pick in picks if pick.refusal]
+        missing: list[Pick] = []
+        for pick in picks:
+            if pick.refusal:
+                missing.append(pick)
         if missing:
             self._refuse(record, service, missing)
+        ref, before = service.ref, record.decision
         if not missing or (addresses and not service.needs_both and _one_family(missing)):
             reason = picks[0].reason if picks[0].eip is not None else Reason.ALLOCATED
-            if reason is Reason.RESTORED and before is not None and before.addresses == addresses:
+            if before is not None and before.addresses == addresses and reason is Reason.RESTORED:
                 reason = before.reason if before.reason in _HOW_IT_CAME else reason
             record.decision = Decision(ref, reason, "", addresses)
-            return []
+            return
         sentence = "; ".join(dict.fromkeys(pick.refusal for pick in missing))
         record.decision = Decision(ref, missing[0].reason, sentence, addresses)
-        if record.decision == before:
-            return []
-        return [Refused(ref, service, missing[0].reason, sentence)]
+        if record.decision != before:
+            todo.append(Refused(ref, service, missing[0].reason, sentence))
 
     def _refuse(self, record: Record, service: Service, missing: list[Pick]) -> None:
         """It is looked at again as soon as it may get what it has not, told of it or not."""
@@ -452,11 +462,11 @@ def _rule_of(config: Config | None) -> Services:
     return config.services if config is not None else ANY_CLASS_RULE
 
 
-def _to_mark(service: Service, kept: list[Pick]) -> str:
+def _to_mark(service: Service, pools: str) -> str:
     """The pools to be written on a Service, "" if it has its finalizer and says so already."""
-    pools = ",".join(dict.fromkeys([pick.eip.pool for pick in kept if pick.eip is not None]))
-    said = dict(service.annotations).get(names.ANNOTATION_POOL) if service.annotations else None
-    return pools if said != pools or names.FINALIZER not in service.finalizers else ""
+    if names.FINALIZER not in service.finalizers:
+        return pools
+    return pools if dict(service.annotations).get(names.ANNOTATION_POOL) != pools else ""
 
 
 def _one_family(missing: list[Pick]) -> bool:

@@ -8,7 +8,8 @@ What is given stays until it is asked away, and then until the new one can be ha
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import NamedTuple
+
+from msgspec import Struct
 
 from lbctl.core import sharing, tenancy
 from lbctl.core.annotations import Asked, value_of
@@ -19,7 +20,7 @@ from lbctl.core.reasons import SENTENCE, Reason
 from lbctl.core.supply import Free, Line
 
 
-class Pick(NamedTuple):
+class Pick(Struct, frozen=True, gc=False):
     """The answer for one family: an EIP (`seen` if it exists already), or why there is none.
 
     refusal: why it is not what the Service asks for. lines, wish: what may change that. busy:
@@ -43,12 +44,14 @@ class Chooser:
         self._supply = holdings.supply
 
     def pick(self, record: Record, service: Service, asked: Asked, family: int) -> Pick:
-        """The address of one family. `asked` has no problem."""
-        have = self.have(record, service, family) if record.eips else None
-        for address in asked.addresses:
-            if address.version not in service.families:
-                said = f"{address} is asked for, but the Service has no IPv{address.version} family"
-                return self._refuse(service, asked, have, Reason.ADDRESS_OUTSIDE_POOLS, said)
+        """The address of one family."""
+        if self._supply.adopting and (adopted := self._adopt(record, service, asked, family)):
+            return adopted
+        have = self._have(record, service, family) if record.eips else None
+        if asked.problem is not None:
+            return self._refuse(service, None, have, *asked.problem)
+        if asked.addresses and (said := _no_family(service, asked)):
+            return self._refuse(service, asked, have, Reason.ADDRESS_OUTSIDE_POOLS, said)
         wish, why = asked.address(family) if asked.addresses else None, "is asked for"
         if wish is None and have is None and not asked.pool:
             wish, why = self._supply.reserved_for(service.ref, family), "is reserved for it"
@@ -60,25 +63,15 @@ class Chooser:
             found = self._restore(record, service, asked, family)
             if found is not None:
                 return found
-        if asked.sharing:
-            for eip in self._held.shared(asked.sharing):
-                if eip.address.version == family and self._matches(asked, eip):
-                    joined = self._join(service, asked, eip)
-                    if isinstance(joined, Pick):
-                        return joined
+        if asked.sharing and (joined := self._shared(service, asked, family)):
+            return joined
         return self._any(service, asked, family, None)
 
-    def keep(self, record: Record, service: Service, family: int, why: tuple[Reason, str]) -> Pick:
-        """What it has, when nothing that it asks for can be followed."""
-        return self._refuse(service, None, self.have(record, service, family), *why)
-
-    def adopt(self, record: Record, service: Service, asked: Asked, family: int) -> Pick | None:
+    def _adopt(self, record: Record, service: Service, asked: Asked, family: int) -> Pick | None:
         """`takeover: adopt`: what the status shows stays, whatever the rules of giving say.
 
         None if that is not so, or the status shows nothing of this family.
         """
-        if not self._supply.adopting or not service.ingress:
-            return None
         shown = sorted((a for a in service.ingress if a.version == family), key=int)
         if not shown:
             return None
@@ -101,9 +94,9 @@ class Chooser:
                 return joined
             why = f"which Service {holder.owner} holds"
         said = f"its status shows {address}, {why}; it is left as it is"
-        return self._refuse(service, asked, None, Reason.NOT_ADOPTED, said)._replace(wish=address)
+        return self._refuse(service, asked, None, Reason.NOT_ADOPTED, said, wish=address)
 
-    def have(self, record: Record, service: Service, family: int) -> Eip | None:
+    def _have(self, record: Record, service: Service, family: int) -> Eip | None:
         """The EIP of a family that is its own now."""
         return min(
             (
@@ -130,6 +123,15 @@ class Chooser:
         if config is None or self._supply.pool_of(eip.address) is not None:
             return False
         return config.lets_go(eip.pool)
+
+    def _shared(self, service: Service, asked: Asked, family: int) -> Pick | None:
+        """The first address of its sharing key that it can join."""
+        for eip in self._held.shared(asked.sharing):
+            if eip.address.version == family and self._matches(asked, eip):
+                joined = self._join(service, asked, eip)
+                if isinstance(joined, Pick):
+                    return joined
+        return None
 
     def _matches(self, asked: Asked, eip: Eip) -> bool:
         pool = self._supply.pool_of(eip.address)
@@ -242,11 +244,9 @@ class Chooser:
             return self._wish_held(service, asked, holder, why, have)
         credit = have.pool if have is not None else ""
         if not self._supply.has_room(pool.name, service.ref.namespace, credit):
-            refused = self._refuse(
-                service, asked, have, Reason.QUOTA_EXCEEDED, self._quota(pool, service)
-            )
-            return refused._replace(lines=((pool.name, service.ref.namespace),))
-        return self._new(service, asked, wish, Reason.ALLOCATED)
+            said, line = self._quota(pool, service), (pool.name, service.ref.namespace)
+            return self._refuse(service, asked, have, Reason.QUOTA_EXCEEDED, said, (line,))
+        return self._new(service, asked, wish)
 
     def _wish_held(
         self, service: Service, asked: Asked, holder: Eip, why: str, have: Eip | None
@@ -261,7 +261,7 @@ class Chooser:
             if isinstance(joined, Pick):
                 return joined
             reason, said = joined[0], f"{address} {why}, but {joined[1]}"
-        return self._refuse(service, asked, have, reason, said)._replace(wish=address)
+        return self._refuse(service, asked, have, reason, said, wish=address)
 
     def _join(self, service: Service, asked: Asked, eip: Eip) -> Pick | tenancy.Denial:
         """Onto an address that others have, or why not. Nothing yet while it is being written."""
@@ -299,9 +299,9 @@ class Chooser:
             return self._refuse(service, asked, have, *denial)
         found = self._supply.first(service, family, asked.pool)
         if isinstance(found, Free):
-            return self._new(service, asked, found.address, Reason.ALLOCATED, found.pool)
+            return self._new(service, asked, found.address, pool=found.pool)
         reason, said = self._none_free(service, family, found)
-        return self._refuse(service, asked, have, reason, said)._replace(lines=found)
+        return self._refuse(service, asked, have, reason, said, found)
 
     def _pool_denied(self, service: Service, name: str, family: int) -> tenancy.Denial | None:
         config = self._supply.config
@@ -340,7 +340,12 @@ class Chooser:
         )
 
     def _new(
-        self, service: Service, asked: Asked, address: Address, reason: Reason, pool: str = ""
+        self,
+        service: Service,
+        asked: Asked,
+        address: Address,
+        reason: Reason = Reason.ALLOCATED,
+        pool: str = "",
     ) -> Pick:
         if not pool:
             found = self._supply.pool_of(address)
@@ -364,10 +369,26 @@ class Chooser:
         return Pick(eip, seen, Reason.RESTORED if same else Reason.RECREATED)
 
     def _refuse(
-        self, service: Service, asked: Asked | None, have: Eip | None, reason: Reason, said: str
+        self,
+        service: Service,
+        asked: Asked | None,
+        have: Eip | None,
+        reason: Reason,
+        said: str,
+        lines: tuple[Line, ...] = (),
+        wish: Address | None = None,
     ) -> Pick:
         kept = self._own(service, have, asked) if have is not None else None
-        return Pick(kept, have, reason, f"Service {service.ref}: {said or SENTENCE[reason]}")
+        sentence = f"Service {service.ref}: {said or SENTENCE[reason]}"
+        return Pick(kept, have, reason, sentence, lines, wish)
+
+
+def _no_family(service: Service, asked: Asked) -> str:
+    """Which address is asked for in vain, as the Service is not of its family; "" if none is."""
+    for address in asked.addresses:
+        if address.version not in service.families:
+            return f"{address} is asked for, but the Service has no IPv{address.version} family"
+    return ""
 
 
 def _with_uid(eip: Eip, service: Service) -> Eip:

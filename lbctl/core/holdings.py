@@ -7,14 +7,15 @@ record per namespace/name, so that a change costs one look-up.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+
+from msgspec import Struct
 
 from lbctl.core.model import Address, Eip, ObjectRef, Service
 from lbctl.core.reasons import SENTENCE, Reason
 from lbctl.core.supply import Supply
 
 
-class Decision(NamedTuple):
+class Decision(Struct, frozen=True, gc=False):
     """What was decided about a Service; `said` is "" where the reason says it all."""
 
     ref: ObjectRef
@@ -31,21 +32,18 @@ class Decision(NamedTuple):
         return f"Service {self.ref} has {had}: {SENTENCE[self.reason]}"
 
 
-class Record:
+class Record(Struct, eq=False, gc=False):
     """What is known of one namespace/name. `eips` are sorted by address; `planned` are the
-    addresses whose EIP it is about to write, `new` those of them that have none yet."""
+    addresses whose EIP it is about to write, `new` those that have none yet and get one."""
 
-    __slots__ = ("decision", "dirty", "eips", "new", "planned", "ref", "refused", "service")
-
-    def __init__(self, ref: ObjectRef) -> None:
-        self.ref = ref
-        self.service: Service | None = None
-        self.eips: tuple[Eip, ...] = ()
-        self.planned: tuple[Address, ...] = ()
-        self.new: tuple[Address, ...] = ()
-        self.decision: Decision | None = None
-        self.refused = False
-        self.dirty = False
+    ref: ObjectRef
+    service: Service | None = None
+    eips: tuple[Eip, ...] = ()
+    planned: tuple[Address, ...] = ()
+    new: tuple[Address, ...] = ()
+    decision: Decision | None = None
+    refused: bool = False
+    dirty: bool = False
 
     def add(self, eip: Eip) -> None:
         """One EIP more."""
@@ -56,7 +54,7 @@ class Record:
 class Holdings:
     """All records and EIPs.
 
-    pending: which Service is about to write the EIP of an address. wishes: who wants to hear when
+    pending: which Service is about to write an EIP that exists. wishes: who wants to hear when
     something about an address changes.
     """
 
@@ -100,8 +98,6 @@ class Holdings:
     def create(self, record: Record, eip: Eip) -> None:
         """An EIP of one Service that is planned."""
         address = eip.address
-        self.pending[address] = record.ref
-        record.planned = (*record.planned, address)
         record.new = (*record.new, address)
         record.add(eip)
         if eip.sharing_key:
@@ -131,8 +127,9 @@ class Holdings:
 
     def answered(self, address: Address) -> set[ObjectRef]:
         """Nothing about an address is under way any more; who wanted to hear of it."""
-        ref = self.pending.pop(address, None)
+        ref = self._writer(address)
         if ref is not None:
+            self.pending.pop(address, None)
             record = self.records[ref]
             record.planned = tuple(a for a in record.planned if a != address)
             record.new = tuple(a for a in record.new if a != address)
@@ -146,7 +143,14 @@ class Holdings:
 
     def busy(self, address: Address, ref: ObjectRef) -> bool:
         """Whether another Service's write to the EIP of an address is under way."""
-        return self.pending.get(address, ref) != ref
+        return self._writer(address) not in (None, ref)
+
+    def _writer(self, address: Address) -> ObjectRef | None:
+        """Which Service is about to write the EIP of an address, new or not."""
+        eip = self.eips.get(address)
+        if eip is not None and address in self.records[eip.owner].new:
+            return eip.owner
+        return self.pending.get(address) if self.pending else None
 
 
 def by_address(eip: Eip) -> tuple[int, int]:

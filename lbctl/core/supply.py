@@ -8,9 +8,11 @@ priority, then name. What is reserved, or avoided by `avoidBuggyIPs`, is not giv
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from ipaddress import IPv4Network, IPv6Network
-from typing import Final, NamedTuple
+from typing import Final
+
+from msgspec import Struct
 
 from lbctl.core import tenancy
 from lbctl.core.config import Config
@@ -24,7 +26,7 @@ Line = tuple[str, int | str]
 """What a Service can wait for: an address of a pool's family, or a namespace's quota of a pool."""
 
 
-class Free(NamedTuple):
+class Free(Struct, frozen=True, gc=False):
     """An address that can be given."""
 
     pool: str
@@ -37,10 +39,11 @@ _NO_LABELS: Final[Mapping[str, str]] = {}
 class _Stock:
     """A pool: what it can give by itself, and who has how much of it."""
 
-    __slots__ = ("by_namespace", "pool", "quota", "selects", "spaces", "used")
+    __slots__ = ("by_namespace", "name", "pool", "quota", "selects", "spaces", "used")
 
     def __init__(self, pool: Pool) -> None:
         self.pool = pool
+        self.name = pool.name
         self.quota = bool(pool.quota)
         self.selects = bool(pool.service_selectors)
         self.spaces: dict[int, Space] = {}
@@ -95,6 +98,7 @@ class Supply:
         ranked = self.config.ranked if self.config else ()
         # `takeover: adopt`: what a status shows is somebody's in use, ours or not.
         self.adopting = self.config is not None and self.config.takeover == "adopt"
+        self._owners = self.config is not None and self.config.has_owners
         self._stocks = {pool.name: _Stock(pool) for pool in ranked}
         self._open.clear()
         self._never = {4: Space(), 6: Space()}
@@ -134,10 +138,9 @@ class Supply:
 
     def reserved_for(self, service: ObjectRef, version: int) -> Address | None:
         """The address of a family that is reserved for a Service."""
-        config = self.config
-        if config is None or not config.has_owners:
-            return None
-        return config.reserved_for(service, version)
+        if self._owners and self.config is not None:
+            return self.config.reserved_for(service, version)
+        return None
 
     def pool_of(self, address: Address) -> Pool | None:
         """The pool that holds the address, None without one."""
@@ -176,7 +179,7 @@ class Supply:
             stock.used -= 1
             if stock.quota:
                 stock.by_namespace.subtract(before.namespaces)
-                self.freed.update((stock.pool.name, space) for space in before.namespaces)
+                self.freed.update((stock.name, space) for space in before.namespaces)
             self._put_back(address, stock)
         return before
 
@@ -185,7 +188,7 @@ class Supply:
             return
         if stock.gives(address, self.config):
             stock.spaces[address.version].add(int(address), int(address))
-            self.freed.add((stock.pool.name, address.version))
+            self.freed.add((stock.name, address.version))
 
     def forbid(self, address: Address) -> None:
         """A Service has it as its ClusterIP: it is not given out as long as that is so."""
@@ -233,30 +236,29 @@ class Supply:
         """
         lines: list[Line] = []
         namespace = service.ref.namespace
-        for stock in self._candidates(service, version, pool):
-            number = stock.spaces[version].first()
-            if stock.room(namespace) < 1:
-                lines.append((stock.pool.name, namespace))
-            elif number is None:
-                lines.append((stock.pool.name, version))
+        for stock in self._candidates(namespace, version, pool):
+            if stock.selects and not tenancy.serves(stock.pool, service):
+                continue
+            if stock.quota and stock.room(namespace) < 1:
+                lines.append((stock.name, namespace))
+            elif (number := stock.spaces[version].first()) is None:
+                lines.append((stock.name, version))
             else:
-                return Free(stock.pool.name, to_address(version, number))
+                return Free(stock.name, to_address(version, number))
         return tuple(lines)
 
-    def _candidates(self, service: Service, version: int, pool: str) -> Sequence[_Stock]:
+    def _candidates(self, namespace: str, version: int, pool: str) -> tuple[_Stock, ...]:
+        """Where to look for an address; whom a pool selects is not looked at."""
         if pool:
             stock = self._stocks[pool]
             return (stock,) if version in stock.spaces else ()
-        key = service.ref.namespace, version
-        opened = self._open.get(key)
+        opened = self._open.get((namespace, version))
         if opened is None:
-            opened = self._open[key] = self._opened(*key)
-        return [
-            stock for stock in opened if not stock.selects or tenancy.serves(stock.pool, service)
-        ]
+            opened = self._open[namespace, version] = self._opened(namespace, version)
+        return opened
 
     def _opened(self, namespace: str, version: int) -> tuple[_Stock, ...]:
-        """Pools that give by themselves to a namespace; whom they select is not looked at."""
+        """Pools that give by themselves to a namespace."""
         labels = self.labels(namespace)
         return tuple(
             stock

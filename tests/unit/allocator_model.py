@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from functools import cache
 
+from msgspec import structs
+
 from lbctl.core import actions, names
 from lbctl.core.allocator import Allocator
 from lbctl.core.config import Config, parse
@@ -261,5 +263,5 @@ class Leader:
     def _fresh(self, action: actions.Action) -> actions.Action:
         """Our own earlier write of the same plan moved the Service's version on; follow it."""
         if isinstance(action, actions.WriteStatus | actions.ClearStatus | actions.RemoveFinalizer):
-            return action._replace(seen=self.fresh.get(action.service, action.seen))
+            return structs.replace(action, seen=self.fresh.get(action.service, action.seen))
         return action

@@ -54,9 +54,8 @@ def test_the_whole_way() -> None:
     assert (found.stage, found.actions) == (Stage.UNPROGRAMMING, ())
     assert "node-2" in found.sentence
     clear, remove = step(DARK, 107).actions
-    assert isinstance(clear, ClearStatus)
-    assert isinstance(remove, RemoveFinalizer)
-    assert clear[:3] == remove[:3] == (REF, DELETED, Reason.RELEASED)
+    assert clear == ClearStatus(REF, DELETED, Reason.RELEASED)
+    assert remove == RemoveFinalizer(REF, DELETED, Reason.RELEASED)
     found = step(DARK, 110, None)
     assert (found.stage, found.reason, found.again_s) == (Stage.RESTING, Reason.REUSE_DELAY, 132)
     (action,) = step(DARK, 132, None).actions
