@@ -7,7 +7,7 @@ from dataclasses import replace
 from ipaddress import ip_address, ip_network
 from typing import Any
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lbctl.core import names
@@ -127,6 +127,7 @@ def test_order_of_a_batch() -> None:
     }
 
 
+@settings(deadline=None)
 @given(st.permutations(range(8)), st.permutations(range(4)), st.integers(1, 9))
 def test_the_order_of_arrival_does_not_matter(order: list[int], held: list[int], size: int) -> None:
     services = [
