@@ -23,7 +23,8 @@ import structlog
 from agent.nfnetlink import BatchWriter, Fingerprint, Nfnetlink
 from lbctl.core import nft
 from lbctl.core.nft import Ruleset, SetKey, Step
-from lbctl.core.nftrules import FAMILIES, TIMEOUT_TRIAL
+from lbctl.core.nftfamily import FAMILIES
+from lbctl.core.nftrules import TIMEOUT_TRIAL
 from lbctl.errors import DataplaneError
 
 NFT_LIMIT_S: Final = 60.0

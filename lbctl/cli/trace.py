@@ -155,10 +155,8 @@ def show(found: Trace, live: Live, out: Console) -> None:
     out.print(f"{ends[0]} to {ends[1]}, {packet.protocol.value}, a new flow", style="bold")
     for line in told(found.verdict):
         out.print(f"  {clean(line)}")
-    if packet.protocol is Protocol.UDP and found.verdict.endpoint is not None:
-        out.print(
-            f"  Within {UDP_MEMORY_S} s of a change of endpoints the bucket's former one may."
-        )
+    for line in _but(packet, found.verdict):
+        out.print(f"  {line}")
     out.print("Where it may come in", style="bold")
     for one in found.ingress:
         out.print(f"  {clean(one.node)}: {clean(_way(one, found))}")
@@ -175,6 +173,20 @@ def show(found: Trace, live: Live, out: Console) -> None:
         out.print("Beware", style="bold red")
         for problem in problems:
             out.print(f"  {clean(problem)}")
+
+
+def _but(packet: Packet, verdict: Verdict) -> list[str]:
+    """What the nodes may know that no manager does."""
+    if verdict.endpoint is None:
+        return []
+    if verdict.by_client:
+        return [
+            "So it is for a new client. One that is pinned to a pod of that node keeps that pod;",
+            "if the bucket moved, one that is pinned on its last owner's node keeps the one there.",
+        ]
+    if packet.protocol is Protocol.UDP:
+        return [f"Within {UDP_MEMORY_S} s of a change of endpoints the bucket's former one may."]
+    return []
 
 
 def _ended(address: Address, port: int) -> str:

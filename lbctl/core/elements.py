@@ -1,27 +1,33 @@
 """What changes in the big maps between two states, before it is text or bytes.
 
-Rules: the maps with an element per bucket (`deliver prev spare steer`) and those with one per
-port (`svc past closed`) change together, port by port. A whole load is the difference to nothing.
-The cost is that of the ports that differ. `nft` makes text of it, `nfbatch` netlink messages.
+Rules: the maps with an element per bucket (`deliver holders prev spare steer`) and those with one
+per port (`svc past closed asks pin`) change together, port by port. With session affinity a bucket
+leads to a pod's number (`holders`), and the number to the pod (`deliver`). A whole load is the
+difference to nothing. The cost is that of the ports that differ. `nft` makes text of it, `nfbatch`
+netlink messages.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import zip_longest
 from types import MappingProxyType
 from typing import Final, NamedTuple, TypeAlias
 
-from lbctl.core.model import Address
+from lbctl.core.model import Address, Protocol
+from lbctl.core.names import MARK_BASE
+from lbctl.core.nftfamily import BUCKET_BASE
+from lbctl.core.nftpins import pin_chain
 from lbctl.core.nftrules import hash_chain
 from lbctl.core.nodeview import NOTHING, PortElements, Target
 from lbctl.core.pmap import changed
+from lbctl.core.sticky import PINNED, TAKING, Sticky
 
 PortKey: TypeAlias = tuple[Address, str, int]  # EIP, protocol as Kubernetes spells it, port
+_ROOM: Final = BUCKET_BASE - MARK_BASE  # from nodes' marks to buckets'
 Value: TypeAlias = Target | str  # a node's number, a pod, a chain; None in a set
 WHOLE: Final = -1  # in place of a bucket, in the maps that have one element for a port
-BUCKET_MAPS: Final = ("deliver", "prev", "spare", "steer")
-PORT_MAPS: Final = ("closed", "past", "svc")
+BUCKET_MAPS: Final = ("deliver", "holders", "prev", "spare", "steer")
 
 
 class Delta(NamedTuple):
@@ -53,18 +59,29 @@ def deltas(
 
 def counts(port: PortElements) -> dict[str, int]:
     """How many elements of each map a port has."""
-    return {"closed": int(port.closed), "past": 1, "svc": 1, **port.counts()}
+    return {name: len(of(port)) for name, of in _OF_PORT.items()} | port.counts()
 
 
 def _port(key: PortKey, old: PortElements | None, new: PortElements | None) -> Iterator[Delta]:
+    if old is not None and new is not None and _renumbered(old.sticky, new.sticky):
+        yield from _port(key, old, None)
+        yield from _port(key, None, new)
+        return
+    port = new or old
+    sticky = port.sticky if port else None
     was, now = (port.targets if port else (None,) for port in (old, new))
     # There are no pods in the past, and no nodes among the spare.
     rows = (("now", "deliver", "steer"), ("past", "prev", "prev"), ("spare", "spare", "spare"))
     for name, of_pod, of_node in rows:
         one: Sequence[int] = getattr(old, name) if old else b""
         other: Sequence[int] = getattr(new, name) if new else b""
-        yield from _rows(key, (of_pod, of_node), (was, one), (now, other))
-    for name, values in (("svc", _chain_of), ("past", _past_chain_of), ("closed", _closed)):
+        known = sticky if name == "now" else None
+        maps = of_pod if known is None else "holders", of_node
+        for delta in _rows(key, maps, (was, one), (now, other)):
+            yield delta if known is None or delta.map != "holders" else _numbered(delta, known)
+    if sticky is not None:
+        yield from _numbers(key, old.sticky if old else None, new.sticky if new else None)
+    for name, values in _OF_PORT.items():
         before, after = values(old), values(new)
         if before != after:
             yield Delta(key, name, [WHOLE] if before else [], {value: [WHOLE] for value in after})
@@ -99,13 +116,78 @@ def _rows(key: PortKey, maps: tuple[str, str], old: _Targets, new: _Targets) -> 
     return tuple(map(Delta, (key, key), maps, gone, coming))
 
 
+# -- session affinity ----------------------------------------------------------------------------
+def _renumbered(old: Sticky | None, new: Sticky | None) -> bool:
+    """Whether buckets lead to other elements than before, though their pods are the same."""
+    if old is None or new is None:
+        return old is not new
+    known = old.numbers
+    return any(known.get(pod, number) != number for pod, number in new.pods)
+
+
+def _numbered(pods: Delta, known: Sticky) -> Delta:
+    """Buckets that lead to pods' numbers in place of the pods."""
+    numbers = known.numbers
+    fresh: dict[Value, list[int]] = {
+        _ROOM + TAKING + numbers[pod]: buckets
+        for pod, buckets in pods.fresh.items()
+        if isinstance(pod, tuple)
+    }
+    return Delta(pods.key, "holders", pods.gone, fresh)
+
+
+def _numbers(key: PortKey, old: Sticky | None, new: Sticky | None) -> Iterator[Delta]:
+    """From a pin to the pod that takes new flows, and the nodes that may be asked about pins."""
+    for name, of in (("deliver", _pods), ("holders", _pins)):
+        was, now = of(old), of(new)
+        fresh: dict[Value, list[int]] = {}
+        for place, value in now.items():
+            if was.get(place) != value:
+                fresh.setdefault(value, []).append(place)
+        yield Delta(key, name, [place for place in was if now.get(place) != was[place]], fresh)
+
+
+def _pods(known: Sticky | None) -> dict[int, Value]:
+    return {TAKING + number: pod for pod, number in known.pods} if known else {}
+
+
+def _pins(known: Sticky | None) -> dict[int, Value]:
+    if known is None:
+        return {}
+    # A node's mark is not in the buckets' room, but before it.
+    nodes: dict[int, Value] = {node - _ROOM: node for node in known.nodes}
+    return nodes | {PINNED + number: _ROOM + TAKING + number for _, number in known.pods}
+
+
+# -- maps with one element for a port ------------------------------------------------------------
 def _chain_of(port: PortElements | None) -> tuple[Value, ...]:
-    return (hash_chain(len(port.now), port.by_client),) if port else ()
+    return (hash_chain(len(port.now), port.sticky is not None),) if port else ()
 
 
 def _past_chain_of(port: PortElements | None) -> tuple[Value, ...]:
-    return (hash_chain(len(port.past), port.by_client),) if port else ()
+    """Who asks about pins asks about each datagram, and hands over none unasked."""
+    if port is None or (port.sticky and port.protocol is not Protocol.TCP):
+        return ()
+    return (hash_chain(len(port.past), port.sticky is not None),)
+
+
+def _asks_chain_of(port: PortElements | None) -> tuple[Value, ...]:
+    return (hash_chain(len(port.past), True),) if port and port.sticky else ()
+
+
+def _pin_chain_of(port: PortElements | None) -> tuple[Value, ...]:
+    return (pin_chain(port.sticky.timeout_s),) if port and port.sticky else ()
 
 
 def _closed(port: PortElements | None) -> tuple[Value, ...]:
     return (None,) if port and port.closed else ()
+
+
+_OF_PORT: Final[Mapping[str, Callable[[PortElements | None], tuple[Value, ...]]]] = {
+    "svc": _chain_of,
+    "past": _past_chain_of,
+    "asks": _asks_chain_of,
+    "pin": _pin_chain_of,
+    "closed": _closed,
+}
+PORT_MAPS: Final = tuple(sorted(_OF_PORT))

@@ -58,19 +58,24 @@ class PortTable:
     """The buckets of one EIP:protocol:port.
 
     `owners[b]` indexes `endpoints`; `members` are all endpoints that established flows may still be
-    with, also those without a bucket. `by_client`: the hash takes the client's address alone
-    (session affinity). `strict`: a node delivers to its own endpoints only, by a table of its own
-    (`restricted`).
+    with, also those without a bucket. `affinity_s`: None, or the hash takes the client's address
+    alone, and a client keeps its pod for so long after its last packet. `strict`: a node delivers
+    to its own endpoints only, by a table of its own (`restricted`).
     """
 
     protocol: Protocol
     port: int
-    by_client: bool
+    affinity_s: int | None
     closed: bool
     endpoints: tuple[Holder, ...]
     owners: maglev.Row
     members: tuple[Holder, ...]
     strict: bool = False
+
+    @property
+    def by_client(self) -> bool:
+        """Whether the port has session affinity."""
+        return self.affinity_s is not None
 
     def owner(self, bucket: int) -> Holder:
         """The endpoint that a bucket belongs to."""
@@ -332,10 +337,10 @@ def _eip(
     )
 
 
-def _way(service: Service, options: ForwardingOptions) -> tuple[bool, bool]:
-    """Whether a Service hashes by client alone, and whether nodes keep to their own endpoints."""
+def _way(service: Service, options: ForwardingOptions) -> tuple[int | None, bool]:
+    """A Service's session affinity, and whether nodes keep to their own endpoints."""
     local = service.policy is TrafficPolicy.LOCAL and options.local_delivery == "strict"
-    return service.affinity_s is not None, local
+    return service.affinity_s, local
 
 
 def _sources(eip: Address, service: Service | None) -> tuple[Network, ...]:
@@ -391,7 +396,7 @@ def _elsewhere(endpoint: Endpoint, sources: Sources) -> str | None:
 
 
 def _port(
-    port: ServicePort, way: tuple[bool, bool], located: list[_Located], sources: Sources
+    port: ServicePort, way: tuple[int | None, bool], located: list[_Located], sources: Sources
 ) -> tuple[PortTable, _Names] | None:
     """The port's table but for its buckets, and the identities of its endpoints."""
     down, gone = sources.down, sources.down - sources.fallen
@@ -403,12 +408,12 @@ def _port(
     entries = chosen or alive or located
     if not entries:
         return None
-    by_client, strict = way
+    affinity_s, strict = way
     holders = tuple(entry.holder for entry in entries)
     members = tuple(entry.holder for entry in located if entry.holder.node not in gone)
     members = holders if members == holders else members
     closed = not chosen
-    table = PortTable(port.protocol, port.port, by_client, closed, holders, b"", members, strict)
+    table = PortTable(port.protocol, port.port, affinity_s, closed, holders, b"", members, strict)
     return table, tuple(entry.name for entry in entries)
 
 

@@ -23,7 +23,7 @@ from lbctl.core import maglev
 from lbctl.core.elements import WHOLE, Delta, PortKey, Value
 from lbctl.core.model import Address
 from lbctl.core.names import MARK_BASE, NFT_TABLE
-from lbctl.core.nftrules import BUCKET_BASE, FAMILIES
+from lbctl.core.nftfamily import BUCKET_BASE, FAMILIES
 
 PIECE: Final = 20_000  # map elements of one transaction: about 1 MiB
 NEW_ELEMENTS, DELETE_ELEMENTS = 12, 14  # NFT_MSG_NEWSETELEM, NFT_MSG_DELSETELEM
@@ -35,8 +35,17 @@ _JUMP: Final = -3  # NFT_JUMP
 _LIMIT: Final = 60_000  # bytes of elements in a message: an attribute's length has 16 bits
 _NF_FAMILY: Final = {4: 2, 6: 10}  # by IP version: NFPROTO_IPV4, NFPROTO_IPV6
 _PROTOCOLS: Final = {"TCP": 6, "UDP": 17, "SCTP": 132}
-# The last one is WHOLE's: such a key has no bucket.
-_BUCKETS: Final = (*(struct.pack("=I", BUCKET_BASE + b) for b in range(maglev.SIZES[-1])), b"")
+
+
+class _Places(dict[int, bytes]):
+    """How a key ends, by bucket; those of `sticky` are made when they are asked for."""
+
+    def __missing__(self, place: int) -> bytes:
+        return struct.pack("=I", BUCKET_BASE + place)
+
+
+_PLACES: Final = _Places({b: struct.pack("=I", BUCKET_BASE + b) for b in range(maglev.SIZES[-1])})
+_PLACES[WHOLE] = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +146,7 @@ class _Writer:
                 known = self._open[place] = bytearray()
             part = buckets[start : start + (_LIMIT - len(known)) // each]
             if part:
-                known += head + separator.join(map(_BUCKETS.__getitem__, part)) + data
+                known += head + separator.join(map(_PLACES.__getitem__, part)) + data
                 start += len(part)
             else:
                 self._close(place)

@@ -26,18 +26,27 @@ from operator import itemgetter
 from typing import Final, TypeAlias
 
 from lbctl.core import elements, maglev, nfbatch, nftsets
-from lbctl.core.elements import Delta, PortKey, Value, deltas
+from lbctl.core.elements import WHOLE, Delta, PortKey, Value, deltas
 from lbctl.core.model import Address, Network
 from lbctl.core.names import MARK_BASE
 from lbctl.core.nfbatch import PIECE, Batch
-from lbctl.core.nftrules import BUCKET_BASE, FAMILIES, Family, family_of, refusals, skeleton
+from lbctl.core.nftfamily import BUCKET_BASE, FAMILIES, Family, family_of
+from lbctl.core.nftrules import refusals, skeleton
 from lbctl.core.nftsets import Policy, interface, replaced
 from lbctl.core.nodeview import PortElements
 from lbctl.core.pmap import changed
 from lbctl.errors import DataplaneError
 
-# The last one is WHOLE's: such a key has no bucket.
-_BUCKETS: Final = (*(f" . {BUCKET_BASE + b:#x}" for b in range(maglev.SIZES[-1])), "")
+
+class _Places(dict[int, str]):
+    """How a key ends, by bucket; those of `sticky` are made when they are asked for."""
+
+    def __missing__(self, place: int) -> str:
+        return f" . {BUCKET_BASE + place:#x}"
+
+
+_PLACES: Final = _Places({b: f" . {BUCKET_BASE + b:#x}" for b in range(maglev.SIZES[-1])})
+_PLACES[WHOLE] = ""
 _MAC: Final = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}")
 COUNTED: Final = ("pingable", "restricted", *elements.PORT_MAPS, *elements.BUCKET_MAPS)
 SetKey: TypeAlias = tuple[int, str]  # IP version, which is the table, and name of a set or map
@@ -268,11 +277,11 @@ def _write(delta: Delta, deleted: _Entries, added: _Entries) -> None:
     address, protocol, number = delta.key
     place = f"{family_of(address).table} {delta.map}"
     prefix = f"{address} . {protocol.lower()} . {number}"
-    gone = [prefix + _BUCKETS[bucket] for bucket in delta.gone]
+    gone = [prefix + _PLACES[bucket] for bucket in delta.gone]
     deleted.setdefault(place, []).extend(gone)
     values = [(bucket, value) for value, buckets in delta.fresh.items() for bucket in buckets]
     fresh = [
-        prefix + _BUCKETS[bucket] + _value(value)
+        prefix + _PLACES[bucket] + _value(value)
         for bucket, value in sorted(values, key=itemgetter(0))
     ]
     added.setdefault(place, []).extend(fresh)

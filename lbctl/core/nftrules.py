@@ -5,27 +5,23 @@ Rules:
   `Family`; nothing else here asks for the version.
 - A handful of chains whatever the number of Services; everything that grows is an element of a flat
   map, keyed `address . protocol . port . bucket`.
-- Hooks: raw prerouting steers (before conntrack), mangle - 5 gives the second chance, dstnat - 5
-  delivers before kube-proxy, dstnat + 5 clears the bucket's mark. Nothing for a pool's address is
-  ever routed on unsteered or given to a host socket.
+- Hooks: raw prerouting steers (before conntrack) and asks about pins (`nftpins`), mangle - 5 gives
+  the second chance, dstnat - 5 delivers before kube-proxy, dstnat + 5 clears the bucket's mark.
+  Nothing for a pool's address is ever routed on unsteered or given to a host socket.
 
 Source: nft(8), libnftables of nftables 1.0.6; FACTS.md, "Forwarding, tried beside real kube-proxy".
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Final
 
 from lbctl.core import maglev
-from lbctl.core.model import Address
-from lbctl.core.names import MARK_BASE, MARK_MASK, NFT_TABLE, TUNNEL_DEVICE, TUNNEL_PORT
+from lbctl.core.names import MARK_BASE, MARK_MASK, TUNNEL_DEVICE, TUNNEL_PORT
+from lbctl.core.nftfamily import BUCKET, BUCKET_BASE, HANDOVER_TTL, NODE, NOT_NODE, SYN, Family
+from lbctl.core.nftpins import PINNED_MARK, pin_sets, pinning, questions
 from lbctl.core.nodeview import SPARES
 
-BUCKET_BASE: Final = MARK_BASE + 0x1000000  # marks that live for a few hooks only
-# What has no more hops than this was handed over (or comes from very far, and has one chance less):
-# on it goes by the flow's own history (conntrack's mark) alone.
-HANDOVER_TTL: Final = 8
 # A UDP flow that says something within this time stays with its pod when buckets move; so long do
 # new flows follow their bucket's former owner. As the kernel's own nf_conntrack_udp_timeout.
 UDP_MEMORY_S: Final = 30
@@ -34,6 +30,9 @@ COUNTERS: Final = (
     "errors",  # ICMP errors sent on to the node of the connection that they speak of
     "delivered",  # new flows given to a pod of this node
     "second_chance",  # packets of established flows handed to the flow's last owner
+    "asked",  # first packets sent to the bucket's last owner, who may know the client
+    "answered",  # … and sent back by that one: it does not
+    "pinned",  # new flows given to the pod that their client was with
     "pings",  # echo requests answered
     # The rest is dropped or refused.
     "refused",  # to what no Service offers
@@ -48,99 +47,6 @@ PINGS_PER_SECOND: Final = 50  # answered by one node for one EIP
 _RATES: Final = (
     65_535  # EIPs whose rate is kept at a time, each for a minute since it was last used
 )
-
-_NODE: Final = f"meta mark & {MARK_MASK:#x} == {MARK_BASE:#x}"
-_NOT_NODE: Final = f"meta mark & {MARK_MASK:#x} != {MARK_BASE:#x}"
-_BUCKET: Final = f"meta mark & {MARK_MASK:#x} == {BUCKET_BASE:#x}"
-
-
-@dataclass(frozen=True, slots=True)
-class Family:
-    """What differs between the tables of IPv4 and IPv6, in nft's words.
-
-    ip: the header's keyword. address: the type of an address. icmp, icmp_number: the protocol's
-    keyword and the one that `meta l4proto` knows. hops: the header field that each router lowers.
-    errors, redirect: ICMP types. odd: matches a packet with options or extension headers between
-    its IP and its transport header. own: protocol and destination port, at their places in a packet
-    without. The rest is about the packet that an ICMP error speaks of: odd_inner finds one whose
-    ports are elsewhere; sent has its protocol and source port, client and client_port whom it was
-    sent to.
-    """
-
-    version: int
-    ip: str
-    address: str
-    icmp: str
-    icmp_number: str
-    hops: str
-    errors: str
-    redirect: str
-    odd: str
-    own: str
-    odd_inner: str
-    sent: str
-    client: str
-    client_port: str
-
-    @property
-    def table(self) -> str:
-        """The table's family and name."""
-        return f"{self.ip} {NFT_TABLE}"
-
-    @property
-    def key(self) -> str:
-        """What of a packet says which EIP:protocol:port it is for."""
-        return f"{self.ip} daddr . meta l4proto . th dport"
-
-    @property
-    def raw_key(self) -> str:
-        """The same of a packet that is not odd; `raw_error_key` can share a map with it."""
-        return f"{self.ip} daddr . {self.own}"
-
-    @property
-    def raw_error_key(self) -> str:
-        """Which EIP:protocol:port sent the packet that an ICMP error speaks of."""
-        return f"{self.ip} daddr . {self.sent}"
-
-
-V4: Final = Family(
-    version=4,
-    ip="ip",
-    address="ipv4_addr",
-    icmp="icmp",
-    icmp_number="icmp",
-    hops="ttl",
-    errors="destination-unreachable, time-exceeded, parameter-problem",
-    redirect="redirect",
-    odd="ip hdrlength != 5",
-    own="@nh,72,8 . @nh,176,16",
-    odd_inner="@th,64,8 != 0x45",
-    sent="@th,136,8 . @th,224,16",
-    client="@th,192,32",
-    client_port="@th,240,16",
-)
-V6: Final = Family(
-    version=6,
-    ip="ip6",
-    address="ipv6_addr",
-    icmp="icmpv6",
-    icmp_number="ipv6-icmp",
-    hops="hoplimit",
-    errors="destination-unreachable, packet-too-big, time-exceeded, parameter-problem",
-    redirect="nd-redirect",
-    odd="ip6 nexthdr != { tcp, udp, sctp, ipv6-icmp }",
-    own="@nh,48,8 . @nh,336,16",
-    odd_inner="@th,64,4 != 6",
-    sent="@th,112,8 . @th,384,16",
-    client="@th,256,32 . @th,288,32 . @th,320,32 . @th,352,32",
-    client_port="@th,400,16",
-)
-FAMILIES: Final = (V4, V6)
-
-
-def family_of(address: Address) -> Family:
-    """Return the family whose table holds an address."""
-    return V4 if address.version == 4 else V6
 
 
 # What `nft --check` says of it tells whether the tables can have timeouts of their own.
@@ -159,10 +65,13 @@ def skeleton(family: Family, timeouts: bool = True) -> str:
         "".join(f"  counter {name} {{ }}\n" for name in COUNTERS),
         _timeouts(family) if timeouts else "",
         _sets(family),
+        pin_sets(family),
         _hash_chains(family),
         _icmp(family),
         _steering(family),
         _elsewhere(family),
+        questions(family),
+        pinning(family),
         _chance(family),
         _delivery(family),
         _guards(family),
@@ -289,12 +198,17 @@ def _steering(family: Family) -> str:
   chain outside {{
     {icmp} type {{ {family.errors} }} goto errors
     {icmp} type echo-request {ip} daddr @pingable goto ping
-    tcp flags & (fin|syn|rst|ack) == syn {key} @closed goto refuse
+    {SYN} {key} @closed goto refuse
     meta l4proto != tcp {key} @closed goto refuse
     {family.raw_key} vmap @svc
     meta mark 0 goto refuse
     meta mark set {family.raw_key} . meta mark map @steer counter name steered notrack accept
     meta mark set 0
+    goto ours
+  }}
+  chain ours {{
+    {SYN} goto ask
+    meta l4proto udp goto ask
   }}
   chain permitted {{
     {icmp} type {{ {family.errors} }} return
@@ -307,8 +221,8 @@ def _steering(family: Family) -> str:
     meta mark set 0
     {family.odd} counter name odd drop
     {ip} daddr @restricted jump permitted
-    iifname "{TUNNEL_DEVICE}" accept
-    ether saddr @peers accept
+    iifname "{TUNNEL_DEVICE}" goto ours
+    ether saddr @peers goto ours
     goto outside
   }}
 """
@@ -355,6 +269,7 @@ def _chance(family: Family) -> str:
   }}
   chain lookup {{
     ct mark & {MARK_MASK:#x} == {MARK_BASE:#x} meta mark set ct mark goto handover
+    {ip} {family.hops} <= {HANDOVER_TTL} jump answer
     tcp flags & (syn|rst) != 0 accept
     meta l4proto tcp {ip} {family.hops} <= {HANDOVER_TTL} counter name stray drop
     {ip} {family.hops} <= {HANDOVER_TTL} accept
@@ -364,6 +279,7 @@ def _chance(family: Family) -> str:
   }}
   chain arrived {{
     ct state related ct mark & {MARK_MASK:#x} == {MARK_BASE:#x} meta mark set ct mark
+    ct state established ct {PINNED_MARK} goto refresh
     ct state != new accept
     ct status dnat accept
     meta l4proto udp ct timeout set "brief_udp"
@@ -383,14 +299,16 @@ def _delivery(family: Family) -> str:
     to_spare = f"dnat {ip} to {key} . meta mark map @spare"
     return f"""  chain enough {{
   }}
+
   chain deliver_new {{
     {family.icmp} type echo-request {ip} daddr @pingable redirect
     jump enough
-    {_NODE} dnat to {ip} daddr
+    {NODE} dnat to {ip} daddr
     {family.raw_key} vmap @svc
-    meta l4proto {{ tcp, udp, sctp }} dnat {ip} to {key} . meta mark map @deliver
+    {family.delivered}
+    jump client
     meta mark set meta mark & {MARK_MASK | SPARES - 1:#x}
-    tcp flags & (fin|syn|rst|ack) == syn {to_spare}
+    {SYN} {to_spare}
     meta l4proto {{ udp, sctp }} {to_spare}
     counter name stray drop
   }}
@@ -400,7 +318,7 @@ def _delivery(family: Family) -> str:
   }}
   chain cleanup {{
     type filter hook prerouting priority dstnat + 5; policy accept;
-    {_BUCKET} counter name delivered meta mark set 0
+    {BUCKET} counter name delivered meta mark set 0
   }}
 """
 
@@ -420,7 +338,7 @@ def _guards(family: Family) -> str:
     ip = family.ip
     return f"""  chain onward {{
     type filter hook forward priority filter - 5; policy accept;
-    iifname @uplinks {ip} daddr @ranges {_NOT_NODE} counter name stray drop
+    iifname @uplinks {ip} daddr @ranges {NOT_NODE} counter name stray drop
   }}
   chain host {{
     type filter hook input priority filter - 5; policy accept;

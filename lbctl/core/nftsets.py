@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from lbctl.core.model import Address
-from lbctl.core.nftrules import FAMILIES, TUNNEL_HEADERS, Family, limiter
+from lbctl.core.nftfamily import FAMILIES, Family
+from lbctl.core.nftrules import TUNNEL_HEADERS, limiter
 from lbctl.core.pmap import changed
 from lbctl.errors import DataplaneError
 

@@ -23,6 +23,7 @@ from lbctl.core.forwarding import EVERYWHERE, Holder, PortTable, Table, restrict
 from lbctl.core.maglev import Row
 from lbctl.core.model import Address, Protocol
 from lbctl.core.pmap import PMap, changed, persistent
+from lbctl.core.sticky import Sticky, sticky
 
 SPARES: Final = 8  # pods that share what comes astray
 NOTHING: Final = 0  # the number of no target, and of no former owner
@@ -53,13 +54,13 @@ class PortElements:
     now, past: for each bucket the place of its target in `targets`, of which the first is None.
     Nodes of `now` are in the map `steer` and pods in `deliver`; nodes of `past` are in `prev`.
     spare: by a bucket's last bits, who takes new flows of others' that were steered here all the
-    same; empty without a pod here.
+    same; empty without a pod here. sticky: of a port with session affinity.
     """
 
     address: Address
     protocol: Protocol
     port: int
-    by_client: bool
+    sticky: Sticky | None
     closed: bool
     targets: tuple[Target, ...]
     now: Row
@@ -67,11 +68,13 @@ class PortElements:
     spare: Row = b""
 
     def counts(self) -> dict[str, int]:
-        """Number of elements by map, for those of buckets."""
+        """Number of elements by map, for those of buckets and of pods' numbers."""
         pods = [place for place, target in enumerate(self.targets) if isinstance(target, tuple)]
         own, none = sum(map(self.now.count, pods)), self.now.count(NOTHING)
+        named = self.sticky
         return {
-            "deliver": own,
+            "deliver": len(named.pods) if named else own,
+            "holders": own + len(named.pods) + len(named.nodes) if named else 0,
             "prev": len(self.past) - self.past.count(NOTHING),
             "spare": len(self.spare),
             "steer": len(self.now) - none - own,
@@ -136,8 +139,9 @@ def settle(view: View, addresses: Iterable[Address]) -> PMap[Address, tuple[Port
 
 
 def unsettled(view: PortView) -> bool:
-    """Whether new flows of the port go to former owners."""
-    return bool(view.former) and view.table.protocol is not Protocol.TCP
+    """Whether new flows of the port go to former owners, who keep them; pins need no such time."""
+    known = view.table.protocol is Protocol.TCP or view.table.by_client
+    return bool(view.former) and not known
 
 
 def fresh_view(shared: PortTable, me: str) -> PortView:
@@ -236,8 +240,16 @@ def elements(address: Address, view: PortView, me: str, index: Mapping[str, int]
         )
     pods = [place[aim] for aim in aims[: len(table.endpoints)] if isinstance(aim, tuple)]
     spare = b"" if table.closed else maglev.row((pods * SPARES)[:SPARES])
-    head = (address, table.protocol, table.port, table.by_client, table.closed)
+    pinned = _sticky(table, aims[: len(table.endpoints)])
+    head = (address, table.protocol, table.port, pinned, table.closed)
     return PortElements(*head, targets, now, past, spare)
+
+
+def _sticky(table: PortTable, aims: list[Target]) -> Sticky | None:
+    if table.affinity_s is None:
+        return None
+    pods = dict.fromkeys(aim for aim in aims if isinstance(aim, tuple))
+    return sticky(table.affinity_s, pods, (aim for aim in aims if isinstance(aim, int)))
 
 
 def _aim(holder: Holder, me: str, index: Mapping[str, int]) -> Target:

@@ -3,7 +3,8 @@
 Rules: `judge` says what the table that all nodes share makes of a new flow's first packet, or a
 node's own where it has one (`localDelivery: strict`); `trace` adds what each node does with it, and
 which switches may choose that node. An established flow stays where it is, and for 30 s after a
-change of endpoints a new one of UDP may go to its bucket's former owner. Nothing is asked of the
+change of endpoints a new one of UDP may go to its bucket's former owner; with session affinity it
+is a new client's, for one that is pinned keeps its pod. Nothing is asked of the
 kernel: where an agent's digest differs from the one computed here, its node is marked, for it may
 do otherwise.
 """

@@ -18,6 +18,7 @@ from lbctl.core import nfbatch, nft
 from lbctl.core.elements import WHOLE, Delta, PortKey
 from lbctl.core.model import Address, Protocol
 from lbctl.core.nodeview import PortElements, Target
+from lbctl.core.sticky import sticky
 from lbctl.errors import DataplaneError
 
 FOUR, SIX = ip_address("198.51.100.1"), ip_address("2001:db8:100::1")
@@ -35,7 +36,9 @@ def port(
     now = bytes((b + turn) % 5 for b in range(size))
     past = bytes((0, 1, 4)[(3 * b + turn) % 5 % 3] for b in range(4 * size))  # no pods
     closed = (turn + number) % 2 == 0
-    head = (address, protocol, number, number % 3 == 0, closed)
+    pods_here = [target for target in found if isinstance(target, tuple)]
+    pinned = sticky(10 + turn, pods_here, (1, 7)) if number % 3 == 0 or turn % 2 else None
+    head = (address, protocol, number, pinned, closed)
     made = PortElements(*head, targets, now, past, bytes((2, 3) * 4) if turn % 3 else b"")
     return (address, protocol.value, number), made
 

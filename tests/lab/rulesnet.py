@@ -92,8 +92,10 @@ class Flow:
         return self.server.recv(1) == b"?" and self.carries()
 
     def close(self) -> None:
-        self.client.close()
-        self.server.close()
+        """End it by a reset: a FIN that nobody answers would be repeated into the next test."""
+        for end in (self.client, self.server):
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            end.close()
 
 
 class RulesNet:
@@ -235,8 +237,9 @@ class RulesNet:
         return int(self.run(f"n{node}", "sysctl", "-n", "net.netfilter.nf_conntrack_count"))
 
     def serve(self) -> None:
-        """Let both pods listen, for TCP and UDP of both families."""
-        for n in (1, 2):
+        """Let all pods listen, for TCP and UDP of both families."""
+        for pod in (1, 2, 3):
+            n, port = place(pod)
             for kind, known in (
                 (socket.SOCK_STREAM, self.listeners),
                 (socket.SOCK_DGRAM, self.receivers),
@@ -244,15 +247,16 @@ class RulesNet:
                 for version in (4, 6):
                     made = self.opened(f"p{n}", version, kind)
                     made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                    made.bind((POD[version].format(n), POD_PORT))
+                    made.bind((POD[version].format(n), port))
                     if kind == socket.SOCK_STREAM:
                         made.listen(512)
-                    known[made] = n
+                    known[made] = pod
 
-    def connect(self, version: int, host: str = "", source: int = 0) -> Flow:
+    def connect(self, version: int, host: str = "", source: int = 0, by: str = "") -> Flow:
+        """by: another address of the client's than its first."""
         client = self.opened("c", version, socket.SOCK_STREAM)
-        if source:
-            client.bind((CLIENT[version], source))
+        if source or by:
+            client.bind((by or CLIENT[version], source))
         client.connect((host or EIP[version], PORT))
         peer = client.getsockname()[:2]
         ready, _, _ = select.select(list(self.listeners), [], [], LIMIT_S)
@@ -298,6 +302,11 @@ def _enter(descriptor: int) -> None:
         raise OSError(ctypes.get_errno(), "setns")
 
 
+def place(pod: int) -> tuple[int, int]:
+    """A pod's node and port. The third one is beside the first."""
+    return (1, POD_PORT + 1) if pod == 3 else (pod, POD_PORT)
+
+
 def service(protocol: Protocol = Protocol.TCP, sources: tuple[str, ...] = ()) -> Service:
     return Service(
         ObjectRef("default", "web"),
@@ -318,8 +327,8 @@ def table(
     """The common table with these pods behind both EIPs of both families."""
     of = of or service()
     found = tuple(
-        Endpoint(ip_address(POD[v].format(n)), POD_PORT, "", "pod", n in pods, True, False)
-        for n in (*pods, *unready)
+        Endpoint(ip_address(POD[v].format(node)), port, "", "pod", pod in pods, True, False)
+        for pod, (node, port) in ((pod, place(pod)) for pod in (*pods, *unready))
         for v in (4, 6)
     )
     behind = ServiceEndpoints(

@@ -94,7 +94,7 @@ def test_the_kernel_holds_what_nft_would_have_written(
     whole = held(by_text)
     assert held(by_batch) == whole
     big = [n for n, e in whole.items() if n.split()[1] == "map" and e]
-    assert len(big) == 12  # svc past steer prev deliver spare, twice
+    assert len(big) == 18  # svc past asks pin steer prev deliver holders spare, twice
     for number in range(1, len(known)):
         load(by_text, nft.difference(known[number - 1], known[number]))
         assert writer.write(number) == "", number

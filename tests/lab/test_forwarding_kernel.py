@@ -12,7 +12,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +20,8 @@ import pytest
 from lbctl.core import nft, nodeview
 from lbctl.core.model import Protocol
 from lbctl.core.names import MARK_BASE
-from lbctl.core.nftrules import FAMILIES, HANDOVER_TTL
+from lbctl.core.nftfamily import FAMILIES, HANDOVER_TTL
+from lbctl.core.nftpins import ANSWER_TTL
 from lbctl.core.nftsets import Policy
 from tests.unit.faketable import FakeTable
 from tests.unit.forwarding_cases import EIP, EIP6, pod, ruleset, service, table
@@ -141,6 +142,7 @@ class Case:
     odd: bool = False
     about: bool = False
     handed: bool = False
+    answered: bool = False
 
     def packet(self, eip: str, source: int) -> bytes:
         four = frames.version(eip) == 4
@@ -156,8 +158,8 @@ class Case:
         else:
             flags = frames.SYN if self.syn else frames.ACK
             packet = frames.tcp(self.client, source, eip, self.port, flags)
-        if self.handed:
-            packet = frames.with_hops(packet, HANDOVER_TTL)
+        if self.handed or self.answered:
+            packet = frames.with_hops(packet, HANDOVER_TTL if self.handed else ANSWER_TTL)
         return frames.odd(packet) if self.odd else packet
 
 
@@ -177,20 +179,23 @@ def kinds(version: int) -> list[Case]:
         *(Case(allowed, peer=peer, protocol="icmp") for peer in (False, True)),
         *(Case(allowed, peer=peer, protocol="udp") for peer in (False, True)),
         *(Case(allowed, peer=True, protocol=p, syn=False, handed=True) for p in ("tcp", "udp")),
+        *(Case(allowed, peer=True, protocol=p, handed=True) for p in ("tcp", "udp")),
+        *(Case(allowed, peer=True, protocol=p, answered=True) for p in ("tcp", "udp")),
     ]
 
 
 CLIENTS = {4: ("203.0.113.10", "203.0.114.10"), 6: ("2001:db8:3::10", "2001:db8:4::10")}
 ALLOWED = ("203.0.113.0/24", "2001:db8:3::/64")
-WORDS = ("protocol", "syn", "peer", "odd", "about", "handed")
+WORDS = ("protocol", "syn", "peer", "odd", "about", "handed", "answered")
 
 
+@pytest.mark.parametrize("affinity", [False, True])
 @pytest.mark.parametrize("version", [4, 6])
-def test_the_fake_says_what_the_kernel_does(space: str, version: int) -> None:
+def test_the_fake_says_what_the_kernel_does(space: str, version: int, affinity: bool) -> None:
     eip = str(EIP if version == 4 else EIP6)
     pods = [pod(n, p, version=version) for n in (1, 2, 3) for p in (2, 3)]
-    of = service(sources=ALLOWED, protocols=(Protocol.TCP, Protocol.UDP))
-    tables = [table(*some, of=of, eips=(EIP, EIP6)) for some in (pods[:3], pods)]
+    of = service(affinity=affinity, sources=ALLOWED, protocols=(Protocol.TCP, Protocol.UDP))
+    tables = [table(*some, of=of, eips=(EIP, EIP6)) for some in (pods[1:4], pods)]
     first = nodeview.advance({}, tables[0], "n1")
     views = [first, nodeview.advance(first, tables[1], "n1")]
     policy = Policy(pingable={EIP: None, EIP6: None}, new_flows=5000)
@@ -201,7 +206,10 @@ def test_the_fake_says_what_the_kernel_does(space: str, version: int) -> None:
         load(space, text)
     family = FAMILIES[0 if version == 4 else 1]
     load(space, TRACE.format(ip=family.ip, icmp=family.icmp, port=family.client_port))
-    asked = {20000 + i: case for i, case in enumerate(kinds(version) * 40)}
+    asked = {
+        20000 + i: replace(case, client=f"{case.client[:-2]}{10 + i % 199}")
+        for i, case in enumerate(kinds(version) * 40)
+    }
     sent = [
         frames.frame(
             case.packet(eip, source), "02:00:00:00:00:01", PEER if case.peer else ROUTER
@@ -217,12 +225,14 @@ def test_the_fake_says_what_the_kernel_does(space: str, version: int) -> None:
         said = fake.where(eip, case.port, case.client, source, **words)
         ways.add(said.split()[0])
         assert found.get(source, "nowhere") == expected(said), (source, case, said)
-    assert ways == {"node", "chance", "pod", "ping", "refused", "sources", "odd", "stray"}
+    questions = {"ask", "answer"} if affinity else set()
+    every = {"node", "chance", "pod", "ping", "refused", "sources", "odd", "stray"}
+    assert ways == every | questions
 
 
 def expected(said: str) -> str:
     kind, _, what = said.partition(" ")
-    if kind in ("node", "chance"):
+    if kind in ("node", "chance", "ask", "answer"):
         return f"mark {int(what)}"
     if kind == "pod":
         return f"pod {what.rpartition(':')[0]}"

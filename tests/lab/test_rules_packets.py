@@ -5,8 +5,10 @@ fragments, options. Real sockets through two nodes, both families.
 from __future__ import annotations
 
 import contextlib
+import json
+import select
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from ipaddress import ip_address
@@ -25,6 +27,7 @@ from .rulesnet import (
     CLIENT,
     EIP,
     GATE_MAC,
+    LIMIT_S,
     NODE,
     POD,
     POD_PORT,
@@ -299,3 +302,175 @@ def test_sctp_reaches_a_pod(net: RulesNet, version: int) -> None:
         accepted.close()
     net.enter(1)
     both(net, table())
+
+
+def clients(version: int, part: int) -> list[str]:
+    """Addresses of clients; each part has others."""
+    base = "203.0.113.{}" if version == 4 else "2001:db8:3::{}"
+    return [base.format(100 + 20 * part + n) for n in range(12)]
+
+
+@pytest.fixture(scope="module")
+def many(net: RulesNet) -> RulesNet:
+    """The network with clients of many addresses."""
+    text = "".join(
+        f"addr add {address}/{32 if version == 4 else 128} dev eth0{' nodad' * (version == 6)}\n"
+        for version in (4, 6)
+        for part in range(2)
+        for address in clients(version, part)
+    )
+    net.ip("c", text)
+    return net
+
+
+def pins(net: RulesNet, node: int) -> int:
+    """How many clients a node has pinned, of both families."""
+    found = (net.run(f"n{node}", "nft", "-j", "list", "map", ip, "lbctl", "pins") for ip in IPS)
+    return sum(len(json.loads(text)["nftables"][1]["map"].get("elem", ())) for text in found)
+
+
+IPS = ("ip", "ip6")
+
+
+class Affine:
+    """A Service with session affinity on both nodes, kept as agents keep it."""
+
+    def __init__(self, net: RulesNet, seconds: int, pods: tuple[int, ...] = (1,)) -> None:
+        self.net, self.of = net, replace(service(), affinity_s=seconds)
+        self.pods = pods
+        self.views = {n: nodeview.advance({}, table(pods, self.of), f"n{n}") for n in (1, 2)}
+        for n in (1, 2):
+            net.load(n, *nft.full(rules(table(pods, self.of), n)))
+
+    def change(self, pods: tuple[int, ...]) -> None:
+        """Other pods take new flows from now on."""
+        old, new = table(self.pods, self.of), table(pods, self.of)
+        for n, view in self.views.items():
+            was = rules(old, n, view=view)
+            self.views[n] = nodeview.advance(view, new, f"n{n}")
+            self.net.load(n, *nft.difference(was, rules(new, n, view=self.views[n])))
+        self.pods = pods
+
+
+def pods_of(net: RulesNet, addresses: list[str]) -> list[int]:
+    """Which pod each client gets by a new connection."""
+    found = []
+    for address in addresses:
+        flow = net.connect(6 if ":" in address else 4, by=address)
+        assert flow.echoes()
+        flow.close()
+        found.append(flow.pod)
+    return found
+
+
+@pytest.fixture
+def affine(net: RulesNet) -> Iterator[Callable[..., Affine]]:
+    try:
+        yield partial(Affine, net)
+    finally:
+        net.enter(1)
+        both(net, table())
+
+
+def test_a_client_keeps_its_pod_for_its_timeout(
+    many: RulesNet, affine: Callable[..., Affine]
+) -> None:
+    """A pod is added on another node, by which all packets enter: only new clients go there."""
+    net = many
+    known, fresh = ([a for v in (4, 6) for a in clients(v, part)] for part in (0, 1))
+    site = affine(600)
+    assert set(pods_of(net, known)) == {1} and pins(net, 1) == len(known)
+    site.change((1, 2))
+    net.enter(2)
+    before = {n: net.counters(n) for n in (1, 2)}
+    assert set(pods_of(net, known)) == {1}
+    assert net.counters(2)["asked"] > before[2]["asked"]
+    assert net.counters(1)["pinned"] - before[1]["pinned"] == len(known)
+    assert net.counters(1)["answered"] == before[1]["answered"]
+    landed = pods_of(net, fresh)
+    assert set(landed) == {1, 2}
+    assert net.counters(1)["answered"] - before[1]["answered"] == landed.count(2)
+    net.enter(1)
+    assert pods_of(net, fresh) == landed
+    assert net.counters(2)["pinned"] - before[2]["pinned"] == landed.count(2)
+    site.change((2,))  # the pod of the others goes
+    assert set(pods_of(net, known)) == {2}
+
+
+def test_a_pin_ends_and_a_pod_that_goes_has_none(
+    many: RulesNet, affine: Callable[..., Affine]
+) -> None:
+    net, known = many, [a for v in (4, 6) for a in clients(v, 0)]
+    site = affine(1)
+    assert set(pods_of(net, known)) == {1}
+    site.change((1, 2))
+    wait_for("the pins to end", lambda: pins(net, 1) == 0)
+    assert set(pods_of(net, known)) == {1, 2}
+    # Two pods on one node: its own pins decide, and one to a pod that left is made anew.
+    site = affine(600)
+    assert set(pods_of(net, known)) == {1}
+    site.change((1, 3))
+    assert set(pods_of(net, known)) == {1}
+    site.change((3,))
+    assert set(pods_of(net, known)) == {3}
+    site.change((1, 3))
+    assert set(pods_of(net, known)) == {3}
+
+
+def talk(net: RulesNet, address: str, rounds: int = 2, answers: bool = True) -> int:
+    """Datagrams of one flow; which pod got them."""
+    version = 6 if ":" in address else 4
+    client = net.opened("c", version, socket.SOCK_DGRAM)
+    client.bind((address, 0))
+    found = set()
+    for _ in range(rounds):
+        client.sendto(b"?", (EIP[version], 53))
+        ready, _, _ = select.select(list(net.receivers), [], [], LIMIT_S)
+        _, peer = ready[0].recvfrom(16)
+        if answers:
+            ready[0].sendto(b"!", peer)
+            assert client.recv(16) == b"!"
+        found.add(net.receivers[ready[0]])
+    client.close()
+    (pod,) = found
+    return pod
+
+
+def test_datagrams_keep_the_client_s_pod_too(many: RulesNet, affine: Callable[..., Affine]) -> None:
+    net = many
+    known, fresh = ([a for v in (4, 6) for a in clients(v, part)] for part in (0, 1))
+    site = affine(600)
+    assert {talk(net, address) for address in known} == {1}
+    flow = net.opened("c", 4, socket.SOCK_DGRAM)  # of one direction: conntrack alone knows it
+    assert net.asked(flow, b"x", (EIP[4], 53)) == 1
+    site.change((1, 2))
+    net.enter(2)
+    assert {talk(net, address) for address in known} == {1}
+    assert {talk(net, address) for address in fresh} == {1, 2}
+    assert net.asked(flow, b"x", (EIP[4], 53)) == 1
+    assert {talk(net, a, answers=False) for a in fresh} == {1, 2}
+
+
+def test_a_flood_makes_no_pins(net: RulesNet, affine: Callable[..., Affine]) -> None:
+    """Neither SYNs without an end, nor packets of no connection, nor datagrams unanswered."""
+    affine(600)
+    wire = net.link("c", "eth0")
+    before = net.counters(1)["delivered"]
+    for version in (4, 6):
+        base = "203.0.113.{}" if version == 4 else "2001:db8:3::{}"
+        for n in range(200, 220):
+            for flags in (frames.SYN, frames.ACK):
+                packet = frames.tcp(base.format(n), 999 + flags, EIP[version], PORT, flags)
+                wire.send(frames.frame(packet, GATE_MAC, ROUTER_MAC))
+                wire.send(frames.frame(packet, GATE_MAC, ROUTER_MAC))
+            packet = frames.udp(base.format(n), 999, EIP[version], 53)
+            wire.send(frames.frame(packet, GATE_MAC, ROUTER_MAC))
+            wire.send(frames.frame(packet, GATE_MAC, ROUTER_MAC))
+    wait_for("the flood to arrive", lambda: net.counters(1)["delivered"] - before >= 120)
+    for receiver in net.receivers:
+        receiver.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while receiver.recv(2048):
+                pass
+        receiver.settimeout(LIMIT_S)
+    assert pins(net, 1) == 0

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from ipaddress import ip_address, ip_network
 
 from lbctl.core.names import MARK_BASE
-from lbctl.core.nftrules import BUCKET_BASE
+from lbctl.core.nftfamily import BUCKET_BASE
 from lbctl.core.nodeview import SPARES
 from lbctl.core.packet import bucket
 
@@ -69,14 +69,18 @@ class FakeTable:
         odd: bool = False,
         about: bool = False,
         handed: bool = False,
+        answered: bool = False,
+        pinned: str = "",
     ) -> str:
         """Say what becomes of a packet that comes in by an uplink.
 
         protocol: "icmp" is an echo request. peer: another node sent it. known: conntrack has its
         flow here. odd: with IP options or extension headers. about: not this flow's packet, but an
-        ICMP error about one of its answers. handed: with few hops left, as after a hand-over.
-        Out: `node INDEX`, `pod ADDRESS:PORT`, `chance INDEX`, `ping`, `established`, or what counts
-        the drop: `refused`, `sources`, `odd` or `stray`.
+        ICMP error about one of its answers. handed: with few hops left, as after a hand-over
+        or a question; answered: with fewer, as after an answer. pinned: the pod that the client is
+        pinned to here. Out: `node INDEX`, `pod ADDRESS:PORT`, `chance INDEX`, `ask INDEX`, `answer
+        INDEX`, `ping`, `established`, or what counts the drop: `refused`, `sources`,
+        `odd` or `stray`.
         """
         prefix = f"{address} . {protocol} . {port}"
         if odd:
@@ -94,18 +98,49 @@ class FakeTable:
         key = _key(prefix, chain, client, source)
         if not peer and (mark := self._of(address, "steer").get(key)):
             return f"node {int(mark, 16) - MARK_BASE}"
+        stays = self._pinned(prefix, pinned)
+        asked = self._asked(prefix, client, source)
+        asks = prefix in self._of(address, "asks") and (syn or protocol == "udp") and not stays
+        few = handed or answered
+        if asks and asked and not (few or about):
+            return f"ask {asked}"
         if known or about:
             return "established" if known else "stray"
+        if asks and handed and (mark := self._of(address, "steer").get(key)):
+            return f"answer {int(mark, 16) - MARK_BASE}"
         past = _key(prefix, self._of(address, "past").get(prefix), client, source)
-        asked = protocol in ("tcp", "udp") and not (syn and protocol == "tcp")
-        if asked and handed and protocol == "tcp":
+        established = protocol == "tcp" and not syn
+        if established and few:
             return "stray"
-        if asked and not handed and (mark := self._of(address, "prev").get(past)):
+        mark = self._of(address, "prev").get(past)
+        if mark and not few and (established or protocol == "udp"):
             return f"chance {int(mark, 16) - MARK_BASE}"
-        pod = self._of(address, "deliver").get(key)
-        if syn or protocol != "tcp":
-            pod = pod or self._of(address, "spare").get(_key(prefix, chain, client, source, SPARES))
+        spare = _key(prefix, chain, client, source, SPARES) if syn or protocol != "tcp" else ""
+        return self._delivered(key, stays, spare)
+
+    def _delivered(self, key: str, number: str, spare: str) -> str:
+        """To the pod of a pin or a bucket of this node, or else to a spare one."""
+        deliver = self._of(key, "deliver")
+        number = number or self._of(key, "holders").get(key, "")
+        pod = deliver.get(f"{key.rpartition(' . ')[0]} . {number}" if number else key)
+        pod = pod or self._of(key, "spare").get(spare)
         return "pod " + pod.replace(" . ", ":") if pod else "stray"
+
+    def _asked(self, prefix: str, client: str, source: int) -> int:
+        """The node that is asked about a client without a pin; 0 for none."""
+        asks = self._of(prefix, "asks").get(prefix)
+        mark = self._of(prefix, "prev").get(_key(prefix, asks, client, source), "")
+        known = asks is not None and f"{prefix} . {mark}" in self._of(prefix, "holders")
+        return int(mark, 16) - MARK_BASE if known else 0
+
+    def _pinned(self, prefix: str, pod: str) -> str:
+        """The number of the pod that a pin of it leads to; "" if it takes no new flows."""
+        for key, value in self._of(prefix, "deliver").items() if pod else ():
+            if key.startswith(f"{prefix} . ") and value.replace(" . ", ":") == pod:
+                number = key.rpartition(" . ")[2]
+                if number in self._of(prefix, "holders").values():
+                    return number
+        return ""
 
     def _of(self, address: str, name: str) -> dict[str, str]:
         family = "ip6" if ":" in address else "ip"

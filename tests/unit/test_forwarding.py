@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from ipaddress import ip_address, ip_network
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from lbctl.core import nft, nodeview
 from lbctl.core.forwarding import Locator, Table
 from lbctl.core.model import Endpoint, Node, Protocol
+from lbctl.core.sticky import rounded, sticky
 from lbctl.errors import DataplaneError
 
 from .faketable import FakeTable
@@ -30,6 +32,7 @@ class Cluster:
         self.views: dict[str, nodeview.View] = {n: {} for n in INDEX}
         self.rules = {name: nft.Ruleset() for name in INDEX}
         self.generation = 0
+        self.pins: dict[tuple[str, str], str] = {}  # node and client → pod
 
     def apply(self, new: Table, only: tuple[str, ...] = tuple(INDEX)) -> None:
         self.generation += 1
@@ -50,26 +53,34 @@ class Cluster:
         home: str = "",
         protocol: str = "tcp",
     ) -> str:
-        """Follow a packet from the node where it enters; at most three nodes.
+        """Follow a packet from the node where it enters: two nodes and a hand-over, or a question.
 
         home: the node whose conntrack knows the flow.
         """
-        where, peer, handed = entry, False, False
-        for _ in range(3):
+        where, kind = entry, ""
+        for _ in range(4):
             out = self.fakes[where].where(
                 str(EIP),
                 80,
                 *client,
-                peer=peer,
+                peer=bool(kind),
                 syn=syn,
                 known=where == home,
                 protocol=protocol,
-                handed=handed,
+                handed=kind in ("chance", "ask"),
+                answered=kind == "answer",
+                pinned=self.pins.get((where, client[0]), ""),
             )
-            if not out.startswith(("node ", "chance ")):
+            kind, what = out.split(" ") if " " in out else (out, "")
+            if kind not in ("node", "chance", "ask", "answer"):
                 return f"{out} @{where}"
-            where, peer, handed = f"n{out.split()[1]}", True, out.startswith("chance ")
+            where = f"n{what}"
         return "circle"
+
+    def pin(self, client: tuple[str, int], home: str) -> None:
+        """The client's connection was answered by the pod that it landed at."""
+        pod_, where = home.removeprefix("pod ").split(" @")
+        self.pins[where, client[0]] = pod_
 
     def settle(self) -> None:
         """Let the time pass after which datagrams follow their buckets."""
@@ -243,21 +254,99 @@ def test_affinity_takes_the_clients_address_alone() -> None:
     assert len({cluster.lands("n1", client) for client in CLIENTS}) == 1
 
 
+PORT = f"{EIP} . tcp . 80"
+SPREAD = [pod(n, p) for p in range(2, 7) for n in (1, 2, 3)]
+FAR = [(f"203.0.{112 + k // 250}.{k % 250}", 20000 + 7 * k) for k in range(400)]
+
+
+@pytest.mark.parametrize("protocol", ["tcp", "udp"])
 @pytest.mark.parametrize(("count", "most"), [(3, 0.32), (6, 0.22), (12, 0.2)])
-def test_affinity_moves_the_new_endpoint_s_share_of_the_clients(count: int, most: float) -> None:
-    """New connections of a client: the same pod by every node; shares as in docs/forwarding.md."""
-    pods = [pod(n, p) for p in range(2, 7) for n in (1, 2, 3)]
-    clients = [(f"203.0.{112 + k // 250}.{k % 250}", 20000 + 7 * k) for k in range(500)]
+def test_known_clients_stay_and_new_ones_spread(protocol: str, count: int, most: float) -> None:
+    """With session affinity, by every node; new ones at once, as docs/forwarding.md has it."""
+    of = service(affinity=True, protocols=(Protocol(protocol.upper()),))
     cluster = Cluster()
-    homes = []
-    for some in (pods[:count], pods[: count + 1]):
-        cluster.apply(table(*some, of=service(affinity=True)))
-        homes.append([cluster.lands("n1", client) for client in clients])
-        for entry in ("n2", "n3"):  # the switch hashes anew, the client takes another port
-            again = [cluster.lands(entry, (address, 1 + port)) for address, port in clients]
-            assert again == homes[-1]
-    moved = sum(was != now for was, now in zip(*homes, strict=True)) / len(clients)
-    assert 0.5 / count < moved <= most
+    cluster.apply(table(*SPREAD[:count], of=of))
+    homes = {c: cluster.lands("n1", c, protocol=protocol) for c in FAR}
+    known = FAR[::2]
+    for client in known:
+        cluster.pin(client, homes[client])
+    cluster.apply(table(*SPREAD[: count + 1], of=of))
+    cluster.settle()
+    moved = 0
+    for address, port in FAR:
+        # The switch hashes anew, and the client takes another port.
+        outs = {cluster.lands(entry, (address, port + 1), protocol=protocol) for entry in INDEX}
+        assert len(outs) == 1
+        if (address, port) in known:
+            assert outs == {homes[address, port]}
+        moved += outs != {homes[address, port]}
+    assert 0.5 / count < 2 * moved / len(FAR) <= most
+
+
+def test_a_client_whose_pod_takes_no_new_flows_gets_another_one() -> None:
+    of = service(affinity=True)
+    cluster = Cluster()
+    cluster.apply(table(*SPREAD[:3], of=of))
+    homes = {c: cluster.lands("n1", c) for c in FAR}
+    for client, home in homes.items():
+        cluster.pin(client, home)
+    cluster.apply(table(*SPREAD[:4], of=of))
+    cluster.apply(table(pod(1, 2, ""), *SPREAD[1:4], of=of))
+    n2 = frozenset({"n2"})
+    for (address, _), home in homes.items():
+        out = cluster.lands("n3", (address, 7))
+        assert out == home or (home.endswith("@n1") and out.startswith("pod "))
+        assert not out.startswith(f"pod {SPREAD[0].address}:")
+    cluster.apply(table(pod(1, 2, ""), *SPREAD[1:4], of=of, down=n2, fallen=n2), ("n1", "n3"))
+    assert not any(cluster.lands("n3", (a, 7)).endswith("@n2") for a, _ in FAR)
+
+
+def test_a_bucket_that_moves_twice_loses_the_first_clients_alone() -> None:
+    """A bucket remembers one former owner: the share is in docs/forwarding.md."""
+    of = service(affinity=True)
+    cluster = Cluster()
+    cluster.apply(table(*SPREAD[:3], of=of))
+    homes = {c: cluster.lands("n1", c) for c in FAR}
+    for client, home in homes.items():
+        cluster.pin(client, home)
+    lost = []
+    for count in range(4, 7):
+        cluster.apply(table(*SPREAD[:count], of=of))
+        lost.append(sum(cluster.lands("n2", c) != homes[c] for c in FAR) / len(FAR))
+    assert lost[0] == 0.0 < lost[-1] < 0.15
+
+
+def test_affinity_is_switched_on_off_and_to_another_time() -> None:
+    """Each state is reached from each, and the fake refuses to delete what is not there."""
+    cluster = Cluster()
+    for seconds in (None, 10, 3600, None, 60, 60):
+        of = replace(service(), affinity_s=seconds)
+        cluster.apply(table(*PODS[:3], of=of))
+        assert len({cluster.lands("n1", client) for client in CLIENTS}) == (1 if seconds else 3)
+        (times,) = {fake.maps.get("ip pin", {}).get(PORT) for fake in cluster.fakes.values()}
+        assert times == (f"jump pin{seconds}" if seconds else None)
+        cluster.apply(table(*PODS, of=of))
+
+
+def test_nodes_with_other_tables_ask_once() -> None:
+    of = service(affinity=True)
+    cluster = Cluster()
+    cluster.apply(table(*PODS[:3], of=of))
+    cluster.apply(table(*PODS, of=of), only=("n1", "n2"))
+    cluster.apply(table(*PODS[2:], of=of), only=("n2", "n3"))
+    for client in FAR:
+        for entry in INDEX:
+            assert cluster.lands(entry, client).startswith("pod ")
+
+
+def test_numbers_of_pods() -> None:
+    """Stable, each its own; and timeouts round up."""
+    pods = [(ip_address(f"10.244.{n // 200}.{n % 200}"), 8080) for n in range(400)]
+    every = sticky(10, pods, ())
+    assert len(set(every.numbers.values())) == 400
+    few = sticky(10, pods[7:9], (5, 1, 5))
+    assert few.numbers.items() <= every.numbers.items() and few.nodes == (1, 5)
+    assert [rounded(s) for s in (1, 3, 10800, 10801, 86400)] == [1, 5, 10800, 14400, 86400]
 
 
 def test_sctp_is_carried() -> None:

@@ -13,7 +13,7 @@ from lbctl.core.elements import WHOLE, Delta
 from lbctl.core.model import Protocol
 from lbctl.core.names import MARK_BASE
 from lbctl.core.nfbatch import Batch
-from lbctl.core.nftrules import BUCKET_BASE
+from lbctl.core.nftfamily import BUCKET_BASE
 from lbctl.core.nodeview import PortElements
 
 EIP = ip_address("198.51.100.1")
@@ -25,7 +25,7 @@ SIX = ip_address("2001:db8:100::1")
 def port(now: bytes, past: bytes = b"", closed: bool = False) -> PortElements:
     """Target 1 is the node 1, target 2 the pod, target 3 the node 2."""
     return PortElements(
-        EIP, Protocol.TCP, 80, False, closed, (None, 1, POD, 2), now, past or bytes(len(now))
+        EIP, Protocol.TCP, 80, None, closed, (None, 1, POD, 2), now, past or bytes(len(now))
     )
 
 
