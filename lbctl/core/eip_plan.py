@@ -2,13 +2,14 @@
 
 Rules: the allocator itself decides (`core.forecast`), on the cluster's state with these Services in
 it as they would be after `kubectl apply`: what a manifest does not say stays as it is in the
-cluster, or is what the API server fills in; new ones come after all that exist, in the order of the
-files. Only what a Service has already and what is reserved for it is sure; any other address may
-go to a Service that is created in between.
+cluster, but for what an earlier apply set, which goes; or it is what the API server fills in. New
+ones come after all that exist, in the order of the files. Only what a Service has already and what
+is reserved for it is sure; any other address may go to a Service that is created in between.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -21,6 +22,7 @@ from lbctl.core.model import Address, Eip, Node, ObjectRef, Phase, Service
 from lbctl.core.reasons import SENTENCE, Reason
 
 POD_LABEL: Final = "statefulset.kubernetes.io/pod-name"
+LAST_APPLIED: Final = "kubectl.kubernetes.io/last-applied-configuration"
 _KUBERNETES: Final = ObjectRef("default", "kubernetes")  # has the cluster's first family
 SINGLE: Final = "SingleStack"  # ipFamilyPolicy
 PREFER: Final = "PreferDualStack"
@@ -163,6 +165,8 @@ def as_applied(
     if live is None:
         both = wanted.policy == REQUIRE or (not wanted.policy and len(wanted.families) == 2)
         return replace(made, created_s=created_s, families=families, needs_both=both)
+    meta, spec = _last_applied(live)
+    requested = None if "loadBalancerIP" in spec else live.requested
     return replace(
         made,
         uid=live.uid,
@@ -172,18 +176,33 @@ def as_applied(
         ingress=live.ingress,
         cluster_ips=live.cluster_ips,
         load_balancer_class=made.load_balancer_class or live.load_balancer_class,
-        requested=made.requested or live.requested,
-        annotations=_over(live.annotations, made.annotations),
-        labels=_over(live.labels, made.labels),
+        requested=made.requested or requested,
+        annotations=_over(live.annotations, meta.get("annotations"), made.annotations),
+        labels=_over(live.labels, meta.get("labels"), made.labels),
         families=families,
         needs_both=wanted.policy == REQUIRE if wanted.policy else live.needs_both,
     )
 
 
+def _last_applied(live: Service) -> tuple[Mapping[str, object], Mapping[str, object]]:
+    """metadata and spec as the last client-side `kubectl apply` set them, empty without one."""
+    try:
+        found = json.loads(dict(live.annotations).get(LAST_APPLIED, "{}"))
+    except (ValueError, RecursionError):
+        return {}, {}
+    meta, spec = (
+        found.get(key) if isinstance(found, dict) else None for key in ("metadata", "spec")
+    )
+    return meta if isinstance(meta, dict) else {}, spec if isinstance(spec, dict) else {}
+
+
 def _over(
-    before: tuple[tuple[str, str], ...], now: tuple[tuple[str, str], ...]
+    before: tuple[tuple[str, str], ...], applied: object, now: tuple[tuple[str, str], ...]
 ) -> tuple[tuple[str, str], ...]:
-    return tuple(sorted({**dict(before), **dict(now)}.items()))
+    """What is there, without what the last apply set, with what this one sets."""
+    set_then = applied if isinstance(applied, dict) else {}
+    stays = {key: value for key, value in before if key not in set_then}
+    return tuple(sorted({**stays, **dict(now)}.items()))
 
 
 def _families(wanted: Wanted, live: Service | None, offers: tuple[int, ...]) -> tuple[int, ...]:

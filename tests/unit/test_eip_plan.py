@@ -15,7 +15,7 @@ from lbctl.cli import eip as command
 from lbctl.cli.eip import PlanOutput
 from lbctl.cli.site import Site
 from lbctl.core.config import parse
-from lbctl.core.eip_plan import Certainty, Prospect, plan
+from lbctl.core.eip_plan import LAST_APPLIED, Certainty, Prospect, plan
 from lbctl.core.model import Eip, Node, ObjectRef, Service
 from lbctl.core.reasons import Reason
 from lbctl.errors import ConfigError
@@ -92,6 +92,21 @@ def test_what_the_manifest_does_not_say_stays_as_it_is() -> None:
     asked = '"lbctl.io/loadBalancerIPs": 198.51.100.8'
     (one,) = planned(manifest("web", annotations=asked), live)
     assert given(one) == [("198.51.100.8", Certainty.FORECAST)]
+
+
+def test_what_an_earlier_apply_set_and_the_manifest_has_no_more_goes() -> None:
+    was = {"lbctl.io/loadBalancerIPs": "198.51.100.7", "lbctl.io/allow-shared-ip": "by-hand"}
+    for applied, address in (
+        ({"metadata": {"annotations": {"lbctl.io/loadBalancerIPs": ""}}}, "198.51.100.0"),
+        ({"metadata": {"annotations": {"other": ""}}, "spec": []}, "198.51.100.7"),
+        ([], "198.51.100.7"),
+    ):
+        live = service("web", 1.0, annotations={**was, LAST_APPLIED: json.dumps(applied)})
+        (one,) = planned(manifest("web"), live)
+        assert given(one) == [(address, Certainty.FORECAST)]
+    by_field = json.dumps({"spec": {"loadBalancerIP": "198.51.100.7"}})
+    live = service("web", 1.0, requested="198.51.100.7", annotations={LAST_APPLIED: by_field})
+    assert given(planned(manifest("web"), live)[0]) == [("198.51.100.0", Certainty.FORECAST)]
 
 
 def test_a_refusal_has_its_reason() -> None:
