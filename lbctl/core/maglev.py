@@ -30,7 +30,10 @@ _COARSE: Final = 256  # the size whose permutations those of bigger ones follow
 
 def row(numbers: Sequence[int]) -> Row:
     """Return the numbers as a row: bytes if each fits into one, so that equal rows are equal."""
-    return bytes(numbers) if max(numbers, default=0) < 256 else tuple(numbers)
+    try:
+        return bytes(numbers)
+    except ValueError:
+        return tuple(numbers)
 
 
 def translated(numbers: Row, names: Sequence[int]) -> Row:

@@ -146,7 +146,7 @@ class _Writer:
                 known = self._open[place] = bytearray()
             part = buckets[start : start + (_LIMIT - len(known)) // each]
             if part:
-                known += head + separator.join(map(_PLACES.__getitem__, part)) + data
+                known += head + separator.join([_PLACES[bucket] for bucket in part]) + data
                 start += len(part)
             else:
                 self._close(place)

@@ -181,13 +181,12 @@ def _before(table: PortTable, old: PortView) -> tuple[tuple[Holder, ...], Row]:
     nows = _stretched(table.owners, past)
     weres = _stretched(old.table.owners, past)
     olders = _stretched(old.before, past)
-    found = []
-    for now, was, older in zip(nows, weres, olders, strict=True):
-        if same[was] != now:
-            found.append(was_place[was])
-        else:
-            number = older_place[older]
-            found.append(number if number != now_place[now] else NOTHING)
+    found = [
+        was_place[was]
+        if same[was] != now
+        else (NOTHING if older_place[older] == now_place[now] else older_place[older])
+        for now, was, older in zip(nows, weres, olders, strict=True)
+    ]
     return _tidied(former, _coarsest(found, size))
 
 
@@ -211,6 +210,8 @@ def _tidied(former: list[Holder], before: list[int]) -> tuple[tuple[Holder, ...]
     used = sorted(set(before) - {NOTHING})
     if not used:
         return (), _nothing(len(before))
+    if len(used) == len(former):
+        return tuple(former), maglev.row(before)
     number = {old: new for new, old in enumerate((NOTHING, *used))}
     return tuple(former[n - 1] for n in used), maglev.row([number[n] for n in before])
 
@@ -227,7 +228,10 @@ def elements(address: Address, view: PortView, me: str, index: Mapping[str, int]
     # Without an endpoint (a strict port of other nodes) there is a chain, but no entry: dropped.
     now = maglev.translated(table.owners, own) if own else _nothing(maglev.SIZES[0])
     past = view.before or now
-    if was:
+    pods = [place[aim] for aim in aims[: len(table.endpoints)] if isinstance(aim, tuple)]
+    if not pods:
+        past = _nothing(len(past))  # no bucket is ours
+    elif was:
         here = _stretched(now, len(past))
         there = maglev.translated(past, [NOTHING, *was])
         ours = [isinstance(target, tuple) for target in targets]
@@ -238,7 +242,6 @@ def elements(address: Address, view: PortView, me: str, index: Mapping[str, int]
                 for new, old in zip(here, there, strict=True)
             ]
         )
-    pods = [place[aim] for aim in aims[: len(table.endpoints)] if isinstance(aim, tuple)]
     spare = b"" if table.closed else maglev.row((pods * SPARES)[:SPARES])
     pinned = _sticky(table, aims[: len(table.endpoints)])
     head = (address, table.protocol, table.port, pinned, table.closed)

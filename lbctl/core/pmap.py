@@ -65,9 +65,10 @@ class PMap(Mapping[K, V]):
             if key not in put and key in self:
                 size -= own(hash(key) % _LEAVES).pop(key, _MISSING) is not _MISSING
         for key, value in put.items():
-            known = self._leaf(key).get(key, _MISSING)
+            number = hash(key) % _LEAVES
+            known = self._branches[number // _WIDTH][number % _WIDTH].get(key, _MISSING)
             if known is not value:
-                own(hash(key) % _LEAVES)[key] = value
+                own(number)[key] = value
                 size += known is _MISSING
         return (self._grown(leaves), size) if leaves else (self._branches, size)
 
