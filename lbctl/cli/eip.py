@@ -10,11 +10,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from lbctl.cli.config import configuration, read_texts
+from lbctl.cli.live import open_client
 from lbctl.cli.output import (
     WRONG,
     Kubeconfig,
@@ -24,13 +26,13 @@ from lbctl.cli.output import (
     print_json,
     print_table,
 )
-from lbctl.cli.site import Site, look
+from lbctl.cli.site import Site, answered, read_site
 from lbctl.core import eip_plan
 from lbctl.core.config import Config, parse
 from lbctl.core.config_values import is_label
-from lbctl.core.eip_plan import Certainty, Prospect
+from lbctl.core.eip_plan import Certainty, Prospect, Wanted
 from lbctl.errors import ConfigError
-from lbctl.kube.wanted import Labels, Planned, read
+from lbctl.kube.wanted import Labels, Planned, filled_in, read
 
 HOSTS = "hosts"  # the key with all of them, in the format of hosts(5)
 
@@ -81,7 +83,19 @@ def plan(
             cannot(f"{option} {value} is not a name: a-z, 0-9 and -, at most 63")
     found = _wanted(files, namespace)
     given = configuration(config) if config is not None else None
-    report(look(kubeconfig), found, given, name, output)
+    site, (asked, told) = answered(_ask(kubeconfig, found))
+    for sentence in told:
+        typer.echo(clean(sentence), err=True)
+    report(site, (asked, found[1]), given, name, output)
+
+
+async def _ask(
+    kubeconfig: Path | None, planned: Planned
+) -> tuple[Site, tuple[tuple[Wanted, ...], tuple[str, ...]]]:
+    async with await open_client(kubeconfig) as client:
+        site = await read_site(client)
+        known = {service.ref for service in site.services}
+        return site, await filled_in(client, planned[0], known)
 
 
 def report(

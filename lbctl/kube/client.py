@@ -204,6 +204,10 @@ class Client:
         """POST to a collection; the object as stored. `Conflict`: the name exists."""
         return _decode(await self._request("POST", path, body))
 
+    async def would_create(self, path: str, body: Mapping[str, Any]) -> Any:
+        """As `create`, but nothing is stored (dryRun): the object as it would be."""
+        return _decode(await self._request("POST", path, body, params={"dryRun": "All"}))
+
     async def replace(self, path: str, body: Mapping[str, Any]) -> Any:
         """PUT; with metadata.resourceVersion in it, `Conflict` if it has changed since."""
         return _decode(await self._request("PUT", path, body))

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import replace
 from typing import Final, TypeAlias, TypeVar
 
 from lbctl.core.config_values import parse_label, show
@@ -18,6 +19,7 @@ from lbctl.core.model import ObjectRef
 from lbctl.core.positions import Loc
 from lbctl.errors import ConfigError, KubeError
 from lbctl.kube import objects
+from lbctl.kube.client import SERVICES, Client
 
 T = TypeVar("T")
 Labels: TypeAlias = dict[str, dict[str, str]]
@@ -49,6 +51,41 @@ def read(files: Iterable[tuple[str, str]], namespace: str) -> Planned:
     if problems:
         raise ConfigError(tuple(problems))
     return tuple(wanted.values()), labels
+
+
+async def filled_in(
+    client: Client, wanted: Iterable[Wanted], known: Collection[ObjectRef]
+) -> tuple[tuple[Wanted, ...], tuple[str, ...]]:
+    """New Services with the families that the API server would fill in: it is asked by a create
+    that stores nothing. known: Services that exist, whose families are there.
+
+    Also a sentence for each that could not be asked for (no such namespace, no right to create):
+    it is as it was, for `core.eip_plan` to fill in by its own rule. Never raises KubeError.
+    """
+    found: list[Wanted] = []
+    told: list[str] = []
+    for one in wanted:
+        ref = one.service.ref
+        if ref not in known:
+            try:
+                one = await _asked(client, one)
+            except KubeError as error:
+                told.append(f"Service {ref}: IP families by rule, not by the API server: {error}")
+        found.append(one)
+    return tuple(found), tuple(told)
+
+
+async def _asked(client: Client, one: Wanted) -> Wanted:
+    ref = one.service.ref
+    spec: dict[str, object] = {"type": "LoadBalancer", "ports": [{"port": 80}]}
+    if one.families:
+        spec["ipFamilies"] = [f"IPv{family}" for family in one.families]
+    if one.policy:
+        spec["ipFamilyPolicy"] = one.policy
+    body = {"apiVersion": "v1", "kind": "Service", "metadata": {"name": ref.name}, "spec": spec}
+    made = await client.would_create(SERVICES.path(ref.namespace), body)
+    families = tuple(int(family[-1]) for family in made["spec"]["ipFamilies"])
+    return replace(one, families=families, policy=made["spec"]["ipFamilyPolicy"])
 
 
 def _take(found: Manifest, namespace: str, wanted: dict[ObjectRef, Wanted], labels: Labels) -> None:

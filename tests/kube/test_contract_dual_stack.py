@@ -6,7 +6,10 @@ from ipaddress import ip_address, ip_network
 
 import pytest
 
+from lbctl.kube.wanted import filled_in, read
+from lbctl.lab.cluster.handle import Cluster
 from tests.kube.kube_tools import Kubectl, Kubelet, Obj, Raw, service, until, workload
+from tests.kube.manager_parts import connect
 
 MERGE = "application/merge-patch+json"
 RANGES = {"IPv4": ip_network("10.96.0.0/16"), "IPv6": ip_network("fd00:10:96::/112")}
@@ -61,6 +64,27 @@ def test_what_is_filled_in(
     found = make(raw, space, **spec)
     assert families(found) == expected
     assert found["ipFamilyPolicy"] == policy
+
+
+async def test_a_plan_asks_what_would_be_filled_in(cluster: Cluster, raw: Raw, space: str) -> None:
+    """`lbctl eip plan`: nothing is stored, and what cannot be asked for stays open."""
+    text = "---\n".join(
+        f"apiVersion: v1\nkind: Service\nmetadata: {{name: {name}, namespace: {where}}}\n"
+        f"spec: {{type: LoadBalancer, ports: [{{port: 80}}]{spec}}}\n"
+        for name, where, spec in (
+            ("plain", space, ""),
+            ("both", space, ", ipFamilyPolicy: PreferDualStack, ipFamilies: [IPv6]"),
+            ("known", space, ""),
+            ("lost", "no-such-namespace", ""),
+        )
+    )
+    wanted, _ = read([("f.yaml", text)], "default")
+    async with connect(cluster) as client:
+        found, told = await filled_in(client, wanted, {wanted[2].service.ref})
+    assert [one.families for one in found] == [(4,), (6, 4), (), ()]
+    assert [one.policy for one in found] == ["SingleStack", "PreferDualStack", "", ""]
+    assert len(told) == 1 and "no-such-namespace/lost: IP families by rule" in told[0]
+    assert raw("GET", services(space)).ok()["items"] == []
 
 
 def test_families_follow_the_addresses_that_are_asked_for(raw: Raw, space: str) -> None:
