@@ -5,8 +5,8 @@ SHELL := /bin/bash
 export PATH := $(PATH):/usr/local/sbin:/usr/sbin:/sbin
 BIN := .venv/bin
 SOURCES := lbctl manager agent tests
-# What CI drills, each with its sabotage: forwarding, a node's death, a switch, a rolling update.
-DRILLS := agents-die node-dies switch-restarts pods-roll
+# What CI drills, each with its sabotage: forwarding, the death of a node and of a manager, a switch.
+DRILLS := agents-die node-dies manager-host-dies switch-restarts
 DRILL_LAB := --lab ci-drills
 .PHONY: help tools demo test check unit kube lab drills bench format clean
 
