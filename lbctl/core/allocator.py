@@ -90,6 +90,7 @@ class Allocator:
         self._chooser = Chooser(self._held)
         self._waiting = Waiting()
         self._dirty: list[Record] = []
+        self._later: list[Record] = []  # dirty too, but not before the next plan
         self._refused: set[ObjectRef] = set()
         self._rule = _rule_of(config)
 
@@ -130,6 +131,7 @@ class Allocator:
                 if eip.sharing_key:  # its ports count for the others
                     self._mark_all(eip.members)
                     self._mark_all(self._held.wishes.get(eip.address, ()))
+                    self._mark_all(self._held.seekers.pop(eip.sharing_key, ()))
 
     def remove_service(self, ref: ObjectRef) -> None:
         """A Service is gone."""
@@ -153,6 +155,7 @@ class Allocator:
         before = self._held.put(eip)
         if before != eip:
             self._mark_all(eip.members)
+            self._mark_all(self._held.seekers.pop(eip.sharing_key, ()))
         if before is not None and before.members != eip.members:
             self._mark_all(before.members)
 
@@ -196,7 +199,7 @@ class Allocator:
     @property
     def pending(self) -> bool:
         """Whether `plan()` may have something to say."""
-        return bool(self._dirty)
+        return bool(self._dirty or self._later)
 
     def decision(self, ref: ObjectRef) -> Decision | None:
         """What was last decided about a Service."""
@@ -225,6 +228,7 @@ class Allocator:
     def plan(self) -> tuple[Action, ...]:
         """What has to be done about everything that changed since the last call."""
         actions: list[Action] = []
+        self._dirty, self._later = self._dirty + self._later, []
         while True:
             self._wake()
             if not self._dirty:
@@ -241,8 +245,25 @@ class Allocator:
             for record in sorted(gone, key=lambda r: r.ref):
                 actions += self._take_back(record, None, Reason.RELEASED)
             here.sort(key=itemgetter(0))
+            claiming = [
+                (k[1:], r) for k, r in here if not r.eips and r.service and r.service.ingress
+            ]
+            for _, record in sorted(claiming, key=itemgetter(0)):
+                self._claim(record, actions)
             for _, record in here:
-                self._look(record, actions)
+                if not record.dirty:
+                    self._look(record, actions)
+
+    def _claim(self, record: Record, todo: list[Action]) -> None:
+        """What a status shows without an EIP comes first; the rest of it in the next plan."""
+        service = record.service
+        if service is None or not_ours(service, self._rule) is not None:
+            return
+        claimed = [pick for pick in self._chooser.picks(record, service, True) if pick.eip]
+        if claimed:
+            record.dirty = True
+            self._later.append(record)
+            self._carry(record, service, claimed, todo)
 
     def _look(self, record: Record, todo: list[Action]) -> None:
         service = record.service
@@ -264,14 +285,9 @@ class Allocator:
         )
 
     def _key(self, service: Service) -> Key:
-        """Order of a batch. An address in the status is a claim too: a restored cluster's."""
-        ref = service.ref
-        if self._supply.adopting:
-            named = bool(service.ingress)
-        elif service.ingress and any(map(self._supply.pool_of, service.ingress)):
-            named = True
-        else:
-            named = bool(asked(service).addresses)
+        """Order of a batch: first those that name an address or have one reserved."""
+        ref, kept = service.ref, self._supply.reserved_for
+        named = asked(service).addresses or kept(ref, 4) or kept(ref, 6)
         return not named, service.created_s, ref.namespace, ref.name
 
     def _wake(self) -> None:
@@ -326,25 +342,25 @@ class Allocator:
         if self._held.busy(eip.address, ref):
             self._held.wishes.setdefault(eip.address, set()).add(ref)
             return []
-        self._held.expect(record, eip.address)
-        return [LeaveEip(ref, eip, without(eip, ref), Reason.RELEASING, service)]
+        left = without(eip, ref)
+        self._held.expect(record, left)
+        return [LeaveEip(ref, eip, left, Reason.RELEASING, service)]
 
     def _serve(self, record: Record, service: Service, todo: list[Action]) -> None:
         """Everything for one Service that is ours, in an order that is safe to stop in."""
+        self._carry(record, service, self._chooser.picks(record, service), todo)
+
+    def _carry(
+        self, record: Record, service: Service, picks: list[Pick], todo: list[Action]
+    ) -> None:
         if record.refused:
             self._settle(record)
-        wanted = asked(service)
-        picks: list[Pick] = []
         pools: list[str] = []
         addresses: tuple[Address, ...] = ()
         first: Pick | None = None
-        for family in service.families:
-            pick = self._chooser.pick(record, service, wanted, family)
-            busy = pick.busy if pick.seen is None else self._busy(service, pick.eip, pick.seen)
-            if busy is not None:  # another Service is about to write this EIP: that comes first
-                self._held.wishes.setdefault(busy, set()).add(record.ref)
+        for pick in picks:
+            if self._busy(service, pick):
                 return
-            picks.append(pick)
             if pick.eip is not None:
                 first = first or pick
                 addresses += (pick.eip.address,)
@@ -362,10 +378,17 @@ class Allocator:
                 todo += self._give_up(record, eip, service)
         self._decide(record, service, picks, addresses, todo)
 
-    def _busy(self, service: Service, eip: Eip | None, seen: Eip) -> Address | None:
-        """The address of an EIP that somebody else is about to write, unless nothing is to do."""
-        settled = eip == seen and seen.address in service.ingress
-        return None if settled or not self._held.busy(seen.address, service.ref) else seen.address
+    def _busy(self, service: Service, pick: Pick) -> bool:
+        """Whether another Service is about to write the EIP: that comes first."""
+        eip, seen = pick.eip, pick.seen
+        if eip is None or seen is None or (eip == seen and seen.address in service.ingress):
+            return False
+        if pick.busy:
+            self._supply.expect(eip)
+        elif not self._held.busy(seen.address, service.ref):
+            return False
+        self._held.wishes.setdefault(seen.address, set()).add(service.ref)
+        return True
 
     def _bind(
         self, record: Record, service: Service, eip: Eip, pick: Pick, todo: list[Action]
@@ -377,7 +400,7 @@ class Allocator:
                 todo.append(CreateEip(service.ref, eip, pick.reason))
         elif eip.address not in record.new and (eip != seen or eip.address not in service.ingress):
             # one that is not shown yet is bound anew first: see `core.actions`
-            self._held.expect(record, eip.address)
+            self._held.expect(record, eip)
             todo.append(RebindEip(service.ref, seen, eip, pick.reason))
 
     def _status(
@@ -451,6 +474,8 @@ class Allocator:
         """It is looked at again as soon as it may get what it has not, told of it or not."""
         record.refused = True
         self._refused.add(record.ref)
+        if key := asked(service).sharing:
+            self._held.seekers.setdefault(key, set()).add(record.ref)
         lines = [line for pick in missing for line in pick.lines]
         self._waiting.enter(record.ref, self._key(service), lines)
         for pick in missing:

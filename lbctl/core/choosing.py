@@ -1,8 +1,8 @@
 """Which address a Service gets in one family: the rules of docs/addresses.md, in their order.
 
-An address asked for (or reserved for the Service), else the one that it has, else the one that it
-is giving back, else the one that its status shows, else one that it can share, else a free one.
-What is given stays until it is asked away, and then until the new one can be had.
+What it has stays, and what its status shows counts as had, until it is asked away, and then until
+the new one can be had. That is the address asked for (or reserved for the Service), else the one
+that it is giving back, else one that it can share, else a free one.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import replace
 from msgspec import Struct
 
 from lbctl.core import sharing, tenancy
-from lbctl.core.annotations import Asked, value_of
+from lbctl.core.annotations import Asked, asked, value_of
 from lbctl.core.config_pools import Pool
 from lbctl.core.holdings import Holdings, Record
 from lbctl.core.model import Address, Eip, ObjectRef, Phase, Service, Sharer
@@ -24,7 +24,7 @@ class Pick(Struct, frozen=True, gc=False):
     """The answer for one family: an EIP (`seen` if it exists already), or why there is none.
 
     refusal: why it is not what the Service asks for. lines, wish: what may change that. busy:
-    another Service's write to this address has to come first.
+    another Service's write to this address has to come first, `eip` is then what follows it.
     """
 
     eip: Eip | None
@@ -43,11 +43,29 @@ class Chooser:
         self._held = holdings
         self._supply = holdings.supply
 
+    def picks(self, record: Record, service: Service, claims: bool = False) -> list[Pick]:
+        """For each family its address. What the first one gets counts for the quota of the other.
+        claims: only what the status shows."""
+        wanted, choose = asked(service), self.claim if claims else self.pick
+        found: list[Pick] = []
+        for family in service.families:
+            first = found[0].eip if found else None
+            if first is not None:
+                self._supply.lend(first, 1)
+            found.append(choose(record, service, wanted, family))
+            if first is not None:
+                self._supply.lend(first, -1)
+        return found
+
     def pick(self, record: Record, service: Service, asked: Asked, family: int) -> Pick:
         """The address of one family."""
         if self._supply.adopting and (adopted := self._adopt(record, service, asked, family)):
             return adopted
         have = self._have(record, service, family) if record.eips else None
+        if have is None and service.ingress:
+            claimed = self.claim(record, service, asked, family)
+            if claimed.eip is not None:
+                return claimed
         if asked.problem is not None:
             return self._refuse(service, None, have, *asked.problem)
         if asked.addresses and (said := _no_family(service, asked)):
@@ -57,15 +75,12 @@ class Chooser:
             wish, why = self._supply.reserved_for(service.ref, family), "is reserved for it"
         if wish is not None and (have is None or have.address != wish):
             return self._wish(record, service, asked, wish, why, have)
-        if have is not None:
+        if have is not None and not self._elsewhere(asked, have):
             return self._keep(service, asked, have)
-        if record.eips or service.ingress:
-            found = self._restore(record, service, asked, family)
-            if found is not None:
-                return found
-        if asked.sharing and (joined := self._shared(service, asked, family)):
-            return joined
-        return self._any(service, asked, family, None)
+        for eip in record.eips:
+            if eip.address.version == family and self._returns(service, eip.address, asked):
+                return self._rebound(service, asked, eip)
+        return self._new_one(service, asked, family, have)
 
     def _adopt(self, record: Record, service: Service, asked: Asked, family: int) -> Pick | None:
         """`takeover: adopt`: what the status shows stays, whatever the rules of giving say.
@@ -124,27 +139,16 @@ class Chooser:
             return False
         return config.lets_go(eip.pool)
 
-    def _shared(self, service: Service, asked: Asked, family: int) -> Pick | None:
-        """The first address of its sharing key that it can join."""
-        for eip in self._held.shared(asked.sharing):
-            if eip.address.version == family and self._matches(asked, eip):
-                joined = self._join(service, asked, eip)
-                if isinstance(joined, Pick):
-                    return joined
-        return None
-
-    def _matches(self, asked: Asked, eip: Eip) -> bool:
+    def _elsewhere(self, asked: Asked, eip: Eip) -> bool:
+        """Whether another pool is asked for."""
         pool = self._supply.pool_of(eip.address)
-        return pool is not None and asked.pool in ("", pool.name)
+        return pool is not None and asked.pool not in ("", pool.name)
 
     def _keep(self, service: Service, asked: Asked, have: Eip) -> Pick:
         pool = self._supply.pool_of(have.address)
-        if self._supply.config is not None:
-            if pool is None:
-                said = f"it has {have.address}, which is in none of the accepted pools"
-                return self._refuse(service, asked, have, Reason.ADDRESS_OUTSIDE_POOLS, said)
-            if asked.pool and asked.pool != pool.name:
-                return self._any(service, asked, have.address.version, have)
+        if self._supply.config is not None and pool is None:
+            said = f"it has {have.address}, which is in none of the accepted pools"
+            return self._refuse(service, asked, have, Reason.ADDRESS_OUTSIDE_POOLS, said)
         kept = self._own(service, have, asked)
         if have.sharers:
             said = sharing.clash(self._before(service, have), service)
@@ -173,43 +177,36 @@ class Chooser:
             eip = replace(eip, sharing_key=asked.sharing)
         return eip
 
-    def _restore(self, record: Record, service: Service, asked: Asked, family: int) -> Pick | None:
-        """What it had a moment ago, or what its status shows: as far as it may still have it."""
-        own = [eip for eip in record.eips if eip.address.version == family]
-        for eip in sorted(own, key=lambda e: (e.address not in service.ingress, int(e.address))):
-            pool = self._supply.pool_of(eip.address)
-            if pool is None or asked.pool not in ("", pool.name):
-                continue
-            if self._may_return(service, pool, eip.address):
-                return self._rebound(service, asked, eip)
+    def claim(self, record: Record, service: Service, asked: Asked, family: int) -> Pick:
+        """A status is believed as far as the rules allow: then nobody moves in a cluster that was
+        restored without `eips`, whatever else is asked for."""
+        if self._supply.adopting and (adopted := self._adopt(record, service, asked, family)):
+            return adopted
         for address in sorted(service.ingress, key=int):
-            if address.version == family and self._claims(service, asked, address):
-                holder = self._held.eips.get(address)
-                if holder is None:
-                    return self._new(service, asked, address, Reason.RESTORED)
-                joined = self._join(service, asked, holder)
+            holder = self._held.eips.get(address)
+            if address.version != family or not self._returns(service, address):
+                continue
+            if holder in record.eips:
+                return self._rebound(service, asked, holder)
+            if holder is not None:
+                joined = self._join(service, asked, holder) if asked.sharing else None
                 if isinstance(joined, Pick):
                     return joined
-        return None
+            elif self._supply.has_room(address, service.ref.namespace):
+                return self._new(service, asked, address, Reason.RESTORED)
+        return Pick(None)
 
-    def _may_return(self, service: Service, pool: Pool, address: Address) -> bool:
-        config = self._supply.config
-        if config is None or (pool.drain and address not in service.ingress):
+    def _returns(self, service: Service, address: Address, asked: Asked | None = None) -> bool:
+        """Whether a Service may still have what it had, or what its status shows."""
+        config, pool = self._supply.config, self._supply.pool_of(address)
+        if config is None or pool is None or self._supply.is_forbidden(address):
+            return False
+        if asked is not None and asked.pool not in ("", pool.name):
+            return False
+        if pool.drain and address not in service.ingress:
             return False
         labels = self._supply.labels(service.ref.namespace)
         return tenancy.may_have(config, pool, service, labels, address) is None
-
-    def _claims(self, service: Service, asked: Asked, address: Address) -> bool:
-        """Whether a status is believed: then nobody moves in a cluster restored without `eips`."""
-        pool = self._supply.pool_of(address)
-        if pool is None or asked.pool not in ("", pool.name):
-            return False
-        if not self._may_return(service, pool, address):
-            return False
-        if self._held.eips.get(address) is not None:
-            return bool(asked.sharing)
-        free = self._supply.is_free(address)
-        return free and self._supply.has_room(pool.name, service.ref.namespace)
 
     def _wish(
         self,
@@ -225,7 +222,7 @@ class Chooser:
         if config is None:
             return self._refuse(service, asked, have, Reason.WAITING_FOR_CONFIG, "")
         mine = next((eip for eip in record.eips if eip.address == wish), None)
-        if pool is None or (mine is None and self._supply.is_forbidden(wish)):
+        if pool is None or self._supply.is_forbidden(wish):
             said = f"{wish} {why}, but it is in none of the accepted pools"
             if pool is not None:
                 said = f"{wish} {why}, but it belongs to the cluster itself"
@@ -234,7 +231,7 @@ class Chooser:
             said = f"{wish} {why}, but it is not in pool {value_of(asked.pool)}, asked for as well"
             return self._refuse(service, asked, have, Reason.ADDRESS_OUTSIDE_POOLS, said)
         labels = self._supply.labels(service.ref.namespace)
-        if mine is not None and self._may_return(service, pool, wish):
+        if mine is not None and self._returns(service, wish):
             return self._rebound(service, asked, mine)
         denial = tenancy.may_ask(config, pool, service, labels, wish)
         if denial is not None:
@@ -242,8 +239,8 @@ class Chooser:
         holder = self._held.eips.get(wish)
         if holder is not None:
             return self._wish_held(service, asked, holder, why, have)
-        credit = have.pool if have is not None else ""
-        if not self._supply.has_room(pool.name, service.ref.namespace, credit):
+        credit = have is not None and have.pool == pool.name
+        if not self._supply.has_room(wish, service.ref.namespace, credit):
             said, line = self._quota(pool, service), (pool.name, service.ref.namespace)
             return self._refuse(service, asked, have, Reason.QUOTA_EXCEEDED, said, (line,))
         return self._new(service, asked, wish)
@@ -261,47 +258,70 @@ class Chooser:
             if isinstance(joined, Pick):
                 return joined
             reason, said = joined[0], f"{address} {why}, but {joined[1]}"
-        return self._refuse(service, asked, have, reason, said, wish=address)
+        line = (holder.pool, service.ref.namespace)
+        lines = (line,) if reason is Reason.QUOTA_EXCEEDED else ()
+        return self._refuse(service, asked, have, reason, said, lines, address)
 
-    def _join(self, service: Service, asked: Asked, eip: Eip) -> Pick | tenancy.Denial:
-        """Onto an address that others have, or why not. Nothing yet while it is being written."""
-        if self._held.busy(eip.address, service.ref):
-            return Pick(None, busy=eip.address)
+    def _join(self, service: Service, asked: Asked, seen: Eip) -> Pick | tenancy.Denial:
+        """Onto an address that others have, or why not. While its EIP is being written it is judged
+        by what that will be, and is joined after."""
+        busy = self._held.busy(seen.address, service.ref)
+        eip = self._supply.planned.get(seen.address, seen) if busy else seen
         config, pool = self._supply.config, self._supply.pool_of(eip.address)
         if config is None or pool is None or eip.phase is not Phase.BOUND:
             return Reason.ADDRESS_TAKEN, "it is not in use"
         if eip.sharing_key != asked.sharing:
             return Reason.SHARING_REFUSED, "it is shared under another key"
-        space = service.ref.namespace
+        space, shown = service.ref.namespace, eip.address in service.ingress
         apart = [name for name in eip.namespaces if name != space]
         if apart and not {space, *apart} <= set(pool.share_across_namespaces):
             said = f"pool {pool.name} does not let namespace {space} share with others"
             return Reason.SHARING_REFUSED, said
-        if denial := tenancy.may_have(
-            config, pool, service, self._supply.labels(space), eip.address
-        ):
-            return denial
-        if pool.drain and eip.address not in service.ingress:
-            return Reason.POOL_DRAINING, f"pool {pool.name} is being drained"
-        if space not in eip.namespaces and not self._supply.has_room(pool.name, space):
-            return Reason.QUOTA_EXCEEDED, self._quota(pool, service)
         if said := sharing.clash(self._held.members(eip), service):
             return Reason.SHARING_REFUSED, said
+        if not (shown and self._supply.adopting):
+            labels, rule = self._supply.labels(space), tenancy.admits if shown else tenancy.gives
+            denial = rule(pool, service, labels)
+            denial = denial or tenancy.may_have(config, pool, service, labels, eip.address)
+            if denial is not None:
+                return denial
+            if space not in eip.namespaces and not self._supply.has_room(eip.address, space):
+                return Reason.QUOTA_EXCEEDED, self._quota(pool, service)
         joined = replace(eip, sharers=(*eip.sharers, Sharer(service.ref, service.uid)))
-        return Pick(joined, eip, Reason.SHARED)
+        return Pick(joined, seen, Reason.SHARED, busy=seen.address if busy else None)
 
-    def _any(self, service: Service, asked: Asked, family: int, have: Eip | None) -> Pick:
-        """A free address of the pool asked for, or of the pools that give by themselves."""
+    def _new_one(self, service: Service, asked: Asked, family: int, have: Eip | None) -> Pick:
+        """One that it can share, else a free one."""
+        lines: list[Line] = []
+        for eip in self._held.shared(asked.sharing) if asked.sharing else ():
+            if eip.address.version == family and not self._elsewhere(asked, eip):
+                joined = self._join(service, asked, eip)
+                if isinstance(joined, Pick):
+                    return joined
+                if joined[0] is Reason.QUOTA_EXCEEDED:
+                    lines.append((eip.pool, service.ref.namespace))
+        return self._any(service, asked, family, have, tuple(lines))
+
+    def _any(
+        self,
+        service: Service,
+        asked: Asked,
+        family: int,
+        have: Eip | None,
+        lines: tuple[Line, ...],
+    ) -> Pick:
+        """A free address of the pool asked for, or of the pools that give by themselves. lines:
+        what it waits for already."""
         config = self._supply.config
         if config is None:
             return self._refuse(service, asked, have, Reason.WAITING_FOR_CONFIG, "")
         if asked.pool and (denial := self._pool_denied(service, asked.pool, family)):
-            return self._refuse(service, asked, have, *denial)
+            return self._refuse(service, asked, have, *denial, lines)
         found = self._supply.first(service, family, asked.pool)
         if isinstance(found, Free):
             return self._new(service, asked, found.address, pool=found.pool)
         reason, said = self._none_free(service, family, found)
-        return self._refuse(service, asked, have, reason, said, found)
+        return self._refuse(service, asked, have, reason, said, found + lines)
 
     def _pool_denied(self, service: Service, name: str, family: int) -> tenancy.Denial | None:
         config = self._supply.config
@@ -310,9 +330,7 @@ class Chooser:
             return Reason.POOL_UNKNOWN, f"pool {value_of(name)} is asked for, but there is none"
         if not any(part.version == family for part in pool.addresses):
             return Reason.NO_POOL, f"pool {name} has no IPv{family} addresses"
-        if pool.drain:
-            return Reason.POOL_DRAINING, f"pool {name} is asked for, but it is being drained"
-        return tenancy.admits(pool, service, self._supply.labels(service.ref.namespace))
+        return tenancy.gives(pool, service, self._supply.labels(service.ref.namespace))
 
     def _none_free(self, service: Service, family: int, lines: tuple[Line, ...]) -> tenancy.Denial:
         """Why no pool has an address for it."""
@@ -325,8 +343,8 @@ class Chooser:
             return Reason.QUOTA_EXCEEDED, self._quota(config.by_name[lines[0][0]], service)
         labels = self._supply.labels(service.ref.namespace)
         for pool in config.ranked:
-            if pool.gives and any(part.version == family for part in pool.addresses):
-                denial = tenancy.admits(pool, service, labels)
+            if pool.auto_assign and any(part.version == family for part in pool.addresses):
+                denial = tenancy.gives(pool, service, labels)
                 if denial is not None:
                     return denial
         said = f"no pool gives out IPv{family} addresses without being asked for one"

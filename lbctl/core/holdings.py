@@ -55,7 +55,7 @@ class Holdings:
     """All records and EIPs.
 
     pending: which Service is about to write an EIP that exists. wishes: who wants to hear when
-    something about an address changes.
+    something about an address changes. seekers: who would share one, by key.
     """
 
     def __init__(self, supply: Supply) -> None:
@@ -64,6 +64,7 @@ class Holdings:
         self.eips: Mapping[Address, Eip] = supply.eips
         self.pending: dict[Address, ObjectRef] = {}
         self.wishes: dict[Address, set[ObjectRef]] = {}
+        self.seekers: dict[str, set[ObjectRef]] = {}
         self._keys: dict[str, set[Address]] = {}
 
     def record(self, ref: ObjectRef) -> Record:
@@ -115,14 +116,18 @@ class Holdings:
         for ref in eip.members:
             record = self.records[ref]
             record.eips = tuple(e for e in record.eips if e.address != eip.address)
-        if eip.sharing_key:
+        self._forget(eip)
+
+    def _forget(self, eip: Eip) -> None:
+        """A key that an EIP had, or was about to have."""
+        if eip.sharing_key in self._keys:
             shared = self._keys[eip.sharing_key]
             shared.discard(eip.address)
             if not shared:
                 del self._keys[eip.sharing_key]
 
     def shared(self, key: str) -> Iterable[Eip]:
-        """The EIPs of a sharing key, by address."""
+        """The EIPs that have a sharing key or are about to have it, by address."""
         return sorted((self.eips[a] for a in self._keys.get(key, ())), key=by_address)
 
     def answered(self, address: Address) -> set[ObjectRef]:
@@ -130,13 +135,20 @@ class Holdings:
         ref = self._writer(address)
         if ref is not None:
             self.pending.pop(address, None)
+            planned, now = self.supply.answered(address), self.eips.get(address)
+            if planned is not None and (now is None or now.sharing_key != planned.sharing_key):
+                self._forget(planned)
             record = self.records[ref]
             record.planned = tuple(a for a in record.planned if a != address)
             record.new = tuple(a for a in record.new if a != address)
         return self.wishes.pop(address, set()) if self.wishes else set()
 
-    def expect(self, record: Record, address: Address) -> None:
-        """A Service is about to write the EIP of an address."""
+    def expect(self, record: Record, eip: Eip) -> None:
+        """A Service is about to make the EIP of an address this."""
+        address = eip.address
+        self.supply.expect(eip)
+        if eip.sharing_key:
+            self._keys.setdefault(eip.sharing_key, set()).add(address)
         if self.pending.get(address) != record.ref:
             self.pending[address] = record.ref
             record.planned = (*record.planned, address)

@@ -87,6 +87,7 @@ class Supply:
         self.forbidden = frozenset(forbidden)
         self._never: dict[int, Space] = {}
         self.eips: dict[Address, Eip] = {}
+        self.planned: dict[Address, Eip] = {}  # what EIPs are about to become
         self._cluster: Counter[Address] = Counter()  # ClusterIPs; how many Services have it
         self._stocks: dict[str, _Stock] = {}
         self._labels: dict[str, Mapping[str, str]] = {}
@@ -112,6 +113,8 @@ class Supply:
             self._withhold(address)
         for eip in self.eips.values():
             self._take(eip)
+        for eip in self.planned.values():
+            self.lend(eip, 1)
 
     def configure(self, config: Config | None, forbidden: Iterable[Forbidden]) -> bool:
         """Take a new configuration; True if anything differs from before."""
@@ -183,6 +186,29 @@ class Supply:
             self._put_back(address, stock)
         return before
 
+    def expect(self, eip: Eip) -> None:
+        """A write is planned that makes an EIP this: who comes onto the address by it counts for
+        the quota already, until `answered`."""
+        self.answered(eip.address)
+        self.planned[eip.address] = eip
+        self.lend(eip, 1)
+
+    def answered(self, address: Address) -> Eip | None:
+        """No write to the EIP of an address is planned any more; what was planned."""
+        eip = self.planned.pop(address, None)
+        if eip is not None:
+            self.freed.update(self.lend(eip, -1))
+        return eip
+
+    def lend(self, eip: Eip, times: int) -> list[Line]:
+        """Count who would come onto an address (1), or undo that (-1): whose quota it is."""
+        stock, before = self._stock_of(eip.address), self.eips.get(eip.address)
+        if stock is None or not stock.quota:
+            return []
+        coming = set(eip.namespaces).difference(before.namespaces if before else ())
+        stock.by_namespace.update(dict.fromkeys(coming, times))
+        return [(stock.pool.name, namespace) for namespace in coming]
+
     def _put_back(self, address: Address, stock: _Stock) -> None:
         if self.config is None or self.is_forbidden(address):
             return
@@ -217,12 +243,6 @@ class Supply:
         """Name, size and addresses in use (in whatever phase) of each pool, in file order."""
         pools = self.config.pools if self.config else ()
         return tuple((pool.name, pool.size, self._stocks[pool.name].used) for pool in pools)
-
-    def is_free(self, address: Address) -> bool:
-        """Whether nobody has the address, it is in a pool, and is not the cluster's own."""
-        if address in self.eips or self.pool_of(address) is None:
-            return False
-        return not self.is_forbidden(address)
 
     def is_forbidden(self, address: Address) -> bool:
         """Whether the address belongs to the cluster itself (a node, a peer, a ClusterIP …)."""
@@ -268,10 +288,11 @@ class Supply:
             and tenancy.serves_namespace(stock.pool, namespace, labels)
         )
 
-    def has_room(self, pool: str, namespace: str, credit: str = "") -> bool:
-        """Whether a namespace may have one more address of a pool. credit: name of a pool that the
-        same Service gives an address back to."""
-        return self._stocks[pool].room(namespace) + (credit == pool) > 0
+    def has_room(self, address: Address, namespace: str, credit: bool = False) -> bool:
+        """Whether a namespace may have one more address of an address's pool. credit: it gives one
+        back for it."""
+        stock = self._stock_of(address)
+        return stock is not None and stock.room(namespace) + credit > 0
 
     def capacity(self, line: Line) -> int:
         """How many of those who wait in a line can be served."""

@@ -47,6 +47,13 @@ def admits(pool: Pool, service: Service, labels: Mapping[str, str]) -> Denial | 
     return None
 
 
+def gives(pool: Pool, service: Service, labels: Mapping[str, str]) -> Denial | None:
+    """Why a pool gives a Service nothing that it has not had."""
+    if denial := admits(pool, service, labels):
+        return denial
+    return (Reason.POOL_DRAINING, f"pool {pool.name} is being drained") if pool.drain else None
+
+
 def may_have(
     config: Config, pool: Pool, service: Service, labels: Mapping[str, str], address: Address
 ) -> Denial | None:
@@ -64,11 +71,8 @@ def may_ask(
     config: Config, pool: Pool, service: Service, labels: Mapping[str, str], address: Address
 ) -> Denial | None:
     """Why a Service may not choose an address of a pool."""
-    if denial := may_have(config, pool, service, labels, address):
+    if denial := gives(pool, service, labels) or may_have(config, pool, service, labels, address):
         return denial
-    if pool.drain:
-        said = f"{address} is asked for, but pool {pool.name} is being drained"
-        return Reason.POOL_DRAINING, said
     reserved = config.reserved_at(address)
     if reserved is not None and reserved.owner == service.ref:
         return None

@@ -1,9 +1,8 @@
-"""The rules of docs/addresses.md once more, slow and plain, to hold the allocator against.
+"""The rules of docs/addresses.md once more, slow and plain: who has which address, and why not.
 
-Rules: written from that page and the issue, not from the allocator; every question is answered by
-looking at all pools, all addresses and all Services. Only ever one thing happens at a time here:
-a write succeeds as soon as it is decided. When an address becomes free is not this model's
-business (`core.release`): it is told.
+Written from the documents, not from the allocator. Every Service is looked at in order of age, and
+for each every address of every pool, until a round changes nothing. `Rules.refusal` has a line for
+each rule.
 """
 
 from __future__ import annotations
@@ -11,16 +10,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from ipaddress import ip_address
+from typing import Literal, TypeAlias
 
-from lbctl.core.model import Address, ObjectRef, Service
+from lbctl.core.model import Address, ObjectRef, Service, TrafficPolicy
 from lbctl.core.reasons import Reason
 
 CLASS = "lbctl.io/bgp"
+How: TypeAlias = Literal["asked", "reserved", "rest", "claimed", "shared", "free"]
 
 
 @dataclass(frozen=True)
-class PoolText:
-    """A pool as its user writes it, with the addresses one by one."""
+class PoolSpec:
+    """A pool as a user writes it. `tier`, `app`: the one label that its selectors name."""
 
     name: str
     addresses: tuple[str, ...]
@@ -28,439 +29,386 @@ class PoolText:
     avoid_buggy: bool = False
     priority: int = 0
     namespaces: tuple[str, ...] = ()
-    tier: str = ""  # namespaceSelectors: this value of the label `tier`
-    app: str = ""  # serviceSelectors: this value of the label `app`
-    requests: str = "any"
+    tier: str = ""
+    app: str = ""
+    requests: Literal["any", "listed", "none"] = "any"
     share_across: tuple[str, ...] = ()
-    reserved: tuple[tuple[str, str], ...] = ()  # address, owner ("": nobody)
+    reserved: tuple[tuple[str, str], ...] = ()  # with the owner, "" for none
     quota: int | None = None
     drain: bool = False
     release: bool = False
 
     def yaml(self) -> str:
-        """For the configuration."""
-        said = [f"name: {self.name}", f"addresses: [{_quoted(self.addresses)}]"]
-        said += [f"autoAssign: {str(self.auto_assign).lower()}", f"requests: {self.requests}"]
-        said += [f"avoidBuggyIPs: {str(self.avoid_buggy).lower()}", f"priority: {self.priority}"]
-        said += [f"drain: {str(self.drain).lower()}", f"release: {str(self.release).lower()}"]
-        said += [f"namespaces: [{_quoted(self.namespaces)}]"]
-        said += [f"shareAcrossNamespaces: [{_quoted(self.share_across)}]"]
-        if self.tier:
-            said.append(f"namespaceSelectors: [{{matchLabels: {{tier: {self.tier}}}}}]")
-        if self.app:
-            said.append(f"serviceSelectors: [{{matchLabels: {{app: {self.app}}}}}]")
-        if self.quota is not None:
-            said.append(f"quota: {self.quota}")
-        entries = [
-            f'{{address: "{address}", owner: {owner}}}' if owner else f'"{address}"'
+        """As a flow mapping of the configuration."""
+        reserved = [
+            f"{{address: '{address}'" + (f", owner: {owner}}}" if owner else "}")
             for address, owner in self.reserved
-            if address in self.addresses
         ]
-        said.append(f"reserved: [{', '.join(entries)}]")
-        return f"{{{', '.join(said)}}}"
+        parts = [
+            f"name: {self.name}",
+            "addresses: [{}]".format(", ".join(f"'{text}'" for text in self.addresses)),
+            f"autoAssign: {self.auto_assign}".lower().replace("autoassign", "autoAssign"),
+            f"avoidBuggyIPs: {str(self.avoid_buggy).lower()}",
+            f"priority: {self.priority}",
+            f"namespaces: [{', '.join(self.namespaces)}]",
+            f"namespaceSelectors: [{{matchLabels: {{tier: {self.tier}}}}}]" if self.tier else "",
+            f"serviceSelectors: [{{matchLabels: {{app: {self.app}}}}}]" if self.app else "",
+            f"requests: {self.requests}",
+            f"shareAcrossNamespaces: [{', '.join(self.share_across)}]",
+            f"reserved: [{', '.join(reserved)}]",
+            f"quota: {self.quota}" if self.quota is not None else "",
+            f"drain: {str(self.drain).lower()}",
+            f"release: {str(self.release).lower()}",
+        ]
+        return "{" + ", ".join(part for part in parts if part) + "}"
 
-    def holds(self, address: Address) -> bool:
-        return str(address) in self.addresses
-
-
-def _quoted(texts: tuple[str, ...]) -> str:
-    return ", ".join(f'"{text}"' for text in texts)
+    def of(self, family: int) -> list[Address]:
+        """Its addresses of a family, lowest first."""
+        found = [ip_address(text) for text in self.addresses]
+        return sorted((a for a in found if a.version == family), key=int)
 
 
 @dataclass
 class Held:
-    """An address in use: by whom, in the order in which they came, and whether for good."""
+    """An address in use: the Services on it, the owner first; resting: its owner gave it back."""
 
     pool: str
     members: list[ObjectRef]
     key: str = ""
-    releasing: bool = False
+    resting: bool = False
+
+    def __str__(self) -> str:
+        members = " ".join(map(str, self.members))
+        return f"{self.pool}: {members} {self.key}" + (" resting" if self.resting else "")
 
 
 @dataclass(frozen=True)
-class Wants:
-    """What a Service asks for; only our own annotations are used here."""
+class Wish:
+    """What a Service says of its addresses."""
 
-    addresses: tuple[Address, ...] = ()
+    addresses: dict[int, Address] = field(default_factory=dict)
     pool: str = ""
     key: str = ""
-    problem: Reason | None = None
+    error: Reason | None = None
 
 
-@dataclass(frozen=True)
-class Answer:
-    """One family: the address that the Service is to have, and why not the one that it wants."""
-
-    address: Address | None
-    refusal: Reason | None = None
-
-
-def wants(service: Service) -> Wants:
-    found = dict(service.annotations)
-    addresses: list[Address] = []
-    texts = [service.requested or "", found.get("lbctl.io/loadBalancerIPs", "")]
-    for text in texts:
-        families: list[int] = []
-        for word in text.replace(",", " ").split():
+def wish_of(service: Service) -> Wish:
+    """Our annotations, MetalLB's where ours is absent, and spec.loadBalancerIP."""
+    notes = dict(service.annotations)
+    said = {
+        kind: notes.get(f"lbctl.io/{kind}", notes.get(f"metallb.io/{kind}", ""))
+        for kind in ("loadBalancerIPs", "address-pool", "allow-shared-ip")
+    }
+    addresses: dict[int, Address] = {}
+    for text in (said["loadBalancerIPs"], service.requested or ""):
+        families = []
+        for part in filter(None, text.replace(" ", "").split(",")):
             try:
-                address = ip_address(word)
+                address = ip_address(part)
             except ValueError:
-                return Wants(problem=Reason.REQUEST_INVALID)
+                return Wish(error=Reason.REQUEST_INVALID)
             if address.version in families:
-                return Wants(problem=Reason.REQUEST_INVALID)
-            if any(a.version == address.version and a != address for a in addresses):
-                return Wants(problem=Reason.ANNOTATIONS_CONFLICT)
+                return Wish(error=Reason.REQUEST_INVALID)
             families.append(address.version)
-            if address not in addresses:
-                addresses.append(address)
-    pool, key = found.get("lbctl.io/address-pool", ""), found.get("lbctl.io/allow-shared-ip", "")
-    return Wants(tuple(addresses), pool, key)
-
-
-def fits(first: Service, other: Service) -> bool:
-    """Whether two can be on one address, whatever their ports."""
-    if first.policy != other.policy or set(first.source_ranges) != set(other.source_ranges):
-        return False
-    return first.policy.value != "Local" or first.selector == other.selector
-
-
-def same_port(one: Service, other: Service) -> bool:
-    mine = [(port.protocol, port.port) for port in one.ports]
-    return any((port.protocol, port.port) in mine for port in other.ports)
+            if addresses.setdefault(address.version, address) != address:
+                return Wish(error=Reason.ANNOTATIONS_CONFLICT)
+    return Wish(addresses, said["address-pool"], said["allow-shared-ip"])
 
 
 @dataclass
 class Rules:
-    """The state, and `settle`, which serves everybody until nothing changes any more."""
+    """The cluster as far as addresses go, and who has which."""
 
-    pools: tuple[PoolText, ...]
+    pools: tuple[PoolSpec, ...]
     without_class: bool = True
-    labels: dict[str, dict[str, str]] = field(default_factory=dict)
+    adopting: bool = False
+    never: frozenset[Address] = frozenset()
     services: dict[ObjectRef, Service] = field(default_factory=dict)
+    labels: dict[str, dict[str, str]] = field(default_factory=dict)
     held: dict[Address, Held] = field(default_factory=dict)
     why: dict[ObjectRef, Reason | None] = field(default_factory=dict)
+    left: list[tuple[ObjectRef, Address]] = field(default_factory=list)
 
-    # Pools
-
-    def ranked(self) -> list[PoolText]:
-        return sorted(self.pools, key=lambda p: (p.priority == 0, p.priority, p.name))
-
-    def pool_of(self, address: Address) -> PoolText | None:
-        return next((pool for pool in self.pools if pool.holds(address)), None)
-
-    def refuses(self, new: tuple[PoolText, ...]) -> bool:
-        """Whether a configuration takes away what somebody uses, and its pool does not say so."""
-        lets_go = [pool.name for pool in new if pool.release]
-        return any(
-            not held.releasing
-            and held.pool not in lets_go
-            and not any(pool.holds(address) for pool in new)
-            for address, held in self.held.items()
-        )
-
-    def admits(self, pool: PoolText, service: Service) -> Reason | None:
-        space = service.ref.namespace
-        chosen = pool.tier != "" and self.labels.get(space, {}).get("tier") == pool.tier
-        if (pool.namespaces or pool.tier) and space not in pool.namespaces and not chosen:
-            return Reason.POOL_NOT_FOR_NAMESPACE
-        if pool.app and dict(service.labels).get("app") != pool.app:
-            return Reason.POOL_NOT_FOR_SERVICE
-        return None
-
-    def may_have(self, pool: PoolText, service: Service, address: Address) -> Reason | None:
-        owner = dict(pool.reserved).get(str(address), "")
-        if (why := self.admits(pool, service)) is not None:
-            return why
-        return Reason.ADDRESS_RESERVED if owner not in ("", str(service.ref)) else None
-
-    def may_ask(self, pool: PoolText, service: Service, address: Address) -> Reason | None:
-        reserved = dict(pool.reserved)
-        if (why := self.may_have(pool, service, address)) is not None:
-            return why
-        if pool.drain:
-            return Reason.POOL_DRAINING
-        if reserved.get(str(address)) == str(service.ref):
-            return None
-        listed = str(address) in reserved
-        if pool.requests == "none" or (pool.requests == "listed" and not listed):
-            return Reason.REQUEST_NOT_ALLOWED
-        if not listed and self.avoided(pool, address):
-            return Reason.REQUEST_NOT_ALLOWED
-        return None
-
-    def avoided(self, pool: PoolText, address: Address) -> bool:
-        return pool.avoid_buggy and str(address).endswith((".0", ".255"))
-
-    def room(self, pool: PoolText, space: str) -> int:
-        """How many addresses more of a pool a namespace may have: a shared one counts once for
-        each namespace on it."""
-        used = [
-            address
-            for address, held in self.held.items()
-            if pool.holds(address) and space in [ref.namespace for ref in held.members]
-        ]
-        return 1000 if pool.quota is None else pool.quota - len(used)
-
-    def returns(self, pool: PoolText, service: Service, address: Address) -> bool:
-        """Whether what it had, or shows, may be its own again: a pool that drains gives nothing
-        from rest."""
-        if pool.drain and address not in service.ingress:
-            return False
-        return self.may_have(pool, service, address) is None
-
-    # Services
-
-    def mine(self, ref: ObjectRef) -> list[Address]:
-        found = [address for address, held in self.held.items() if ref in held.members]
-        return sorted(found, key=lambda a: (a.version, int(a)))
+    # Who is served, in which order
 
     def ours(self, service: Service) -> bool:
-        if not service.is_load_balancer or service.deleting:
-            return False
-        if service.load_balancer_class == CLASS:
-            return True
-        if service.load_balancer_class is None and self.without_class:
-            return True
-        # A change of the rule takes nothing from one that has an address.
-        return any(
-            not self.held[address].releasing and address in service.ingress
-            for address in self.mine(service.ref)
-        )
+        """A change of the class rule takes nothing from a Service that has an address."""
+        of, has = service.load_balancer_class, self.has(service.ref)
+        wanted = of == CLASS or (of is None and self.without_class) or {*has} & {*service.ingress}
+        return service.is_load_balancer and not service.deleting and bool(wanted)
 
-    def order(self) -> list[Service]:
-        """Those first that name an address, or show one of a pool."""
-
-        def key(service: Service) -> tuple[bool, float, str, str]:
-            named = any(self.pool_of(address) for address in service.ingress)
-            named = named or bool(wants(service).addresses)
-            return not named, service.created_s, service.ref.namespace, service.ref.name
-
-        return sorted(self.services.values(), key=key)
+    def by_age(self) -> list[Service]:
+        """Those that are ours, the oldest first."""
+        found = [service for service in self.services.values() if self.ours(service)]
+        return sorted(found, key=lambda s: (s.created_s, s.ref))
 
     def settle(self) -> None:
-        for ref in sorted({ref for held in self.held.values() for ref in held.members}):
-            if ref not in self.services:
-                self.give_up(ref, ())
-        before = None
-        for _ in range(50):
-            if before == (now := self.seen()):
+        """Until nobody comes to have more or less."""
+        while True:
+            before = {address: repr(held) for address, held in self.held.items()}
+            self.why, self.left = {}, []
+            self.part()
+            self.claim()
+            for service in sorted(self.by_age(), key=lambda service: self.turn(service.ref)):
+                self.why[service.ref] = self.serve(service)
+            for ref, address in self.left:
+                self.leave(ref, address)
+            if before == {address: repr(held) for address, held in self.held.items()}:
                 return
-            before = now
-            for service in self.order():
-                self.serve(service)
-        raise AssertionError("the model does not come to rest")
 
-    def seen(self) -> object:
-        holds = {a: (h.pool, tuple(h.members), h.key, h.releasing) for a, h in self.held.items()}
-        return holds, {ref: s.ingress for ref, s in self.services.items()}
+    def turn(self, ref: ObjectRef) -> tuple[int, float, ObjectRef]:
+        """Who is gone goes first, then who names an address or has one reserved, then by age."""
+        service = self.services.get(ref)
+        if service is None:
+            return 0, 0, ref
+        named = wish_of(service).addresses or self.reserved_for(service)
+        return 1 if named else 2, service.created_s, ref
 
-    def give_up(self, ref: ObjectRef, but: tuple[Address, ...]) -> None:
-        for address in self.mine(ref):
-            held = self.held[address]
-            if address in but or held.releasing:
-                continue
-            if len(held.members) == 1:
-                held.releasing = True
-            else:
-                held.members.remove(ref)
+    def part(self) -> None:
+        """Who is gone, or not ours, gives back."""
+        for address, held in self.held.items():
+            for ref in sorted(held.members, key=self.turn):
+                service = self.services.get(ref)
+                if not held.resting and (service is None or not self.ours(service)):
+                    self.leave(ref, address)
 
-    def serve(self, service: Service) -> None:
-        ref = service.ref
-        if not self.ours(service):
-            self.give_up(ref, ())
-            self.why.pop(ref, None)
+    def claim(self) -> None:
+        """What exists is restored before anything new is given."""
+        for service in self.by_age():
+            wish = replace(wish_of(service), pool="")
+            for family in service.families:
+                shown = sorted((a for a in service.ingress if a.version == family), key=int)
+                for address in shown[:1] if self.adopting else shown:
+                    why = self.refusal(service, wish, address, "claimed")
+                    if why is None and not self.has(service.ref, family):
+                        self.take(service, wish, address)
+
+    # One Service
+
+    def serve(self, service: Service) -> Reason | None:
+        """Give it what it should have; why it has not all of that."""
+        wish = wish_of(service)
+        for address in self.has(service.ref):
+            if self.held[address].members == [service.ref] and not wish.error:
+                self.held[address].key = wish.key
+            if address.version not in service.families:
+                self.left.append((service.ref, address))
+        found = [self.serve_family(service, wish, family) for family in service.families]
+        reasons = [reason for reason in found if reason]
+        if len(found) == 2 and reasons == [Reason.NO_POOL] and not service.needs_both:
+            return None
+        return reasons[0] if reasons else None
+
+    def serve_family(self, service: Service, wish: Wish, family: int) -> Reason | None:
+        """Keep what it has, or give it the first that it may have."""
+        has = next(iter(self.has(service.ref, family)), None)
+        if self.adopting and any(a.version == family for a in service.ingress):
+            return None if has in service.ingress else Reason.NOT_ADOPTED
+        if wish.error or any(a.version not in service.families for a in wish.addresses.values()):
+            return wish.error or Reason.ADDRESS_OUTSIDE_POOLS
+        pool = self.pool_of(has)
+        if has and not pool:  # the pool gave it up
+            self.left.append((service.ref, has))
+            has = None
+        asked = wish.addresses.get(family)
+        if has and pool and asked in (None, has) and wish.pool in ("", pool.name):
+            return self.beside(service, wish, has)
+        for how, address in self.candidates(service, wish, family, has):
+            reason = self.refusal(service, wish, address, how)
+            if reason is None:
+                self.take(service, wish, address)
+                if has:
+                    self.left.append((service.ref, has))
+            if reason is None or address == asked or how == "reserved":
+                return reason
+        return self.why_none(service, wish, family)
+
+    def candidates(
+        self, service: Service, wish: Wish, family: int, has: Address | None
+    ) -> Iterator[tuple[How, Address]]:
+        """In the order in which it should have them."""
+        in_use = sorted((a for a in self.held if a.version == family), key=int)
+        own = [a for a in in_use if self.held[a].resting and self.held[a].members == [service.ref]]
+        if family in wish.addresses:
+            yield "rest" if wish.addresses[family] in own else "asked", wish.addresses[family]
             return
-        asked = wants(service)
-        answers = [self.answer(service, asked, family) for family in service.families]
-        addresses = tuple(a.address for a in answers if a.address is not None)
-        for address in addresses:
-            self.bind(service, asked, address)
-        shown = set(service.ingress)
-        if addresses or any(a in self.mine(ref) or self.pool_of(a) for a in shown):
-            ingress = service.ingress if set(addresses) == shown else addresses
-            self.services[ref] = replace(service, ingress=ingress)
-        self.give_up(ref, addresses)
-        missing = [a.refusal for a in answers if a.refusal is not None]
-        if addresses and not service.needs_both and set(missing) <= {Reason.NO_POOL}:
-            missing = []
-        self.why[ref] = missing[0] if missing else None
-
-    def bind(self, service: Service, asked: Wants, address: Address) -> None:
-        pool, held = self.pool_of(address), self.held.get(address)
-        if held is None:
-            assert pool is not None
-            self.held[address] = Held(pool.name, [service.ref], asked.key)
-            return
-        held.releasing = False
-        if service.ref not in held.members:
-            held.members.append(service.ref)
-        if len(held.members) == 1 and asked.problem is None:
-            held.key = asked.key
-        held.pool = pool.name if pool is not None else held.pool
-
-    # One family
-
-    def answer(self, service: Service, asked: Wants, family: int) -> Answer:
-        have = self.have(service, family)
-        if asked.problem is not None:
-            return Answer(have, asked.problem)
-        if any(address.version not in service.families for address in asked.addresses):
-            return Answer(have, Reason.ADDRESS_OUTSIDE_POOLS)
-        wish = next((a for a in asked.addresses if a.version == family), None)
-        if wish is None and have is None and not asked.pool:
-            wish = self.reserved_for(service, family)
-        if wish is not None and wish != have:
-            return self.wish(service, asked, wish, have)
-        if have is not None:
-            return self.keep(service, asked, have)
-        back = self.back(service, asked, family) or self.shared(service, asked, family)
-        return Answer(back) if back is not None else self.free(service, asked, family, None)
-
-    def have(self, service: Service, family: int) -> Address | None:
-        """What it has now; of two (it was just given another) the one that it shows."""
-        lets_go = [pool.name for pool in self.pools if pool.release]
-        found = [
-            address
-            for address in self.mine(service.ref)
-            if address.version == family
-            and not self.held[address].releasing
-            and (
-                self.pool_of(address) is not None
-                or (address in service.ingress and self.held[address].pool not in lets_go)
-            )
-        ]
-        shown = [address for address in found if address in service.ingress]
-        return next(iter([*shown, *found]), None)
-
-    def reserved_for(self, service: Service, family: int) -> Address | None:
-        for pool in self.pools:
-            for text, owner in pool.reserved:
-                address = ip_address(text)
-                if owner == str(service.ref) and address.version == family and pool.holds(address):
-                    return address
-        return None
-
-    def wish(self, service: Service, asked: Wants, wish: Address, have: Address | None) -> Answer:
-        pool, held = self.pool_of(wish), self.held.get(wish)
-        if pool is None or asked.pool not in ("", pool.name):
-            return Answer(have, Reason.ADDRESS_OUTSIDE_POOLS)
-        if held is not None and service.ref in held.members and self.returns(pool, service, wish):
-            return Answer(wish)
-        if (why := self.may_ask(pool, service, wish)) is not None:
-            return Answer(have, why)
-        if held is not None:
-            if held.releasing or not asked.key or not held.key:
-                return Answer(have, Reason.ADDRESS_TAKEN)
-            why = self.joins(service, asked, wish)
-            return Answer(wish) if why is None else Answer(have, why)
-        credit = have is not None and self.held[have].pool == pool.name
-        if self.room(pool, service.ref.namespace) + credit < 1:
-            return Answer(have, Reason.QUOTA_EXCEEDED)
-        return Answer(wish)
-
-    def keep(self, service: Service, asked: Wants, have: Address) -> Answer:
-        pool, held = self.pool_of(have), self.held[have]
-        if pool is None:
-            return Answer(have, Reason.ADDRESS_OUTSIDE_POOLS)
-        if asked.pool not in ("", pool.name):
-            return self.free(service, asked, have.version, have)
-        if len(held.members) > 1:
-            before = held.members[: held.members.index(service.ref)]
-            others = [self.services[ref] for ref in before if ref in self.services]
-            if asked.key != held.key or not self.side_by_side(others, service):
-                return Answer(have, Reason.SHARING_REFUSED)
-        return Answer(have)
-
-    def side_by_side(self, others: list[Service], service: Service) -> bool:
-        if others and not fits(others[0], service):
-            return False
-        return not any(same_port(other, service) for other in others)
-
-    def back(self, service: Service, asked: Wants, family: int) -> Address | None:
-        """What it is giving back, else what its status shows."""
-        own = [address for address in self.mine(service.ref) if address.version == family]
+        for address in self.reserved_for(service):
+            if address.version == family and not wish.pool and not has:
+                yield "rest" if address in own else "reserved", address
         for address in sorted(own, key=lambda a: a not in service.ingress):
-            pool = self.pool_of(address)
-            if pool is None or asked.pool not in ("", pool.name):
-                continue
-            if self.returns(pool, service, address):
-                return address
-        for address in sorted(service.ingress, key=int):
-            pool = self.pool_of(address)
-            if address.version != family or pool is None or asked.pool not in ("", pool.name):
-                continue
-            if not self.returns(pool, service, address):
-                continue
-            if address in self.held:
-                if asked.key and self.joins(service, asked, address) is None:
-                    return address
-            elif self.room(pool, service.ref.namespace) > 0:
-                return address
-        return None
+            yield "rest", address
+        for address in in_use:
+            if wish.key and not self.held[address].resting:
+                yield "shared", address
+        for pool in self.ranked():
+            for address in pool.of(family):
+                if address not in self.held:
+                    yield "free", address
 
-    def shared(self, service: Service, asked: Wants, family: int) -> Address | None:
-        for address in sorted(self.held, key=int):
-            pool = self.pool_of(address)
-            if address.version != family or pool is None or asked.pool not in ("", pool.name):
-                continue
-            if asked.key and self.joins(service, asked, address) is None:
-                return address
-        return None
+    def beside(self, service: Service, wish: Wish, has: Address) -> Reason | None:
+        """Who differs from those that were there before keeps the address, but not its ports."""
+        held = self.held[has]
+        if len(held.members) == 1:
+            return None
+        before = held.members[: held.members.index(service.ref)]
+        clash = wish.key != held.key or self.clash(before, service)
+        return Reason.SHARING_REFUSED if clash else None
 
-    def joins(self, service: Service, asked: Wants, address: Address) -> Reason | None:
-        """Why it cannot be on an address with those who have it."""
-        pool, held, space = self.pool_of(address), self.held[address], service.ref.namespace
-        if pool is None or held.releasing:
+    def why_none(self, service: Service, wish: Wish, family: int) -> Reason:
+        """Why no address of any pool could be given to one that names none."""
+        if wish.pool and wish.pool not in [pool.name for pool in self.pools]:
+            return Reason.POOL_UNKNOWN
+        found = [
+            self.pool_refusal(service, wish, pool, "free")
+            or self.over_quota(service, pool)
+            or Reason.POOL_EXHAUSTED
+            for pool in self.ranked()
+            if pool.of(family) and wish.pool in ("", pool.name)  # of those that give at all
+        ]
+        better = [Reason.POOL_EXHAUSTED, Reason.QUOTA_EXCEEDED]
+        found = [reason for reason in found if reason is not Reason.NO_POOL]
+        found.sort(key=lambda r: better.index(r) if r in better else len(better))
+        return found[0] if found else Reason.NO_POOL
+
+    # The rules
+
+    def refusal(self, service: Service, wish: Wish, address: Address, how: How) -> Reason | None:
+        """Why a Service may not come to have an address, None if it may."""
+        pool = self.pool_of(address)
+        if pool is None or address in self.never or address in self.cluster_ips():
+            return Reason.ADDRESS_OUTSIDE_POOLS
+        if self.adopting and how == "claimed":
+            return self.occupied(service, wish, address)
+        owner = dict(pool.reserved).get(address.compressed)
+        mine, listed = owner == str(service.ref), owner is not None
+        buggy = pool.avoid_buggy and str(address).endswith((".0", ".255")) and not listed
+        barred = pool.requests == "none" or (pool.requests == "listed" and not listed)
+        rules = {
+            Reason.ADDRESS_RESERVED: listed and not mine and (owner != "" or how == "free"),
+            Reason.REQUEST_NOT_ALLOWED: how == "asked" and (barred or buggy) and not mine,
+            Reason.POOL_EXHAUSTED: how == "free" and buggy,
+        }
+        return (
+            self.pool_refusal(service, wish, pool, how)
+            or next((reason for reason, broken in rules.items() if broken), None)
+            or self.occupied(service, wish, address)
+            or self.over_quota(service, pool, address, how)
+        )
+
+    def pool_refusal(self, service: Service, wish: Wish, pool: PoolSpec, how: How) -> Reason | None:
+        """Why a pool does not serve a Service, whichever address it is."""
+        namespace = service.ref.namespace
+        labels = self.labels.get(namespace, {})
+        bound = bool(pool.namespaces or pool.tier)
+        welcome = namespace in pool.namespaces or bool(
+            pool.tier and labels.get("tier") == pool.tier
+        )
+        foreign = pool.app and dict(service.labels).get("app") != pool.app
+        unasked = how == "free" and not pool.auto_assign and wish.pool != pool.name
+        rules = {
+            Reason.ADDRESS_OUTSIDE_POOLS: wish.pool not in ("", pool.name),
+            Reason.NO_POOL: unasked,
+            Reason.POOL_NOT_FOR_NAMESPACE: bound and not welcome,
+            Reason.POOL_NOT_FOR_SERVICE: foreign,
+            Reason.POOL_DRAINING: pool.drain and how != "claimed",
+        }
+        return next((reason for reason, broken in rules.items() if broken), None)
+
+    def over_quota(
+        self, service: Service, pool: PoolSpec, address: Address | None = None, how: How = "free"
+    ) -> Reason | None:
+        """A shared address counts once for each namespace on it, one that rests counts too; who
+        asks for another of the same pool gives one back for it."""
+        has = {
+            found
+            for found, held in self.held.items()
+            if self.pool_of(found) is pool
+            and any(ref.namespace == service.ref.namespace for ref in held.members)
+        }
+        back = address and any(
+            self.pool_of(a) is pool for a in self.has(service.ref, address.version)
+        )
+        more = 0 if address in has or (how == "asked" and back) else 1
+        over = pool.quota is not None and more and len(has) + more > pool.quota
+        return Reason.QUOTA_EXCEEDED if over else None
+
+    def occupied(self, service: Service, wish: Wish, address: Address) -> Reason | None:
+        """Why a Service cannot come onto an address that is in use."""
+        held = self.held.get(address)
+        if held is None or held.members == [service.ref]:
+            return None
+        if held.resting or not held.key or not wish.key:
             return Reason.ADDRESS_TAKEN
-        if held.key != asked.key:
-            return Reason.SHARING_REFUSED
-        spaces = [ref.namespace for ref in held.members]
-        alone = all(other == space for other in spaces)
-        if not alone and not all(one in pool.share_across for one in [space, *spaces]):
-            return Reason.SHARING_REFUSED
-        if (why := self.may_have(pool, service, address)) is not None:
-            return why
-        if pool.drain and address not in service.ingress:
-            return Reason.POOL_DRAINING
-        if space not in spaces and self.room(pool, space) < 1:
-            return Reason.QUOTA_EXCEEDED
-        others = [self.services[ref] for ref in held.members if ref in self.services]
-        return None if self.side_by_side(others, service) else Reason.SHARING_REFUSED
+        pool = self.pool_of(address)
+        assert pool is not None
+        together = all(
+            service.ref.namespace == ref.namespace
+            or {service.ref.namespace, ref.namespace} <= set(pool.share_across)
+            for ref in held.members
+        )
+        fits = held.key == wish.key and together and not self.clash(held.members, service)
+        return None if fits else Reason.SHARING_REFUSED
 
-    def free(self, service: Service, asked: Wants, family: int, have: Address | None) -> Answer:
-        """The lowest free address of the first pool that may serve it."""
-        named = [pool for pool in self.pools if pool.name == asked.pool]
-        if asked.pool and not named:
-            return Answer(have, Reason.POOL_UNKNOWN)
-        versions = [ip_address(text).version for pool in named for text in pool.addresses]
-        if named and family not in versions:
-            return Answer(have, Reason.NO_POOL)
-        if named and named[0].drain:
-            return Answer(have, Reason.POOL_DRAINING)
-        if named and (denial := self.admits(named[0], service)) is not None:
-            return Answer(have, denial)
-        giving = named or [p for p in self.ranked() if p.auto_assign and not p.drain]
-        why: list[Reason] = []
-        for pool in giving:
-            if not any(ip_address(text).version == family for text in pool.addresses):
-                continue
-            found = next(self.unused(pool, family), None)
-            if (denial := self.admits(pool, service)) is not None:
-                why.append(denial)
-            elif self.room(pool, service.ref.namespace) < 1:
-                why.append(Reason.QUOTA_EXCEEDED)
-            elif found is not None:
-                return Answer(found)
-            else:
-                why.append(Reason.POOL_EXHAUSTED)
-        for reason in (Reason.POOL_EXHAUSTED, Reason.QUOTA_EXCEEDED):
-            if reason in why:
-                return Answer(have, reason)
-        return Answer(have, why[0] if why else Reason.NO_POOL)
+    def clash(self, members: list[ObjectRef], service: Service) -> bool:
+        """Whether a Service cannot be on an address with those that were there before."""
+        before = [self.services[ref] for ref in members]
+        first, ports = before[:1], {(port.protocol, port.port) for port in service.ports}
+        return any(
+            one.policy != service.policy
+            or (one.policy is TrafficPolicy.LOCAL and one.selector != service.selector)
+            or one.source_ranges != service.source_ranges
+            for one in first
+        ) or any((port.protocol, port.port) in ports for one in before for port in one.ports)
 
-    def unused(self, pool: PoolText, family: int) -> Iterator[Address]:
-        kept_back = dict(pool.reserved)
-        for address in sorted((ip_address(text) for text in pool.addresses), key=int):
-            taken = address in self.held or str(address) in kept_back
-            if address.version == family and not taken and not self.avoided(pool, address):
-                yield address
+    # The state
+
+    def has(self, ref: ObjectRef, family: int = 0) -> list[Address]:
+        """The addresses of a Service, lowest first."""
+        found = [a for a, held in self.held.items() if not held.resting and ref in held.members]
+        return sorted((a for a in found if family in (0, a.version)), key=int)
+
+    def take(self, service: Service, wish: Wish, address: Address) -> None:
+        pool, held = self.pool_of(address), self.held.get(address)
+        assert pool is not None
+        if held is None or held.resting:
+            self.held[address] = Held(pool.name, [service.ref], wish.key)
+        else:
+            held.members.append(service.ref)
+
+    def leave(self, ref: ObjectRef, address: Address) -> None:
+        """The next one owns it; the last one's address rests."""
+        held = self.held[address]
+        if held.members == [ref]:
+            held.resting, held.key = True, ""
+        else:
+            held.members.remove(ref)
+
+    def ranked(self) -> list[PoolSpec]:
+        """Lower priority first, 0 last, ties by name."""
+        return sorted(self.pools, key=lambda pool: (pool.priority or 9999, pool.name))
+
+    def pool_of(self, address: Address | None) -> PoolSpec | None:
+        return next((p for p in self.pools if address and address.compressed in p.addresses), None)
+
+    def reserved_for(self, service: Service) -> list[Address]:
+        """What waits for a Service of this name."""
+        pairs = [pair for pool in self.ranked() for pair in pool.reserved]
+        return [ip_address(text) for text, owner in pairs if owner == str(service.ref)]
+
+    def cluster_ips(self) -> set[Address]:
+        return {address for service in self.services.values() for address in service.cluster_ips}
+
+    def refuses(self, pools: tuple[PoolSpec, ...]) -> bool:
+        """A shrink takes no address that a Service uses, unless the pool says `release`."""
+        after, letting = Rules(pools), {pool.name for pool in pools if pool.release}
+        return any(
+            after.pool_of(address) is None and not held.resting and held.pool not in letting
+            for address, held in self.held.items()
+        )
+
+    def shows(self, service: Service) -> tuple[Address, ...]:
+        """What its status has to be. What is in no pool is left to who has none, and while adopting
+        what cannot become ours."""
+        has, shown = tuple(self.has(service.ref)), service.ingress
+        strange = not has and not any(self.pool_of(address) for address in shown)
+        return shown if strange or (self.adopting and not {*shown} <= {*has}) else has

@@ -7,6 +7,7 @@ it decided as `manager/executor.py` does, and can stop between any two requests.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from functools import cache
 
@@ -148,10 +149,10 @@ class Leader:
     services: dict[ObjectRef, Service] = field(default_factory=dict)
 
     @classmethod
-    def start(cls, server: Server, accepted: Config) -> Leader:
+    def start(cls, server: Server, accepted: Config, forbidden: Collection[Address] = ()) -> Leader:
         """A new leader: everything is listed before anything is planned."""
         leader = cls(server, Allocator())
-        leader.configure(accepted)
+        leader.configure(accepted, forbidden)
         for name, labels in server.labels.items():
             leader.allocator.set_namespace(name, labels)
         for eip in server.eips.values():
@@ -161,9 +162,9 @@ class Leader:
         server.watchers[id(leader)] = leader.queue
         return leader
 
-    def configure(self, accepted: Config) -> None:
+    def configure(self, accepted: Config, forbidden: Collection[Address] = ()) -> None:
         """A configuration is in force."""
-        self.allocator.configure(accepted)
+        self.allocator.configure(accepted, forbidden)
         self.facts = replace(FACTS, rule=accepted.services)
 
     def see(self, found: Eip | Service) -> None:

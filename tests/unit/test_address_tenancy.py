@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ipaddress import ip_address
 from typing import Any
 
 import pytest
@@ -178,3 +179,29 @@ def test_a_cleared_sharing_key_counts_though_the_rest_is_refused() -> None:
     assert world.reason("web") is Reason.POOL_UNKNOWN
     world.put(sharing("dns", 2, "k", ports=ports("53/UDP")))
     assert world.addresses() == {"web": "10.0.0.0", "dns": "10.0.0.1"}
+
+
+def test_more_than_the_quota_by_dual_stack() -> None:
+    world = World(config("name: a, addresses: [10.0.0.0/29, '2001:db8::/125'], quota: 1"))
+    world.put(service("evil/e", families=(4, 6)))
+    assert world.shown("evil/e") == ["10.0.0.0"] and world.reason("evil/e") is Reason.QUOTA_EXCEEDED
+
+
+def test_more_than_the_quota_by_sharing_two_at_once() -> None:
+    pool = (
+        "name: a, addresses: [10.0.0.0/29], quota: {evil: 1}, shareAcrossNamespaces: [shop, evil]"
+    )
+    world = World(config(pool))
+    world.put(sharing("shop/k", 1, "k"), sharing("shop/l", 1, "l"))
+    world.put(
+        sharing("evil/k", 2, "k", ports=ports("81")), sharing("evil/l", 2, "l", ports=ports("81"))
+    )
+    assert world.shown("evil/k") and not world.shown("evil/l")
+
+
+def test_an_address_that_became_a_nodes_while_it_rested() -> None:
+    world = World(config("name: a, addresses: [10.0.0.0/29]"))
+    world.hold("10.0.0.3", "shop/s", Phase.RELEASING, forwarding=False)
+    world.allocator.configure(world.config, (ip_address("10.0.0.3"),))
+    world.put(service("shop/s"))
+    assert world.addresses() == {"s": "10.0.0.0"}

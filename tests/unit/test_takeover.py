@@ -110,8 +110,9 @@ def test_of_two_families_each_is_decided_for_itself_and_the_status_stays() -> No
 
 def test_the_family_that_is_missing_is_added() -> None:
     both = service("web", "198.51.100.2", families=(4, 6))
-    _, actions = planned(adopting('198.51.100.0/29, "2001:db8::/126"'), both)
-    (write,) = touched(actions)
+    allocator, actions = planned(adopting('198.51.100.0/29, "2001:db8::/126"'), both)
+    assert given(actions) == {"web": "198.51.100.2"} and not touched(actions)
+    (write,) = touched(allocator.plan())
     assert isinstance(write, WriteStatus)
     assert set(map(str, write.addresses)) == {"198.51.100.2", "2001:db8::"}
 

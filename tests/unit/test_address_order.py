@@ -1,0 +1,122 @@
+"""Who comes first, and who is woken by what: one rule a test, each once broken."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from lbctl.core.model import Phase
+from lbctl.core.reasons import Reason
+from tests.unit.address_rules import World, config, ports, service, sharing
+
+A = "name: a, addresses: [10.0.0.0/30]"
+B = "name: b, addresses: [10.1.0.0/32]"
+
+
+def asking(ref: str, created_s: float, /, address: str = "", pool: str = "", **more: Any) -> Any:
+    asked = {"lbctl.io/loadBalancerIPs": address, "lbctl.io/address-pool": pool}
+    notes = {key: text for key, text in asked.items() if text}
+    return service(ref, created_s, annotations=notes, **more)
+
+
+@pytest.mark.parametrize("wish", [{"address": "10.0.0.1"}, {"pool": "b"}, {"address": "x"}])
+def test_a_claim_stands_whatever_else_cannot_be_had(wish: dict[str, str]) -> None:
+    """Restored without EIP objects, and asking for what another one has."""
+    world = World(config(A, B))
+    world.put(
+        service("one", 1, ingress=["10.0.0.1"]),
+        service("two", 2, ingress=["10.1.0.0"]),
+        asking("web", 0, **wish, ingress=["10.0.0.2"]),
+    )
+    assert world.addresses() == {"one": "10.0.0.1", "two": "10.1.0.0", "web": "10.0.0.2"}
+
+
+def test_a_claim_in_a_draining_pool_stands_if_it_is_asked_for_too() -> None:
+    world = World(config(A + ", drain: true"))
+    world.put(asking("web", 1, "10.0.0.2", ingress=["10.0.0.2"]))
+    assert world.addresses() == {"web": "10.0.0.2"}
+
+
+def test_claims_come_before_what_an_older_one_asks_for() -> None:
+    world = World(config(A))
+    world.put(asking("older", 1, "10.0.0.2"), service("web", 2, ingress=["10.0.0.2"]))
+    assert world.addresses() == {"web": "10.0.0.2"}
+
+
+def test_who_loses_a_claim_takes_nobodys() -> None:
+    world = World(config(A))
+    world.put(
+        service("one", 1, ingress=["10.0.0.1"]),
+        service("loses", 2, ingress=["10.0.0.1"]),
+        service("two", 3, ingress=["10.0.0.0"]),
+    )
+    assert world.addresses() == {"one": "10.0.0.1", "loses": "10.0.0.2", "two": "10.0.0.0"}
+
+
+def test_what_is_reserved_comes_before_the_rest_of_the_quota() -> None:
+    pool = A + ", quota: 1, reserved: [{address: 10.0.0.3, owner: default/db}]"
+    world = World(config(pool))
+    world.put(service("older", 1), service("db", 2))
+    assert world.addresses() == {"db": "10.0.0.3"}
+
+
+def test_a_key_of_another_namespace_holds_nobody_up() -> None:
+    world = World(config(A))
+    world.put(sharing("x/a", 1, "k"), sharing("y/b", 2, "k"), service("x/c", 3))
+    assert world.addresses() == {"a": "10.0.0.0", "b": "10.0.0.1", "c": "10.0.0.2"}
+
+
+def test_who_waits_shares_what_comes_to_be_shared() -> None:
+    world = World(config(B))
+    world.put(service("one", 1))
+    world.put(sharing("two", 2, "k", ports=ports("81")))
+    assert world.reason("two") is Reason.POOL_EXHAUSTED
+    world.put(sharing("one", 1, "k"))
+    assert world.addresses() == {"one": "10.1.0.0", "two": "10.1.0.0"}
+
+
+def test_who_waits_shares_when_the_ports_no_longer_clash() -> None:
+    world = World(config(B))
+    world.put(sharing("one", 1, "k"), sharing("two", 2, "k"))
+    assert world.addresses() == {"one": "10.1.0.0"}
+    world.put(sharing("one", 1, "k", ports=ports("81")))
+    assert world.addresses() == {"one": "10.1.0.0", "two": "10.1.0.0"}
+
+
+def test_who_waits_to_share_is_woken_by_its_quota() -> None:
+    pool = "name: a, addresses: [10.0.0.0/30], quota: {y: 1}, shareAcrossNamespaces: [x, y]"
+    world = World(config(pool))
+    world.put(sharing("x/one", 1, "k"), service("y/two", 2))
+    world.put(sharing("y/three", 3, "k", requested="10.0.0.0", ports=ports("81")))
+    assert world.reason("y/three") is Reason.QUOTA_EXCEEDED
+    world.vanish("y/two")
+    world.free("10.0.0.1")
+    assert world.shown("y/three") == ["10.0.0.0"]
+
+
+def test_another_pool_is_entered_by_sharing_too() -> None:
+    world = World(config(A, B))
+    world.put(sharing("one", 1, "k", ports=ports("81")), service("web", 2))
+    assert world.addresses() == {"one": "10.0.0.0", "web": "10.0.0.1"}
+    world = World(config(A, B + ", autoAssign: false"))
+    world.put(asking("one", 1, "10.1.0.0"), service("web", 2))
+    key = {"lbctl.io/allow-shared-ip": "k"}
+    world.put(service("one", 1, annotations={**key, "lbctl.io/loadBalancerIPs": "10.1.0.0"}))
+    notes = {**key, "lbctl.io/address-pool": "b"}
+    world.put(service("web", 2, annotations=notes, ports=ports("81")))
+    assert world.addresses() == {"one": "10.1.0.0", "web": "10.1.0.0"}
+
+
+def test_back_in_a_pool_while_the_address_of_it_rests() -> None:
+    world = World(config(A, B))
+    world.hold("10.1.0.0", "web", Phase.RELEASING, forwarding=False, pool="b")
+    world.hold("10.0.0.0", "web")
+    world.put(asking("web", 1, pool="b", ingress=["10.0.0.0"]))
+    assert world.addresses() == {"web": "10.1.0.0"}
+
+
+def test_a_pool_that_drains_says_so_to_who_asks_for_nothing() -> None:
+    world = World(config(A + ", drain: true"))
+    world.put(service("web", 1))
+    assert world.reasons("web") == [Reason.POOL_DRAINING]
