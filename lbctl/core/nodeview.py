@@ -1,6 +1,7 @@
 """This node's part of the common tables, with what each bucket was before.
 
-Rules: a bucket remembers its last other owner while that endpoint exists on a living node. The node
+Rules: a bucket remembers its last other owner while that endpoint exists on a living node; one on
+this node only where there was none before it, because conntrack here has its flows. The node
 that owns a bucket hands established flows that it does not know to that owner once (`prev`: the
 second chance). A datagram does not say whether its flow is new: of a port that is not TCP, new
 flows are handed over too, so only an owner that takes these is remembered, and only until `settle`.
@@ -116,7 +117,7 @@ def _view(shared: PortTable, old: PortView | None, me: str) -> PortView:
     made = fresh_view(shared, me)
     if old is None or not old.table.owners:
         return made
-    former, before = _before(made.table, old)
+    former, before = _before(made.table, old, me)
     return replace(made, former=former, before=before)
 
 
@@ -164,7 +165,7 @@ def _nothing(size: int) -> bytes:
     return _NOTHING[size]
 
 
-def _before(table: PortTable, old: PortView) -> tuple[tuple[Holder, ...], Row]:
+def _before(table: PortTable, old: PortView, me: str) -> tuple[tuple[Holder, ...], Row]:
     size, old_size, old_past = len(table.owners), len(old.table.owners), len(old.before)
     if not size:
         return (), b""
@@ -176,6 +177,8 @@ def _before(table: PortTable, old: PortView) -> tuple[tuple[Holder, ...], Row]:
     same = [names.get(holder, -1) for holder in old.table.endpoints]
     was_place = [place.get(holder, NOTHING) for holder in old.table.endpoints]
     older_place = [NOTHING, *(place.get(holder, NOTHING) for holder in old.former)]
+    # Flows of our own pods are in conntrack here: who had the bucket before them still counts.
+    ours = [holder.node in (me, EVERYWHERE) for holder in old.table.endpoints]
     now_place = [place.get(holder, NOTHING) for holder in table.endpoints]
     past = max(size, old_size, old_past)
     nows = _stretched(table.owners, past)
@@ -183,7 +186,7 @@ def _before(table: PortTable, old: PortView) -> tuple[tuple[Holder, ...], Row]:
     olders = _stretched(old.before, past)
     found = [
         was_place[was]
-        if same[was] != now
+        if same[was] != now and not (older and ours[was])
         else (NOTHING if older_place[older] == now_place[now] else older_place[older])
         for now, was, older in zip(nows, weres, olders, strict=True)
     ]

@@ -164,6 +164,24 @@ def test_established_flows_reach_their_old_pod() -> None:
     assert moved > 0
 
 
+def test_a_bucket_that_moves_on_between_pods_of_one_node_is_still_handed_to_who_had_it() -> None:
+    """Two pods come to a node, one after the other, before a flow has sent anything."""
+    cluster = Cluster()
+    pods = [pod(n, p) for p in (2, 3, 4) for n in (1, 2)]
+    steps = []
+    for come in ((), (pod(3, 2),), (pod(3, 2), pod(3, 3))):
+        cluster.apply(table(*pods, *come))
+        steps.append({client: cluster.lands("n1", client) for client in MANY})
+    twice = [c for c in MANY if steps[1][c].endswith("@n3") and steps[1][c] != steps[2][c]]
+    twice = [client for client in twice if steps[2][client].endswith("@n3")]
+    assert len(twice) > 3
+    for client in twice:
+        home = steps[0][client].split("@")[1]
+        for entry in INDEX:
+            out = cluster.lands(entry, client, syn=False, home=home)
+            assert out == f"established @{home}"
+
+
 @pytest.mark.parametrize("grown_first", [False, True])
 def test_shrinking_below_a_size_class_forgets_no_flow(grown_first: bool) -> None:
     """14 pods have 1024 buckets and 10 have 256: the past stays as fine as it was."""
