@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lbctl.core import state
-from lbctl.core.allocator import ANY_CLASS_RULE, not_ours
+from lbctl.core.classes import class_rule, not_ours
 from lbctl.core.health import Health
 from lbctl.core.model import Address, Eip, NodeState, NodeView, ObjectRef, Phase, Service, Session
 from lbctl.core.reasons import Reason
@@ -123,7 +123,7 @@ def _service(parts: Parts, service: Service, eips: list[Eip]) -> state.ServiceSt
         )
     bound = tuple(eip.address for eip in eips if eip.phase is Phase.BOUND)
     current = parts.configuration.current
-    why = not_ours(service, current.config.services if current else ANY_CLASS_RULE)
+    why = not_ours(service, class_rule(current.config if current else None))
     if why is None and not bound:
         why = _written(service)
     return state.ServiceState(service.ref, why or Reason.RESTORED, "", bound)

@@ -34,7 +34,8 @@ from lbctl.core.actions import (
 )
 from lbctl.core.annotations import asked
 from lbctl.core.choosing import Chooser, Pick, without
-from lbctl.core.config import Config, Services
+from lbctl.core.classes import class_rule, not_ours
+from lbctl.core.config import Config
 from lbctl.core.holdings import Decision, Holdings, Record
 from lbctl.core.model import Address, Eip, ObjectRef, Phase, Service
 from lbctl.core.reasons import Reason
@@ -42,22 +43,6 @@ from lbctl.core.supply import Forbidden, Supply
 from lbctl.core.waiting import Key, Waiting
 
 _HOW_IT_CAME: Final = (Reason.ALLOCATED, Reason.RECREATED)
-ANY_CLASS_RULE: Final = Services()  # before there is a configuration
-
-
-def not_ours(service: Service, rule: Services = ANY_CLASS_RULE) -> Reason | None:
-    """Why a Service gets no address from us, None if it does. rule: which classes are ours.
-
-    One that is being deleted gives back.
-    """
-    if not service.is_load_balancer:
-        return Reason.NOT_LOAD_BALANCER
-    found = service.load_balancer_class
-    if not (rule.without_class if found is None else found == rule.load_balancer_class):
-        return Reason.OTHER_CLASS
-    if service.deleting:
-        return Reason.RELEASING
-    return None
 
 
 def plan(
@@ -69,7 +54,7 @@ def plan(
 ) -> tuple[Action, ...]:
     """What has to be done, given everything. The same for any order of the arguments.
 
-    labels: of the namespaces.
+    labels: of the namespaces. What statuses claim without an EIP comes alone, the rest after it.
     """
     allocator = Allocator(config, forbidden)
     for name, found in (labels or {}).items():
@@ -90,9 +75,8 @@ class Allocator:
         self._chooser = Chooser(self._held)
         self._waiting = Waiting()
         self._dirty: list[Record] = []
-        self._later: list[Record] = []  # dirty too, but not before the next plan
         self._refused: set[ObjectRef] = set()
-        self._rule = _rule_of(config)
+        self._rule = class_rule(config)
 
     # What is known
 
@@ -101,7 +85,7 @@ class Allocator:
         before = self._supply.config
         if not self._supply.configure(config, forbidden):
             return
-        self._rule = _rule_of(config)
+        self._rule = class_rule(config)
         self._mark_all(self._refused)
         before_rule = (before.services, before.takeover) if before is not None else None
         if config is None or before_rule != (config.services, config.takeover):
@@ -196,11 +180,6 @@ class Allocator:
 
     # What people ask
 
-    @property
-    def pending(self) -> bool:
-        """Whether `plan()` may have something to say."""
-        return bool(self._dirty or self._later)
-
     def decision(self, ref: ObjectRef) -> Decision | None:
         """What was last decided about a Service."""
         record = self._held.records.get(ref)
@@ -228,7 +207,6 @@ class Allocator:
     def plan(self) -> tuple[Action, ...]:
         """What has to be done about everything that changed since the last call."""
         actions: list[Action] = []
-        self._dirty, self._later = self._dirty + self._later, []
         while True:
             self._wake()
             if not self._dirty:
@@ -245,25 +223,25 @@ class Allocator:
             for record in sorted(gone, key=lambda r: r.ref):
                 actions += self._take_back(record, None, Reason.RELEASED)
             here.sort(key=itemgetter(0))
-            claiming = [
-                (k[1:], r) for k, r in here if not r.eips and r.service and r.service.ingress
-            ]
-            for _, record in sorted(claiming, key=itemgetter(0)):
-                self._claim(record, actions)
+            if claims := self._claims(here):
+                for _, record in here:
+                    self._mark(record)
+                return (*actions, *claims)
             for _, record in here:
-                if not record.dirty:
-                    self._look(record, actions)
+                self._look(record, actions)
 
-    def _claim(self, record: Record, todo: list[Action]) -> None:
-        """What a status shows without an EIP comes first; the rest of it in the next plan."""
-        service = record.service
-        if service is None or not_ours(service, self._rule) is not None:
-            return
-        claimed = [pick for pick in self._chooser.picks(record, service, True) if pick.eip]
-        if claimed:
-            record.dirty = True
-            self._later.append(record)
-            self._carry(record, service, claimed, todo)
+    def _claims(self, here: list[tuple[Key, Record]]) -> list[Action]:
+        """What a status shows without an EIP comes first, everything else in the next plan: a
+        younger one must not get what an older one that claims has yet to be given."""
+        claims: list[Action] = []
+        bare = [(k[1:], r) for k, r in here if not r.eips and r.service and r.service.ingress]
+        for _, record in sorted(bare, key=itemgetter(0)):
+            service = record.service
+            if service is not None and not_ours(service, self._rule) is None:
+                claimed = [pick for pick in self._chooser.picks(record, service, True) if pick.eip]
+                if claimed:
+                    self._carry(record, service, claimed, claims)
+        return claims
 
     def _look(self, record: Record, todo: list[Action]) -> None:
         service = record.service
@@ -360,6 +338,7 @@ class Allocator:
         first: Pick | None = None
         for pick in picks:
             if self._busy(service, pick):
+                self._set_aside(record, service, picks, todo)
                 return
             if pick.eip is not None:
                 first = first or pick
@@ -389,6 +368,16 @@ class Allocator:
             return False
         self._held.wishes.setdefault(seen.address, set()).add(service.ref)
         return True
+
+    def _set_aside(
+        self, record: Record, service: Service, picks: list[Pick], todo: list[Action]
+    ) -> None:
+        """While it waits in one family, nobody younger gets its new address of the other."""
+        for pick in picks:
+            if pick.eip is not None and pick.seen is None:
+                if mark := _to_mark(service, pick.eip.pool):
+                    todo.append(AddFinalizer(service.ref, service, pick.reason, mark))
+                self._bind(record, service, pick.eip, pick, todo)
 
     def _bind(
         self, record: Record, service: Service, eip: Eip, pick: Pick, todo: list[Action]
@@ -481,10 +470,6 @@ class Allocator:
         for pick in missing:
             if pick.wish is not None:
                 self._held.wishes.setdefault(pick.wish, set()).add(record.ref)
-
-
-def _rule_of(config: Config | None) -> Services:
-    return config.services if config is not None else ANY_CLASS_RULE
 
 
 def _to_mark(service: Service, pools: str) -> str:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Final
 
-from lbctl.core.allocator import not_ours
+from lbctl.core.classes import not_ours
 from lbctl.core.config import Config
 from lbctl.core.forecast import Forecast, cluster_addresses, forecast
 from lbctl.core.model import Address, Eip, Node, ObjectRef, Phase, Service

@@ -25,7 +25,7 @@ from enum import StrEnum
 
 from lbctl.core import names
 from lbctl.core.actions import Action, ClearStatus, DeleteEip, RemoveFinalizer, SetUnforwarded
-from lbctl.core.allocator import ANY_CLASS_RULE, not_ours
+from lbctl.core.classes import ANY_CLASS_RULE, not_ours
 from lbctl.core.config import Services
 from lbctl.core.model import Address, Eip, Phase, Service
 from lbctl.core.reasons import Reason

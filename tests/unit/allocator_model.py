@@ -204,17 +204,22 @@ class Leader:
 
     def plan(self) -> None:
         """What the allocator wants."""
-        self.skip.clear()
-        self.fresh.clear()
+        self._try_again()
         self.todo += self.allocator.plan()
 
     def release(self) -> None:
         """The next step of every address that is given back."""
+        self._try_again()
         for eip in sorted(self.cached.values(), key=lambda e: int(e.address)):
             owned = self.allocator.owned(eip.owner)
             service = self.services.get(eip.owner)
             step = self.releases.step(eip, service, owned, self.facts, self.server.now_s)
             self.todo += step.actions
+
+    def _try_again(self) -> None:
+        """A failed action takes along the rest of its Service's, but of one decision only."""
+        self.skip.clear()
+        self.fresh.clear()
 
     def act(self, limit: int | None = None) -> None:
         """Do what was decided, or its first `limit` actions."""

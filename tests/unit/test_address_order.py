@@ -54,6 +54,27 @@ def test_who_loses_a_claim_takes_nobodys() -> None:
     assert world.addresses() == {"one": "10.0.0.1", "loses": "10.0.0.2", "two": "10.0.0.0"}
 
 
+def test_who_claims_one_family_is_not_overtaken_in_the_other() -> None:
+    """Dual stack, restored without EIP objects: what it had comes first, the rest by age."""
+    world = World(config("name: a, addresses: [10.0.0.0/30, '2001:db8::/127']"))
+    older = service("older", 1, families=(4, 6), ingress=["10.0.0.1"])
+    world.put(service("web", 2, families=(4, 6)), older)
+    assert world.shown("older") == ["10.0.0.1", "2001:db8::"]
+    assert world.shown("web") == ["10.0.0.0", "2001:db8::1"]
+
+
+def test_who_waits_to_share_is_not_overtaken_in_the_other_family() -> None:
+    """The address that it comes onto has to be written for its owner first."""
+    world = World(config("name: a, addresses: [10.0.0.0/30, '2001:db8::/127']"))
+    world.put(
+        sharing("one", 1, "k", ports=ports("81")),
+        sharing("older", 2, "k", families=(4, 6)),
+        service("web", 3, families=(4, 6)),
+    )
+    assert world.shown("older") == ["10.0.0.0", "2001:db8::"]
+    assert world.shown("web") == ["10.0.0.1", "2001:db8::1"]
+
+
 def test_what_is_reserved_comes_before_the_rest_of_the_quota() -> None:
     pool = A + ", quota: 1, reserved: [{address: 10.0.0.3, owner: default/db}]"
     world = World(config(pool))

@@ -156,10 +156,13 @@ def test_what_exists_is_restored_before_anything_new() -> None:
 
 def test_a_status_without_an_eip_object_is_a_claim() -> None:
     """A cluster restored without its `eips`: nobody moves."""
-    services = [service("x", 1.0), settled("y", "10.0.0.0", created_s=5.0)]
-    actions = plan(config("a 10.0.0.0/31"), services, [])
-    assert given_to(actions) == {"y": "10.0.0.0", "x": "10.0.0.1"}
-    assert next(a.reason for a in actions if isinstance(a, CreateEip)) is Reason.RESTORED
+    allocator = Allocator(config("a 10.0.0.0/31"))
+    for one in (service("x", 1.0), settled("y", "10.0.0.0", created_s=5.0)):
+        allocator.set_service(one)
+    claims = allocator.plan()
+    assert given_to(claims) == {"y": "10.0.0.0"}
+    assert next(a.reason for a in claims if isinstance(a, CreateEip)) is Reason.RESTORED
+    assert given_to(allocator.plan()) == {"x": "10.0.0.1"}
 
 
 def test_an_address_of_ours_in_a_status_without_right_is_cleared() -> None:

@@ -14,7 +14,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from lbctl.core.allocator import not_ours
+from lbctl.core.classes import not_ours
 from lbctl.core.config import shrink_conflicts
 from lbctl.core.model import Address, ObjectRef, Phase, Service
 from lbctl.core.reasons import Reason
