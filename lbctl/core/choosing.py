@@ -73,10 +73,11 @@ class Chooser:
         wish, why = asked.address(family) if asked.addresses else None, "is asked for"
         if wish is None and have is None and not asked.pool:
             wish, why = self._supply.reserved_for(service.ref, family), "is reserved for it"
-        if wish is not None and (have is None or have.address != wish):
+        stays = have if have is not None and not self._elsewhere(asked, have) else None
+        if wish is not None and (stays is None or stays.address != wish):
             return self._wish(record, service, asked, wish, why, have)
-        if have is not None and not self._elsewhere(asked, have):
-            return self._keep(service, asked, have)
+        if stays is not None:
+            return self._keep(service, asked, stays)
         for eip in record.eips:
             if eip.address.version == family and self._returns(service, eip.address, asked):
                 return self._rebound(service, asked, eip)

@@ -141,3 +141,11 @@ def test_a_pool_that_drains_says_so_to_who_asks_for_nothing() -> None:
     world = World(config(A + ", drain: true"))
     world.put(service("web", 1))
     assert world.reasons("web") == [Reason.POOL_DRAINING]
+
+
+def test_who_asks_for_its_address_and_for_another_pool_stays_and_is_told() -> None:
+    world = World(config(A, B))
+    world.put(asking("web", 1, "10.1.0.0"))
+    world.put(asking("web", 1, "10.1.0.0", pool="a"))
+    assert world.addresses() == {"web": "10.1.0.0"}
+    assert world.reason("web") is Reason.ADDRESS_OUTSIDE_POOLS
