@@ -234,13 +234,13 @@ class Allocator:
         """What a status shows without an EIP comes first, everything else in the next plan: a
         younger one must not get what an older one that claims has yet to be given."""
         claims: list[Action] = []
-        bare = [(k[1:], r) for k, r in here if not r.eips and r.service and r.service.ingress]
+        bare = [(key[1:], record) for key, record in here if _is_bare(record)]
         for _, record in sorted(bare, key=itemgetter(0)):
             service = record.service
             if service is not None and not_ours(service, self._rule) is None:
-                claimed = [pick for pick in self._chooser.picks(record, service, True) if pick.eip]
-                if claimed:
-                    self._carry(record, service, claimed, claims)
+                picks = [pick for pick in self._chooser.picks(record, service, True) if pick.eip]
+                if any(pick.eip is not pick.seen for pick in picks):
+                    self._carry(record, service, picks, claims)
         return claims
 
     def _look(self, record: Record, todo: list[Action]) -> None:
@@ -470,6 +470,15 @@ class Allocator:
         for pick in missing:
             if pick.wish is not None:
                 self._held.wishes.setdefault(pick.wish, set()).add(record.ref)
+
+
+def _is_bare(record: Record) -> bool:
+    """Whether the status shows an address without an EIP, and a family has none."""
+    service = record.service
+    if service is None or not service.ingress:
+        return False
+    bound = [eip.address for eip in record.eips if eip.phase is Phase.BOUND]
+    return len(bound) < len(service.families) and not set(service.ingress) <= set(bound)
 
 
 def _to_mark(service: Service, pools: str) -> str:

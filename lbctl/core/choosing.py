@@ -45,8 +45,8 @@ class Chooser:
 
     def picks(self, record: Record, service: Service, claims: bool = False) -> list[Pick]:
         """For each family its address. What the first one gets counts for the quota of the other.
-        claims: only what the status shows."""
-        wanted, choose = asked(service), self.claim if claims else self.pick
+        claims: only what it has, and what its status shows beside that."""
+        wanted, choose = asked(service), self._claimed if claims else self.pick
         found: list[Pick] = []
         for family in service.families:
             first = found[0].eip if found else None
@@ -56,6 +56,10 @@ class Chooser:
             if first is not None:
                 self._supply.lend(first, -1)
         return found
+
+    def _claimed(self, record: Record, service: Service, asked: Asked, family: int) -> Pick:
+        have = self._have(record, service, family)
+        return Pick(have, have) if have is not None else self.claim(record, service, asked, family)
 
     def pick(self, record: Record, service: Service, asked: Asked, family: int) -> Pick:
         """The address of one family."""

@@ -127,7 +127,6 @@ class Rules:
     labels: dict[str, dict[str, str]] = field(default_factory=dict)
     held: dict[Address, Held] = field(default_factory=dict)
     why: dict[ObjectRef, Reason | None] = field(default_factory=dict)
-    left: list[tuple[ObjectRef, Address]] = field(default_factory=list)
 
     # Who is served, in which order
 
@@ -146,13 +145,11 @@ class Rules:
         """Until nobody comes to have more or less."""
         while True:
             before = {address: repr(held) for address, held in self.held.items()}
-            self.why, self.left = {}, []
+            self.why = {}
             self.part()
             self.claim()
             for service in sorted(self.by_age(), key=lambda service: self.turn(service.ref)):
                 self.why[service.ref] = self.serve(service)
-            for ref, address in self.left:
-                self.leave(ref, address)
             if before == {address: repr(held) for address, held in self.held.items()}:
                 return
 
@@ -192,7 +189,7 @@ class Rules:
             if self.held[address].members == [service.ref] and not wish.error:
                 self.held[address].key = wish.key
             if address.version not in service.families:
-                self.left.append((service.ref, address))
+                self.leave(service.ref, address)
         found = [self.serve_family(service, wish, family) for family in service.families]
         reasons = [reason for reason in found if reason]
         if len(found) == 2 and reasons == [Reason.NO_POOL] and not service.needs_both:
@@ -208,7 +205,7 @@ class Rules:
             return wish.error or Reason.ADDRESS_OUTSIDE_POOLS
         pool = self.pool_of(has)
         if has and not pool:  # the pool gave it up
-            self.left.append((service.ref, has))
+            self.leave(service.ref, has)
             has = None
         asked = wish.addresses.get(family)
         if has and pool and asked in (None, has) and wish.pool in ("", pool.name):
@@ -218,7 +215,7 @@ class Rules:
             if reason is None:
                 self.take(service, wish, address)
                 if has:
-                    self.left.append((service.ref, has))
+                    self.leave(service.ref, has)
             if reason is None or address == asked or how == "reserved":
                 return reason
         return self.why_none(service, wish, family)

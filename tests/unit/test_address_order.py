@@ -75,6 +75,16 @@ def test_who_waits_to_share_is_not_overtaken_in_the_other_family() -> None:
     assert world.shown("web") == ["10.0.0.1", "2001:db8::1"]
 
 
+def test_a_claim_in_one_family_comes_first_with_an_eip_in_the_other() -> None:
+    """One of two EIP objects was lost."""
+    world = World(config("name: a, addresses: [10.0.0.0/32, '2001:db8::/127']"))
+    world.hold("2001:db8::", "web")
+    shown = ["10.0.0.0", "2001:db8::"]
+    world.put(service("older", 1), service("web", 2, families=(4, 6), ingress=shown))
+    assert world.shown("web") == shown
+    assert world.reason("older") is Reason.POOL_EXHAUSTED
+
+
 def test_what_is_reserved_comes_before_the_rest_of_the_quota() -> None:
     pool = A + ", quota: 1, reserved: [{address: 10.0.0.3, owner: default/db}]"
     world = World(config(pool))

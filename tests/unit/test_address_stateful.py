@@ -331,6 +331,8 @@ class World(RuleBasedStateMachine):
             raise AssertionError("the allocator does not come to rest")
         if frozen is not self.leader:
             self.thaw(frozen)
+        for ref in self.model.services.keys() - self.server.services.keys():
+            del self.model.services[ref]  # nothing but its finalizer held it
         self.model.settle()
         self.compare()
         if not self.model.adopting:  # what cannot be shown then is written anew at every start
