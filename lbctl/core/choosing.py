@@ -75,9 +75,11 @@ class Chooser:
         if asked.addresses and (said := _no_family(service, asked)):
             return self._refuse(service, asked, have, Reason.ADDRESS_OUTSIDE_POOLS, said)
         wish, why = asked.address(family) if asked.addresses else None, "is asked for"
-        if wish is None and have is None and not asked.pool:
-            wish, why = self._supply.reserved_for(service.ref, family), "is reserved for it"
-        stays = have if have is not None and not self._elsewhere(asked, have) else None
+        if wish is None and have is None:
+            kept = self._supply.reserved_for(service.ref, family)
+            if kept is not None and not self._elsewhere(asked, kept):
+                wish, why = kept, "is reserved for it"
+        stays = have if have is not None and not self._elsewhere(asked, have.address) else None
         if wish is not None and (stays is None or stays.address != wish):
             return self._wish(record, service, asked, wish, why, have)
         if stays is not None:
@@ -144,9 +146,9 @@ class Chooser:
             return False
         return config.lets_go(eip.pool)
 
-    def _elsewhere(self, asked: Asked, eip: Eip) -> bool:
+    def _elsewhere(self, asked: Asked, address: Address) -> bool:
         """Whether another pool is asked for."""
-        pool = self._supply.pool_of(eip.address)
+        pool = self._supply.pool_of(address)
         return pool is not None and asked.pool not in ("", pool.name)
 
     def _keep(self, service: Service, asked: Asked, have: Eip) -> Pick:
@@ -299,7 +301,7 @@ class Chooser:
         """One that it can share, else a free one."""
         lines: list[Line] = []
         for eip in self._held.shared(asked.sharing) if asked.sharing else ():
-            if eip.address.version == family and not self._elsewhere(asked, eip):
+            if eip.address.version == family and not self._elsewhere(asked, eip.address):
                 joined = self._join(service, asked, eip)
                 if isinstance(joined, Pick):
                     return joined

@@ -230,7 +230,9 @@ class Rules:
             yield "rest" if wish.addresses[family] in own else "asked", wish.addresses[family]
             return
         for address in self.reserved_for(service):
-            if address.version == family and not wish.pool and not has:
+            pool = self.pool_of(address)
+            asked = pool is not None and wish.pool in ("", pool.name)
+            if address.version == family and asked and not has:
                 yield "rest" if address in own else "reserved", address
         for address in sorted(own, key=lambda a: a not in service.ingress):
             yield "rest", address

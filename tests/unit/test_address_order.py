@@ -159,3 +159,10 @@ def test_who_asks_for_its_address_and_for_another_pool_stays_and_is_told() -> No
     world.put(asking("web", 1, "10.1.0.0", pool="a"))
     assert world.addresses() == {"web": "10.1.0.0"}
     assert world.reason("web") is Reason.ADDRESS_OUTSIDE_POOLS
+
+
+@pytest.mark.parametrize("pool, address", [("", "10.0.0.3"), ("a", "10.0.0.3"), ("b", "10.1.0.0")])
+def test_what_is_reserved_is_given_to_who_asks_for_its_pool_too(pool: str, address: str) -> None:
+    world = World(config(A + ", reserved: [{address: 10.0.0.3, owner: default/db}]", B))
+    world.put(asking("db", 1, pool=pool))
+    assert world.addresses() == {"db": address}
