@@ -11,9 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import zip_longest
-from types import MappingProxyType
 from typing import Final, NamedTuple, TypeAlias
 
+from lbctl.core import maglev
+from lbctl.core.maglev import Row
 from lbctl.core.model import Address, Protocol
 from lbctl.core.names import MARK_BASE
 from lbctl.core.nftfamily import BUCKET_BASE
@@ -33,18 +34,21 @@ BUCKET_MAPS: Final = ("deliver", "holders", "prev", "spare", "steer")
 class Delta(NamedTuple):
     """What one map loses and gains for one port.
 
-    gone: buckets. fresh: buckets by their new value; one that changes its value is in both.
+    gone, fresh: buckets; one that changes its value is in both. places: for each in `fresh`, where
+    its new value is in `values`; all that are used are of one kind (nodes, pods or chains).
     """
 
     key: PortKey
     map: str
-    gone: list[int]
-    fresh: Mapping[Value, list[int]] = MappingProxyType({})
+    gone: Sequence[int]
+    fresh: Sequence[int] = ()
+    places: Row = b""
+    values: Sequence[Value] = ()
 
     @property
     def total(self) -> int:
         """How many elements it deletes and adds."""
-        return len(self.gone) + sum(map(len, self.fresh.values()))
+        return len(self.gone) + len(self.fresh)
 
 
 def deltas(
@@ -73,8 +77,8 @@ def _port(key: PortKey, old: PortElements | None, new: PortElements | None) -> I
     # There are no pods in the past, and no nodes among the spare.
     rows = (("now", "deliver", "steer"), ("past", "prev", "prev"), ("spare", "spare", "spare"))
     for name, of_pod, of_node in rows:
-        one: Sequence[int] = getattr(old, name) if old else b""
-        other: Sequence[int] = getattr(new, name) if new else b""
+        one: Row = getattr(old, name) if old else b""
+        other: Row = getattr(new, name) if new else b""
         known = sticky if name == "now" else None
         maps = of_pod if known is None else "holders", of_node
         for delta in _rows(key, maps, (was, one), (now, other)):
@@ -84,10 +88,11 @@ def _port(key: PortKey, old: PortElements | None, new: PortElements | None) -> I
     for name, values in _OF_PORT.items():
         before, after = values(old), values(new)
         if before != after:
-            yield Delta(key, name, [WHOLE] if before else [], {value: [WHOLE] for value in after})
+            number = len(after)
+            yield Delta(key, name, [WHOLE] * len(before), [WHOLE] * number, bytes(number), after)
 
 
-_Targets = tuple[tuple[Target, ...], Sequence[int]]
+_Targets = tuple[tuple[Target, ...], Row]
 
 
 def _rows(key: PortKey, maps: tuple[str, str], old: _Targets, new: _Targets) -> tuple[Delta, ...]:
@@ -95,25 +100,46 @@ def _rows(key: PortKey, maps: tuple[str, str], old: _Targets, new: _Targets) -> 
     (was, one), (now, other) = old, new
     if old == new or (not one and other.count(NOTHING) == len(other)):
         return ()
-    names = {target: number for number, target in enumerate(now)}
-    same = [names.get(target, -1) for target in was]
-    gone: tuple[list[int], list[int]] = [], []
-    leaving = [gone[not isinstance(target, tuple)] for target in was]
-    fresh: list[list[int]] = [[] for _ in now]
-    if not one:  # a whole load: twice as fast
-        for bucket, after in enumerate(other):
-            fresh[after].append(bucket)
-    else:
-        for bucket, (before, after) in enumerate(zip_longest(one, other, fillvalue=NOTHING)):
-            if same[before] != after:
-                if before:
-                    leaving[before].append(bucket)
-                fresh[after].append(bucket)
-    coming: tuple[dict[Value, list[int]], ...] = {}, {}
-    for target, buckets in zip(now, fresh, strict=True):
-        if buckets and target is not None:
-            coming[not isinstance(target, tuple)][target] = buckets
-    return tuple(map(Delta, (key, key), maps, gone, coming))
+    leaving: Row = b""
+    coming = other
+    if one:  # a whole load does without
+        names = {target: number for number, target in enumerate(now)}
+        same = [names.get(target, -1) for target in was]
+        pairs = list(zip_longest(one, other, fillvalue=NOTHING))
+        leaving = maglev.row([a if same[a] != b else NOTHING for a, b in pairs])
+        coming = maglev.row([b if same[a] != b else NOTHING for a, b in pairs])
+    gone, fresh = _by_kind(was, leaving), _by_kind(now, coming)
+    return tuple(
+        Delta(key, name, left, come, _picked(coming, come), now)
+        for name, left, come in zip(maps, gone, fresh, strict=True)
+    )
+
+
+def _by_kind(targets: Sequence[Target], row: Row) -> tuple[Sequence[int], Sequence[int]]:
+    """The buckets that lead to pods, and those that lead to nodes."""
+    kinds = maglev.translated(row, [_kind(target) for target in targets]) if row else b""
+    return _where(kinds, _POD), _where(kinds, _NODE)
+
+
+_POD, _NODE = 1, 2
+
+
+def _kind(target: Target) -> int:
+    if target is None:
+        return 0
+    return _POD if isinstance(target, tuple) else _NODE
+
+
+def _where(kinds: Row, kind: int) -> Sequence[int]:
+    """The buckets of this kind; often all are, or none."""
+    number = kinds.count(kind)
+    if number in (0, len(kinds)):
+        return range(number)
+    return [bucket for bucket, known in enumerate(kinds) if known == kind]
+
+
+def _picked(row: Row, buckets: Sequence[int]) -> Row:
+    return row if len(buckets) == len(row) else maglev.row([row[bucket] for bucket in buckets])
 
 
 # -- session affinity ----------------------------------------------------------------------------
@@ -128,23 +154,21 @@ def _renumbered(old: Sticky | None, new: Sticky | None) -> bool:
 def _numbered(pods: Delta, known: Sticky) -> Delta:
     """Buckets that lead to pods' numbers in place of the pods."""
     numbers = known.numbers
-    fresh: dict[Value, list[int]] = {
-        _ROOM + TAKING + numbers[pod]: buckets
-        for pod, buckets in pods.fresh.items()
-        if isinstance(pod, tuple)
-    }
-    return Delta(pods.key, "holders", pods.gone, fresh)
+    values = [
+        _ROOM + TAKING + numbers[pod] if isinstance(pod, tuple) and pod in numbers else None
+        for pod in pods.values
+    ]
+    return pods._replace(map="holders", values=values)
 
 
 def _numbers(key: PortKey, old: Sticky | None, new: Sticky | None) -> Iterator[Delta]:
     """From a pin to the pod that takes new flows, and the nodes that may be asked about pins."""
     for name, of in (("deliver", _pods), ("holders", _pins)):
         was, now = of(old), of(new)
-        fresh: dict[Value, list[int]] = {}
-        for place, value in now.items():
-            if was.get(place) != value:
-                fresh.setdefault(value, []).append(place)
-        yield Delta(key, name, [place for place in was if now.get(place) != was[place]], fresh)
+        gone = [place for place in was if now.get(place) != was[place]]
+        fresh = [place for place in now if was.get(place) != now[place]]
+        places = maglev.row(range(len(fresh)))
+        yield Delta(key, name, gone, fresh, places, [now[place] for place in fresh])
 
 
 def _pods(known: Sticky | None) -> dict[int, Value]:

@@ -75,7 +75,7 @@ class ServicePort:
     port: int
 
 
-@dataclass(frozen=True, slots=True)
+@snapshot
 class Service:
     """A Service as far as load balancing goes.
 
@@ -120,7 +120,7 @@ class Endpoint:
     terminating: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@snapshot
 class PortEndpoints:
     """All endpoints of one named port of a Service, sorted, from all its slices."""
 
@@ -129,7 +129,7 @@ class PortEndpoints:
     endpoints: tuple[Endpoint, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@snapshot
 class ServiceEndpoints:
     """The merged EndpointSlices of a Service, sorted by (name, protocol).
 

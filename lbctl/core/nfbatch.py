@@ -21,6 +21,7 @@ from typing import Final
 
 from lbctl.core import maglev
 from lbctl.core.elements import WHOLE, Delta, PortKey, Value
+from lbctl.core.maglev import Row
 from lbctl.core.model import Address
 from lbctl.core.names import MARK_BASE, NFT_TABLE
 from lbctl.core.nftfamily import BUCKET_BASE, FAMILIES
@@ -37,15 +38,9 @@ _NF_FAMILY: Final = {4: 2, 6: 10}  # by IP version: NFPROTO_IPV4, NFPROTO_IPV6
 _PROTOCOLS: Final = {"TCP": 6, "UDP": 17, "SCTP": 132}
 
 
-class _Places(dict[int, bytes]):
-    """How a key ends, by bucket; those of `sticky` are made when they are asked for."""
-
-    def __missing__(self, place: int) -> bytes:
-        return struct.pack("=I", BUCKET_BASE + place)
-
-
-_PLACES: Final = _Places({b: struct.pack("=I", BUCKET_BASE + b) for b in range(maglev.SIZES[-1])})
-_PLACES[WHOLE] = b""
+_KEYS: Final = struct.pack(
+    f"={maglev.SIZES[-1]}I", *range(BUCKET_BASE, BUCKET_BASE + maglev.SIZES[-1])
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,26 +123,21 @@ class _Writer:
         """Take in what one map loses and gains for one port."""
         version = delta.key[0].version
         prefix = _port_key(delta.key)
-        if delta.gone:
-            self._put((DELETE_ELEMENTS, version, delta.map), prefix, delta.gone, b"")
-        for value, buckets in delta.fresh.items():
-            self._put((NEW_ELEMENTS, version, delta.map), prefix, buckets, _data(value))
+        self._put((DELETE_ELEMENTS, version, delta.map), _elements(prefix, delta.gone))
+        fresh = _elements(prefix, delta.fresh, delta.places, delta.values)
+        self._put((NEW_ELEMENTS, version, delta.map), fresh)
         self.count += delta.total
 
-    def _put(
-        self, place: tuple[int, int, str], prefix: bytes, buckets: Sequence[int], data: bytes
-    ) -> None:
-        head = _head(len(prefix) + (0 if buckets[0] == WHOLE else 4), len(data)) + prefix
-        each = len(head) + (0 if buckets[0] == WHOLE else 4) + len(data)
-        start, separator = 0, data + head  # what is alike between two buckets
-        while start < len(buckets):
-            known = self._open.get(place)
-            if known is None:
-                known = self._open[place] = bytearray()
-            part = buckets[start : start + (_LIMIT - len(known)) // each]
-            if part:
-                known += head + separator.join([_PLACES[bucket] for bucket in part]) + data
-                start += len(part)
+    def _put(self, place: tuple[int, int, str], made: tuple[bytearray, int]) -> None:
+        """made: elements, each of so many bytes."""
+        data, each = made
+        start = 0
+        while start < len(data):
+            known = self._open.setdefault(place, bytearray())
+            stop = start + (_LIMIT - len(known)) // each * each
+            if stop > start:
+                known += data[start:stop]
+                start = stop
             else:
                 self._close(place)
 
@@ -170,6 +160,44 @@ class _Writer:
 def _port_key(key: PortKey) -> bytes:
     address, protocol, port = key
     return address.packed + struct.pack(">B3xH2x", _PROTOCOLS[protocol], port)
+
+
+def _elements(
+    prefix: bytes, buckets: Sequence[int], places: Row = b"", values: Sequence[Value] = ()
+) -> tuple[bytearray, int]:
+    """The elements of these buckets, and how many bytes each takes.
+
+    All are alike but for a few bytes, which are written for all of them at once: the first byte of
+    every key, then the second, and so on.
+    """
+    if not buckets:
+        return bytearray(), 1
+    keys = _keys(buckets)
+    width = len(keys) // len(buckets)
+    data = _data(values[places[0]]) if values else b""
+    head = _head(len(prefix) + width, len(data)) + prefix
+    start, each = len(head), len(head) + width + len(data)
+    made = bytearray((head + bytes(width) + data) * len(buckets))
+    for byte in range(width):
+        made[start + byte :: each] = keys[byte::width]
+    if len(values) > 1:
+        # Those of another kind, which no place here is of, may be shorter or longer.
+        size = len(data)
+        every = b"".join([(_data(value) or data)[:size].ljust(size) for value in values])
+        for byte in range(size):
+            column = every[byte::size]
+            if column.count(data[byte]) < len(column):
+                made[start + width + byte :: each] = maglev.translated(places, column)
+    return made, each
+
+
+def _keys(buckets: Sequence[int]) -> bytes:
+    """How their keys end."""
+    if isinstance(buckets, range):
+        return _KEYS[4 * buckets.start : 4 * buckets.stop]
+    if buckets[0] == WHOLE:
+        return b""
+    return struct.pack(f"={len(buckets)}I", *(BUCKET_BASE + bucket for bucket in buckets))
 
 
 @lru_cache(maxsize=8)

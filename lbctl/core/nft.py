@@ -22,7 +22,6 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv6Address
-from operator import itemgetter
 from typing import Final, TypeAlias
 
 from lbctl.core import elements, maglev, nfbatch, nftsets
@@ -279,10 +278,9 @@ def _write(delta: Delta, deleted: _Entries, added: _Entries) -> None:
     prefix = f"{address} . {protocol.lower()} . {number}"
     gone = [prefix + _PLACES[bucket] for bucket in delta.gone]
     deleted.setdefault(place, []).extend(gone)
-    values = [(bucket, value) for value, buckets in delta.fresh.items() for bucket in buckets]
     fresh = [
-        prefix + _PLACES[bucket] + _value(value)
-        for bucket, value in sorted(values, key=itemgetter(0))
+        prefix + _PLACES[bucket] + _value(delta.values[place])
+        for bucket, place in sorted(zip(delta.fresh, delta.places, strict=True))
     ]
     added.setdefault(place, []).extend(fresh)
 

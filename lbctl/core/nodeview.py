@@ -16,13 +16,13 @@ What there is for each bucket is a row of small numbers (`maglev.Row`) into a sh
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Final, TypeAlias
 
 from lbctl.core import maglev
 from lbctl.core.forwarding import EVERYWHERE, Holder, PortTable, Table, restricted
 from lbctl.core.maglev import Row
-from lbctl.core.model import Address, Protocol
+from lbctl.core.model import Address, Protocol, snapshot
 from lbctl.core.pmap import PMap, changed, persistent
 from lbctl.core.sticky import Sticky, sticky
 
@@ -30,7 +30,7 @@ SPARES: Final = 8  # pods that share what comes astray
 NOTHING: Final = 0  # the number of no target, and of no former owner
 
 
-@dataclass(frozen=True, slots=True)
+@snapshot
 class PortView:
     """A port's table on this node and, per past bucket, its last other owner that is still there.
 
@@ -48,7 +48,7 @@ View: TypeAlias = Mapping[Address, tuple[PortView, ...]]
 Target: TypeAlias = int | tuple[Address, int] | None  # a node's number, a pod here, or nothing
 
 
-@dataclass(frozen=True, slots=True)
+@snapshot
 class PortElements:
     """What this node's kernel holds for one EIP:protocol:port.
 

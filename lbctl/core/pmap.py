@@ -94,7 +94,8 @@ class PMap(Mapping[K, V]):
 
     def get(self, key: K, default: Any = None) -> Any:
         """The value, or the default."""
-        return self._leaf(key).get(key, default)
+        number = hash(key) % _LEAVES
+        return self._branches[number // _WIDTH][number % _WIDTH].get(key, default)
 
     def __contains__(self, key: object) -> bool:
         return key in self._leaf(key)
@@ -165,8 +166,10 @@ def changed(old: Mapping[K, V], new: Mapping[K, V]) -> set[K]:
 
 
 def _apart(old: Mapping[K, V], new: Mapping[K, V]) -> set[K]:
-    keys = {key for key, value in new.items() if old.get(key, _MISSING) is not value}
-    keys |= {key for key in old if key not in new}
+    # Between a set and a dict no key is hashed again, which for addresses is most of the work.
+    keys = set(new).symmetric_difference(old)
+    if len(keys) < len(new) + len(old):
+        keys.update(key for key, value in new.items() if old.get(key, value) is not value)
     return keys
 
 

@@ -28,6 +28,7 @@ from lbctl.core.model import (
     Sharer,
     TrafficPolicy,
     eip_object_name,
+    snapshot,
 )
 from lbctl.kube import client, values
 from lbctl.kube.values import seconds
@@ -218,7 +219,7 @@ class _Pod(msgspec.Struct):
     status: _PodStatus = msgspec.field(default_factory=_PodStatus)
 
 
-@dataclass(frozen=True, slots=True)
+@snapshot
 class Slice:
     """One EndpointSlice. `service` is None if it belongs to none. `ports` are sorted.
 

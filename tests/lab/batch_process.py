@@ -84,7 +84,7 @@ async def take(dataplane: Dataplane, number: int) -> None:
     """Set a state; -1 adds one element and deletes another that is not there."""
     if number < 0:
         key = (FOUR, "TCP", 4711)
-        (batch,) = nfbatch.pieces([[Delta(key, "svc", [], {"flow64": [WHOLE]})]])
+        (batch,) = nfbatch.pieces([[Delta(key, "svc", [], [WHOLE], b"\0", ["flow64"])]])
         batch.deleted = next(nfbatch.pieces([[Delta(key, "steer", [3])]])).deleted
         BatchWriter().send(batch)
     else:

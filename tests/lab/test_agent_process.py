@@ -120,7 +120,7 @@ class Site:
         answers: list[dict[str, Any]] = self.client.hear("answers")["result"]
         return answers
 
-    def pods(self, count: int = 20) -> set[str]:
+    def pods(self, count: int = 60) -> set[str]:
         return {answer.get("pod", answer.get("error", "")) for answer in self.ask(count)}
 
     def metric(self, n: int, name: str) -> float:

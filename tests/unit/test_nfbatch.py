@@ -9,7 +9,7 @@ from ipaddress import ip_address
 import pytest
 
 from lbctl.core import elements, nfbatch, nft
-from lbctl.core.elements import WHOLE, Delta
+from lbctl.core.elements import WHOLE, Delta, Value
 from lbctl.core.model import Protocol
 from lbctl.core.names import MARK_BASE
 from lbctl.core.nfbatch import Batch
@@ -43,7 +43,7 @@ def messages(data: bytes) -> list[tuple[int, int, int, bytes]]:
 @pytest.mark.skipif(struct.pack("=H", 1) != b"\x01\0", reason="the bytes are little-endian ones")
 def test_the_bytes_of_a_batch() -> None:
     """One bucket more, one less: header, family, table, map, elements."""
-    (batch,) = nfbatch.pieces([[Delta(KEY, "steer", [5], {7: [6]})]])
+    (batch,) = nfbatch.pieces([[Delta(KEY, "steer", [5], [6], b"\0", [7])]])
     begin, gone, fresh, end = messages(nfbatch.framed(batch, 1000))
     assert begin == (0x10, 1, 1000, bytes.fromhex("0000000a"))
     assert end == (0x11, 1, 1003, bytes.fromhex("0000000a"))
@@ -69,9 +69,9 @@ def test_the_bytes_of_a_batch() -> None:
 
 def test_each_kind_of_value() -> None:
     deltas = [
-        Delta((SIX, "UDP", 53), "deliver", [], {(ip_address("fd00::2"), 53): [0]}),
-        Delta((SIX, "SCTP", 9), "svc", [], {"flow64": [WHOLE]}),
-        Delta((SIX, "SCTP", 9), "closed", [], {None: [WHOLE]}),
+        Delta((SIX, "UDP", 53), "deliver", [], [0], b"\0", [(ip_address("fd00::2"), 53)]),
+        Delta((SIX, "SCTP", 9), "svc", [], [WHOLE], b"\0", ["flow64"]),
+        Delta((SIX, "SCTP", 9), "closed", [], [WHOLE], b"\0", [None]),
     ]
     (batch,) = nfbatch.pieces([deltas])
     closed, deliver, svc = (message.body for message in batch.messages)
@@ -83,7 +83,9 @@ def test_each_kind_of_value() -> None:
 
 def test_a_long_row_becomes_several_messages() -> None:
     """An attribute's length has 16 bits; what one message cannot hold goes into the next."""
-    many = [Delta((SIX + n, "TCP", 80), "steer", [], {1: list(range(4096))}) for n in range(3)]
+    many = [
+        Delta((SIX + n, "TCP", 80), "steer", [], range(4096), bytes(4096), [1]) for n in range(3)
+    ]
     (batch,) = nfbatch.pieces([many])
     found = batch.messages
     assert len(found) > 3
@@ -92,27 +94,38 @@ def test_a_long_row_becomes_several_messages() -> None:
 
 
 def test_pieces_are_cut_between_ports() -> None:
-    one = [Delta(KEY, "steer", [], {1: list(range(30))})]
+    one = [Delta(KEY, "steer", [], range(30), bytes(30), [1])]
     found = list(nfbatch.pieces([one] * 5, limit=50))
     assert [len(batch.messages) for batch in found] == [1, 1, 1]
     assert list(nfbatch.pieces([])) == []
 
 
+Said = tuple[str, list[int], list[tuple[int, Value]]]
+
+
+def said(deltas: list[Delta]) -> list[Said]:
+    """By map: the buckets that go, and those that come with their values."""
+    return [
+        (d.map, list(d.gone), [(b, d.values[p]) for b, p in zip(d.fresh, d.places, strict=True)])
+        for d in deltas
+    ]
+
+
 def test_a_change_is_what_differs() -> None:
     old = {KEY: port(bytes((1, 1, 2, 0)))}
     (found,) = elements.deltas(old, {KEY: port(bytes((1, 2, 2, 1)), closed=True)})
-    assert found == [
-        Delta(KEY, "deliver", [], {POD: [1]}),
-        Delta(KEY, "steer", [1], {1: [3]}),
-        Delta(KEY, "closed", [], {None: [WHOLE]}),
+    assert said(found) == [
+        ("deliver", [], [(1, POD)]),
+        ("steer", [1], [(3, 1)]),
+        ("closed", [], [(WHOLE, None)]),
     ]
     assert list(elements.deltas(old, {KEY: port(bytes((1, 1, 2, 0)))})) == []
     (gone,) = elements.deltas(old, {})
-    assert gone == [
-        Delta(KEY, "deliver", [2]),
-        Delta(KEY, "steer", [0, 1]),
-        Delta(KEY, "svc", [WHOLE]),
-        Delta(KEY, "past", [WHOLE]),
+    assert said(gone) == [
+        ("deliver", [2], []),
+        ("steer", [0, 1], []),
+        ("svc", [WHOLE], []),
+        ("past", [WHOLE], []),
     ]
 
 
@@ -125,10 +138,10 @@ def test_another_list_of_targets_is_no_change_by_itself() -> None:
 def test_another_size_moves_the_chain_and_keeps_what_is_equal() -> None:
     old, new = port(bytes((1,) * 64)), port(bytes((1,) * 256))
     (found,) = elements.deltas({KEY: old}, {KEY: new})
-    assert found == [
-        Delta(KEY, "steer", [], {1: list(range(64, 256))}),
-        Delta(KEY, "svc", [WHOLE], {"flow256": [WHOLE]}),
-        Delta(KEY, "past", [WHOLE], {"flow256": [WHOLE]}),
+    assert said(found) == [
+        ("steer", [], [(bucket, 1) for bucket in range(64, 256)]),
+        ("svc", [WHOLE], [(WHOLE, "flow256")]),
+        ("past", [WHOLE], [(WHOLE, "flow256")]),
     ]
 
 
