@@ -7,7 +7,7 @@ CONTRIBUTING.md says how to search longer.
 from __future__ import annotations
 
 import os
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 from ipaddress import ip_address, ip_network
 from random import Random
@@ -36,8 +36,8 @@ SEVERAL = {
     "b": ("10.0.1.1", "10.0.1.255", "2001:db8:1::1"),
     "c": ("10.0.2.1",),
 }
-# Both can be true, and what came true first is what was said.
-FULL = (Reason.POOL_EXHAUSTED, Reason.QUOTA_EXCEEDED)
+# Several can be true, and what came true first is what was said.
+FULL = (Reason.POOL_EXHAUSTED, Reason.QUOTA_EXCEEDED, Reason.ADDRESS_TAKEN)
 STATUS = st.sampled_from(["", "", "10.0.0.0", "10.0.0.1", "10.0.1.1", "10.9.9.9"])
 
 
@@ -105,6 +105,32 @@ TWISTS: list[dict[str, Any]] = [
     {"reserved": (("10.0.0.1", "y/s0"),)},
     {"reserved": (("10.0.0.1", ""),)},
 ]
+
+
+@dataclass(frozen=True)
+class Theme:
+    """Pools and Services for which one rule matters, and what then happens to them."""
+
+    pools: dict[str, dict[str, Any]]
+    services: tuple[dict[str, Any], ...] = ()
+    then: tuple[tuple[int, dict[str, Any]], ...] = ()
+
+
+GOES = {"deleting": True}
+THEMES = [
+    Theme({"a": {}, "b": {}}),
+    Theme({"a": {"priority": 2}, "b": {"priority": 1}}, ({},)),
+    Theme({"c": {}}, ({}, {}, {}), ((0, GOES),)),  # who waits is woken by age
+    Theme({"c": {}}, ({}, asks(key="k")), ((0, asks(key="k")),)),  # or by a key
+    Theme({"a": {}}, ({**asks(key="k"), "ports": ports("80")},) * 2),  # ports clash
+    Theme({"a": {"reserved": (("10.0.0.1", "y/s0"),)}}, (asks("10.0.0.1"),)),
+    Theme({"a": {"drain": True}, "b": {}}, ({}, {})),
+    Theme({"a": {"requests": "none"}}, (asks("10.0.0.1"),)),
+    Theme({"a": {}}, (asks(key="k"),), ((0, GOES), (1, asks(key="k")))),  # it rests
+    Theme({"a": {"quota": 1}}, ({"families": (4, 6), "needs_both": True},)),
+    Theme({"a": {"namespaces": ("y",)}, "b": {"app": "web"}}, (asks("10.0.0.1"), {})),
+    Theme({"a": {"quota": 1}, "b": {}}, ({}, {}, asks(key="k"), asks(key="k"))),
+]
 PLAIN = {name: getattr(PoolSpec("", ()), name) for twist in TWISTS for name in twist}
 UNTWISTS = [{name: value} for name, value in PLAIN.items()]
 Batch: TypeAlias = list[tuple[ObjectRef, dict[str, Any], dict[str, Any], int]]
@@ -133,17 +159,26 @@ class World(RuleBasedStateMachine):
         self.freeze_at: int | None = None
 
     @initialize(
+        theme=st.sampled_from(THEMES),
         twists=st.lists(st.tuples(st.sampled_from("aab"), st.sampled_from(TWISTS)), max_size=3),
-        names=st.sampled_from(["a", "ab", "ab", "abc"]),
         batch=BATCH,
     )
-    def begin(self, twists: list[tuple[str, dict[str, Any]]], names: str, batch: Batch) -> None:
-        pools = {name: PoolSpec(name, SEVERAL[name]) for name in names}
+    def begin(self, theme: Theme, twists: list[tuple[str, dict[str, Any]]], batch: Batch) -> None:
+        pools = {
+            name: replace(PoolSpec(name, SEVERAL[name]), **twist)
+            for name, twist in theme.pools.items()
+        }
         for name, twist in twists:
-            if name in pools and (name == "a" or "reserved" not in twist):
+            if not theme.services and (name == "a" or "reserved" not in twist):
                 pools[name] = replace(pools[name], **twist)
         self.model = Rules(tuple(pools.values()))
         self.leader = Leader.start(self.server, self.config())
+        first = [(REFS[n], changes, {}, n + 1) for n, changes in enumerate(theme.services)]
+        self.create(first, None)
+        for n, changes in theme.then:
+            self.create([(REFS[n], changes, {}, n + 1)], None)
+            self.each({REFS[n]}, **changes)
+            self.time_passes()
         self.create(batch, None)
 
     def config(self) -> Config:
