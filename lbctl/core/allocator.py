@@ -15,7 +15,6 @@ API server's answer), then call it again when something changed. After a failed 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from operator import itemgetter
 from typing import Final
 
 from lbctl.core import names
@@ -213,29 +212,31 @@ class Allocator:
                 return tuple(actions)
             dirty, self._dirty = self._dirty, []
             gone: list[Record] = []
-            here: list[tuple[Key, Record]] = []
+            here: list[Record] = []
+            claiming: list[Record] = []
             for record in dirty:
                 record.dirty = False
                 if record.service is None:
                     gone.append(record)
-                else:
-                    here.append((self._key(record.service), record))
+                    continue
+                here.append(record)
+                if record.service.ingress and _is_bare(record):
+                    claiming.append(record)
             for record in sorted(gone, key=lambda r: r.ref):
                 actions += self._take_back(record, None, Reason.RELEASED)
-            here.sort(key=itemgetter(0))
-            if claims := self._claims(here):
-                for _, record in here:
+            here.sort(key=self._key)
+            if claims := self._claims(claiming):
+                for record in here:
                     self._mark(record)
                 return (*actions, *claims)
-            for _, record in here:
+            for record in here:
                 self._look(record, actions)
 
-    def _claims(self, here: list[tuple[Key, Record]]) -> list[Action]:
+    def _claims(self, claiming: list[Record]) -> list[Action]:
         """What a status shows without an EIP comes first, everything else in the next plan: a
         younger one must not get what an older one that claims has yet to be given."""
         claims: list[Action] = []
-        bare = [(key[1:], record) for key, record in here if _is_bare(record)]
-        for _, record in sorted(bare, key=itemgetter(0)):
+        for record in sorted(claiming, key=lambda r: self._key(r)[1:]):
             service = record.service
             if service is not None and not_ours(service, self._rule) is None:
                 picks = [pick for pick in self._chooser.picks(record, service, True) if pick.eip]
@@ -248,7 +249,7 @@ class Allocator:
         assert service is not None
         why = not_ours(service, self._rule)
         if why is None or (why is Reason.OTHER_CLASS and self._was_ours(record, service)):
-            self._serve(record, service, todo)
+            self._carry(record, service, self._chooser.picks(record, service), todo)
         else:
             todo += self._take_back(record, service, why)
 
@@ -262,10 +263,11 @@ class Allocator:
             for eip in record.eips
         )
 
-    def _key(self, service: Service) -> Key:
+    def _key(self, record: Record) -> Key:
         """Order of a batch: first those that name an address or have one reserved."""
-        ref, kept = service.ref, self._supply.reserved_for
-        named = asked(service).addresses or kept(ref, 4) or kept(ref, 6)
+        service, ref, reserved = record.service, record.ref, self._supply.reserved
+        assert service is not None
+        named = asked(service).addresses or (reserved and ref in reserved)
         return not named, service.created_s, ref.namespace, ref.name
 
     def _wake(self) -> None:
@@ -324,27 +326,26 @@ class Allocator:
         self._held.expect(record, left)
         return [LeaveEip(ref, eip, left, Reason.RELEASING, service)]
 
-    def _serve(self, record: Record, service: Service, todo: list[Action]) -> None:
-        """Everything for one Service that is ours, in an order that is safe to stop in."""
-        self._carry(record, service, self._chooser.picks(record, service), todo)
-
     def _carry(
         self, record: Record, service: Service, picks: list[Pick], todo: list[Action]
     ) -> None:
+        """Everything for one Service that is ours, in an order that is safe to stop in."""
         if record.refused:
             self._settle(record)
         pools: list[str] = []
         addresses: tuple[Address, ...] = ()
         first: Pick | None = None
         for pick in picks:
-            if self._busy(service, pick):
+            eip, seen = pick.eip, pick.seen
+            if eip is None:
+                continue
+            if seen is not None and self._busy(service, eip, seen, pick):
                 self._set_aside(record, service, picks, todo)
                 return
-            if pick.eip is not None:
-                first = first or pick
-                addresses += (pick.eip.address,)
-                if pick.eip.pool not in pools:
-                    pools.append(pick.eip.pool)
+            first = first or pick
+            addresses += (eip.address,)
+            if eip.pool not in pools:
+                pools.append(eip.pool)
         if first is not None and (mark := _to_mark(service, ",".join(pools))):
             todo.append(AddFinalizer(service.ref, service, first.reason, mark))
         for pick in picks:
@@ -357,10 +358,9 @@ class Allocator:
                 todo += self._give_up(record, eip, service)
         self._decide(record, service, picks, addresses, todo)
 
-    def _busy(self, service: Service, pick: Pick) -> bool:
+    def _busy(self, service: Service, eip: Eip, seen: Eip, pick: Pick) -> bool:
         """Whether another Service is about to write the EIP: that comes first."""
-        eip, seen = pick.eip, pick.seen
-        if eip is None or seen is None or (eip == seen and seen.address in service.ingress):
+        if eip == seen and seen.address in service.ingress:
             return False
         if pick.busy:
             self._supply.expect(eip)
@@ -466,7 +466,7 @@ class Allocator:
         if key := asked(service).sharing:
             self._held.seekers.setdefault(key, set()).add(record.ref)
         lines = [line for pick in missing for line in pick.lines]
-        self._waiting.enter(record.ref, self._key(service), lines)
+        self._waiting.enter(record.ref, self._key(record), lines)
         for pick in missing:
             if pick.wish is not None:
                 self._held.wishes.setdefault(pick.wish, set()).add(record.ref)

@@ -75,8 +75,9 @@ class Chooser:
         if asked.addresses and (said := _no_family(service, asked)):
             return self._refuse(service, asked, have, Reason.ADDRESS_OUTSIDE_POOLS, said)
         wish, why = asked.address(family) if asked.addresses else None, "is asked for"
-        if wish is None and have is None:
-            kept = self._supply.reserved_for(service.ref, family)
+        reserved = self._supply.reserved
+        if reserved and wish is None and have is None:
+            kept = reserved.get(service.ref, {}).get(family)
             if kept is not None and not self._elsewhere(asked, kept):
                 wish, why = kept, "is reserved for it"
         stays = have if have is not None and not self._elsewhere(asked, have.address) else None
@@ -298,29 +299,15 @@ class Chooser:
         return Pick(joined, seen, Reason.SHARED, busy=seen.address if busy else None)
 
     def _new_one(self, service: Service, asked: Asked, family: int, have: Eip | None) -> Pick:
-        """One that it can share, else a free one."""
-        lines: list[Line] = []
-        for eip in self._held.shared(asked.sharing) if asked.sharing else ():
-            if eip.address.version == family and not self._elsewhere(asked, eip.address):
-                joined = self._join(service, asked, eip)
-                if isinstance(joined, Pick):
-                    return joined
-                if joined[0] is Reason.QUOTA_EXCEEDED:
-                    lines.append((eip.pool, service.ref.namespace))
-        return self._any(service, asked, family, have, tuple(lines))
-
-    def _any(
-        self,
-        service: Service,
-        asked: Asked,
-        family: int,
-        have: Eip | None,
-        lines: tuple[Line, ...],
-    ) -> Pick:
-        """A free address of the pool asked for, or of the pools that give by themselves. lines:
-        what it waits for already."""
-        config = self._supply.config
-        if config is None:
+        """One that it can share, else a free one of the pool asked for, or of the pools that give
+        by themselves."""
+        lines: tuple[Line, ...] = ()
+        if asked.sharing:
+            joined = self._shared(service, asked, family)
+            if isinstance(joined, Pick):
+                return joined
+            lines = joined
+        if self._supply.config is None:
             return self._refuse(service, asked, have, Reason.WAITING_FOR_CONFIG, "")
         if asked.pool and (denial := self._pool_denied(service, asked.pool, family)):
             return self._refuse(service, asked, have, *denial, lines)
@@ -329,6 +316,18 @@ class Chooser:
             return self._new(service, asked, found.address, pool=found.pool)
         reason, said = self._none_free(service, family, found)
         return self._refuse(service, asked, have, reason, said, found + lines)
+
+    def _shared(self, service: Service, asked: Asked, family: int) -> Pick | tuple[Line, ...]:
+        """One that it can share, or the quotas that it has to wait for."""
+        lines: list[Line] = []
+        for eip in self._held.shared(asked.sharing):
+            if eip.address.version == family and not self._elsewhere(asked, eip.address):
+                joined = self._join(service, asked, eip)
+                if isinstance(joined, Pick):
+                    return joined
+                if joined[0] is Reason.QUOTA_EXCEEDED:
+                    lines.append((eip.pool, service.ref.namespace))
+        return tuple(lines)
 
     def _pool_denied(self, service: Service, name: str, family: int) -> tenancy.Denial | None:
         config = self._supply.config
@@ -375,7 +374,9 @@ class Chooser:
         if not pool:
             found = self._supply.pool_of(address)
             pool = found.name if found is not None else ""
-        eip = Eip(address, pool, service.ref, service.uid, sharing_key=asked.sharing)
+        eip = Eip(address, pool, service.ref, service.uid)
+        if asked.sharing:
+            eip = replace(eip, sharing_key=asked.sharing)
         return Pick(eip, None, reason)
 
     def _rebound(self, service: Service, asked: Asked, seen: Eip) -> Pick:

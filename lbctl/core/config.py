@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from ipaddress import IPv4Address
@@ -188,22 +188,19 @@ class Config(Model):
         return every[at] if at >= 0 and address in every[at].addresses else None
 
     @cached_property
-    def _owned(self) -> dict[tuple[ObjectRef, int], Address]:
-        return {
-            (entry.owner, entry.addresses.version): entry.addresses.first
-            for pool in self.pools
-            for entry in pool.reserved
-            if entry.owner is not None
-        }
-
-    @cached_property
-    def has_owners(self) -> bool:
-        """Whether any reserved address has an owner."""
-        return bool(self._owned)
+    def owned(self) -> Mapping[ObjectRef, Mapping[int, Address]]:
+        """The addresses that are reserved for a Service, by family."""
+        found: dict[ObjectRef, dict[int, Address]] = {}
+        for pool in self.pools:
+            for entry in pool.reserved:
+                if entry.owner is not None:
+                    part = entry.addresses
+                    found.setdefault(entry.owner, {})[part.version] = part.first
+        return found
 
     def reserved_for(self, service: ObjectRef, version: int) -> Address | None:
         """The address of a family that is reserved for a Service."""
-        return self._owned.get((service, version))
+        return self.owned.get(service, {}).get(version)
 
 
 @dataclass(frozen=True, slots=True)

@@ -69,10 +69,7 @@ class Holdings:
 
     def record(self, ref: ObjectRef) -> Record:
         """The record of a namespace/name, made if there is none."""
-        found = self.records.get(ref)
-        if found is None:
-            found = self.records[ref] = Record(ref)
-        return found
+        return self.records.setdefault(ref, Record(ref))
 
     def service(self, ref: ObjectRef) -> Service | None:
         """A Service, None if it is gone."""

@@ -17,7 +17,7 @@ from msgspec import Struct
 from lbctl.core import tenancy
 from lbctl.core.config import Config
 from lbctl.core.config_pools import Pool
-from lbctl.core.model import Address, Eip, Network, ObjectRef, Service
+from lbctl.core.model import Address, Eip, Network, Service
 from lbctl.core.space import Space, to_address
 
 Forbidden = Address | Network
@@ -79,7 +79,8 @@ class _Stock:
 class Supply:
     """Free addresses per pool and family, and every namespace's share.
 
-    eips: every EIP object that exists or is about to be made; only read elsewhere.
+    eips: every EIP object that exists or is about to be made; only read elsewhere. reserved: for
+    whom which address, by family.
     """
 
     def __init__(self, config: Config | None = None, forbidden: Iterable[Forbidden] = ()) -> None:
@@ -99,7 +100,7 @@ class Supply:
         ranked = self.config.ranked if self.config else ()
         # `takeover: adopt`: what a status shows is somebody's in use, ours or not.
         self.adopting = self.config is not None and self.config.takeover == "adopt"
-        self._owners = self.config is not None and self.config.has_owners
+        self.reserved = self.config.owned if self.config else {}
         self._stocks = {pool.name: _Stock(pool) for pool in ranked}
         self._open.clear()
         self._never = {4: Space(), 6: Space()}
@@ -138,12 +139,6 @@ class Supply:
     def labels(self, namespace: str) -> Mapping[str, str]:
         """The labels of a namespace, as far as they are known."""
         return self._labels.get(namespace, _NO_LABELS)
-
-    def reserved_for(self, service: ObjectRef, version: int) -> Address | None:
-        """The address of a family that is reserved for a Service."""
-        if self._owners and self.config is not None:
-            return self.config.reserved_for(service, version)
-        return None
 
     def pool_of(self, address: Address) -> Pool | None:
         """The pool that holds the address, None without one."""

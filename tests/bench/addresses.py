@@ -68,7 +68,12 @@ def measure(runs: int) -> Iterator[Measured]:
         for n, service in enumerate(many[:_RESTORED])
     ]
     settled = [
-        replace(service, ingress=(eip.address,), finalizers=(names.FINALIZER,))
+        replace(
+            service,
+            ingress=(eip.address,),
+            finalizers=(names.FINALIZER,),
+            annotations=((names.ANNOTATION_POOL, eip.pool),),
+        )
         for service, eip in zip(many, eips, strict=False)
     ]
 

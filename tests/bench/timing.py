@@ -9,10 +9,11 @@ Measured = tuple[str, tuple[float, ...], str]
 
 
 def timed(work: Callable[[], object], runs: int) -> tuple[float, ...]:
-    """Milliseconds of each run."""
+    """Milliseconds of each run. What `work` returns is let go of off the clock."""
     found = []
     for _ in range(runs):
         begin = time.process_time()
-        work()
+        made = work()
         found.append((time.process_time() - begin) * 1000)
+        del made
     return tuple(found)
