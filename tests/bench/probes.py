@@ -34,7 +34,7 @@ from .cluster import Cluster
 from .fakeapi import FakeApi
 from .fakespeaker import FakeSpeaker
 from .scale import in_namespace
-from .timing import Measured
+from .timing import Measured, Program
 
 SIZES: Final = (50, 1_000)
 SERVICES: Final = 100
@@ -43,7 +43,6 @@ _ROOT: Final = Path(__file__).parent.parent.parent
 _FIRST: Final = "127.1.0.1"
 _WINDOW_S: Final = 3.0
 _LIMIT_S: Final = 120.0
-_TICKS: Final = os.sysconf("SC_CLK_TCK")
 _NFT: Final = """\
 table ip bench {
   set dead { type ipv4_addr; }
@@ -59,11 +58,11 @@ def measure(runs: int) -> Iterator[Measured]:
             yield f"{nodes:,} nodes, {SERVICES:,} EIPs: {what}", tuple(values), unit
 
 
-class Manager:
-    """The process, what it logs and what it uses."""
+class Manager(Program):
+    """What it logs."""
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
-        self._proc = Path("/proc") / str(process.pid)
+        super().__init__(process.pid)
         self._judged: dict[str, tuple[str, bool]] = {}  # by node: state, and whether it is held
         self._news = asyncio.Event()
         self._reading = asyncio.ensure_future(self._read(process))
@@ -85,16 +84,6 @@ class Manager:
                 await self._news.wait()
                 self._news.clear()
         return time.perf_counter()
-
-    def processor_s(self) -> float:
-        """What it has used so far, its own and the kernel's for it."""
-        words = (self._proc / "stat").read_text().rsplit(")")[1].split()
-        return (int(words[11]) + int(words[12])) / _TICKS
-
-    def memory(self, name: str) -> float:
-        """VmRSS or VmHWM in MiB."""
-        lines = (self._proc / "status").read_text().splitlines()
-        return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(name))
 
 
 class Probes:

@@ -27,7 +27,7 @@ from lbctl.udp import UdpSocket
 
 from .cluster import Cluster
 from .fakeapi import FakeApi
-from .timing import Measured
+from .timing import Measured, Program
 
 SIZES = (1_000, 10_000)
 NODES, PODS = 100, 10
@@ -36,7 +36,6 @@ _NODE: Final = "n0"
 _PROBES_S: Final = 0.05  # as a manager of few nodes has it
 _SETTLED_S: Final = 6.0
 _LIMIT_S: Final = 120.0
-_TICKS: Final = os.sysconf("SC_CLK_TCK")
 _LINK: Final = (
     "link set lo up",
     "link add eth0 type veth peer name wire",
@@ -100,11 +99,11 @@ class Manager:
         )
 
 
-class Agent:
-    """The process, what it logs and what it uses."""
+class Agent(Program):
+    """What it logs."""
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
-        self._proc = Path("/proc") / str(process.pid)
+        super().__init__(process.pid)
         self._applied: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         self._reading = asyncio.ensure_future(self._read(process))
 
@@ -125,16 +124,6 @@ class Agent:
         """Wait for the next table that is in the kernel; what was said of it."""
         async with asyncio.timeout(_LIMIT_S):
             return await self._applied.get()
-
-    def processor_s(self) -> float:
-        """What it has used so far, its own and the kernel's for it."""
-        words = (self._proc / "stat").read_text().rsplit(")")[1].split()
-        return (int(words[11]) + int(words[12])) / _TICKS
-
-    def memory(self, name: str) -> float:
-        """VmRSS or VmHWM in MiB."""
-        lines = (self._proc / "status").read_text().splitlines()
-        return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(name))
 
 
 class Scale:
