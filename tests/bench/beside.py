@@ -18,7 +18,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 from lbctl.kube import client as kube
-from lbctl.lab import workload
+from lbctl.lab import entries, workload
 from lbctl.lab.api import Api, wait
 from lbctl.lab.bringup import KUBECONFIG, bring_up
 from lbctl.lab.kubeproxy import Mode, write_mode
@@ -119,8 +119,7 @@ class Rig:
         first = next(_PORTS)  # no port twice: nodes remember flows of earlier faults for minutes
         client.run("sysctl", "-qw", f"net.ipv4.ip_local_port_range={first} {first + PORTS_EACH}")
         nodes = {side: system.api.pod_nodes(self.name(side)) for side in SIDES}
-        for side, target in self.targets.items():
-            system.watch_entries(target, f"watch_{side}")
+        entries.watch(system.lab, self.targets.values())
         with ExitStack() as stack:
             loads = {
                 side: stack.enter_context(
@@ -128,10 +127,7 @@ class Rig:
                 )
                 for side, target in self.targets.items()
             }
-            entered = {
-                side: system.entries(target, f"watch_{side}")
-                for side, target in self.targets.items()
-            }
+            entered = entries.seen(system.lab)
             act()
             end = time.monotonic() + AFTER_S
             wait("the traffic after the fault", lambda: time.monotonic() > end)
@@ -145,7 +141,7 @@ class Rig:
         node: str,
         reports: dict[str, Report],
         nodes: dict[str, dict[str, str]],
-        entered: dict[str, dict[int, str]],
+        entered: dict[tuple[str, int], str],
     ) -> Outcome:
         counted = {
             side: [f for f in report.flows if nodes[side].get(f.pod) != dead or not dead]
@@ -157,7 +153,9 @@ class Rig:
             {side: len(flows) for side, flows in counted.items()},
             {side: sum(1 for f in flows if f.broken) for side, flows in counted.items()},
             {
-                side: sum(1 for f in flows if entered[side].get(f.local_port) == node)
+                side: sum(
+                    1 for f in flows if entered.get((self.targets[side], f.local_port)) == node
+                )
                 for side, flows in counted.items()
             },
         )

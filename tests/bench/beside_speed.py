@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lbctl.kube import client as kube
+from lbctl.lab import entries
 from lbctl.lab.api import wait
 from lbctl.lab.kubeproxy import Mode
 from tests.lab.system.support import System
@@ -88,17 +89,16 @@ def _classify(
     pods: list[str],
 ) -> Classes:
     """Open connections, and find by which node each went in and on which node its pod is."""
-    for side, target in targets.items():
-        system.watch_entries(target, f"watch_{side}")
+    entries.watch(system.lab, targets.values())
     classes: Classes = {name: [] for name in _names()}
     for pod in pods:
         classes[DIRECT] += [port for port, _ in client.ask("open", host=pod, port=8080, count=4)]
     for side, word in (("ours", "ours"), ("theirs", "kube-proxy")):
         opened = client.ask("open", host=targets[side], port=80, count=OPENED)
-        entered = system.entries(targets[side], f"watch_{side}")
+        entered = entries.seen(system.lab)
         on = system.api.pod_nodes(apps[side])
         for port, pod in opened:
-            here = entered[port] == on[pod]
+            here = entered[targets[side], port] == on[pod]
             far = "steered" if side == "ours" else "elsewhere"
             classes[f"{word}, {'here' if here else far}"].append(port)
     for side in targets:

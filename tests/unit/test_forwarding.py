@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from lbctl.core import nft, nodeview
 from lbctl.core.forwarding import Locator, Table
-from lbctl.core.model import Endpoint, Node, Protocol
+from lbctl.core.model import Endpoint, Node, Protocol, Service
 from lbctl.core.sticky import rounded, sticky
 from lbctl.errors import DataplaneError
 
@@ -301,13 +301,19 @@ def test_known_clients_stay_and_new_ones_spread(protocol: str, count: int, most:
     assert 0.5 / count < 2 * moved / len(FAR) <= most
 
 
-def test_a_client_whose_pod_takes_no_new_flows_gets_another_one() -> None:
-    of = service(affinity=True)
+def pinned(of: Service) -> tuple[Cluster, dict[tuple[str, int], str]]:
+    """Three pods with a pin for each client, and where each client is."""
     cluster = Cluster()
     cluster.apply(table(*SPREAD[:3], of=of))
-    homes = {c: cluster.lands("n1", c) for c in FAR}
+    homes = {client: cluster.lands("n1", client) for client in FAR}
     for client, home in homes.items():
         cluster.pin(client, home)
+    return cluster, homes
+
+
+def test_a_client_whose_pod_takes_no_new_flows_gets_another_one() -> None:
+    of = service(affinity=True)
+    cluster, homes = pinned(of)
     cluster.apply(table(*SPREAD[:4], of=of))
     cluster.apply(table(pod(1, 2, ""), *SPREAD[1:4], of=of))
     n2 = frozenset({"n2"})
@@ -322,11 +328,7 @@ def test_a_client_whose_pod_takes_no_new_flows_gets_another_one() -> None:
 def test_a_bucket_that_moves_twice_loses_the_first_clients_alone() -> None:
     """A bucket remembers one former owner: the share is in docs/forwarding.md."""
     of = service(affinity=True)
-    cluster = Cluster()
-    cluster.apply(table(*SPREAD[:3], of=of))
-    homes = {c: cluster.lands("n1", c) for c in FAR}
-    for client, home in homes.items():
-        cluster.pin(client, home)
+    cluster, homes = pinned(of)
     lost = []
     for count in range(4, 7):
         cluster.apply(table(*SPREAD[:count], of=of))

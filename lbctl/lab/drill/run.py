@@ -16,8 +16,9 @@ from typing import Final
 from lbctl.core import names
 from lbctl.errors import LabError
 from lbctl.kube import client as kube
+from lbctl.lab import entries
 from lbctl.lab.api import wait
-from lbctl.lab.drill import entries, faults
+from lbctl.lab.drill import faults
 from lbctl.lab.drill.site import Site
 from lbctl.lab.drill.spec import Drill, DrillService, Traffic
 from lbctl.lab.drill.verdict import (
@@ -93,14 +94,15 @@ def run(site: Site, drill: Drill, sabotaged: bool, show: Show) -> Evidence:
     for service in drill.services:
         wait_routed(site, service)
     pods = {s.name: site.api.pod_nodes(s.name) for s in drill.services}
-    entries.watch(site, site.services.values())
+    entries.watch(site.lab, site.services.values())
     with ExitStack() as stack:
         show(Now(0.0, "starting the traffic"))
         loads = [(t, stack.enter_context(start_load(site, t))) for t in drill.traffic]
         begin_s = time.monotonic() + drill.before_s
         eyes = stack.enter_context(watched(site, begin_s))
         pass_time(begin_s, begin_s, "traffic runs", loads, eyes, show)
-        entered = entries.take(site)
+        entered = entries.seen(site.lab)
+        entries.forget(site.lab)
         leader = _leader(site)
         done = _timeline(site, drill, sabotaged, begin_s, loads, eyes, show)
         reports = [(traffic, load.stop()) for traffic, load in loads]

@@ -23,25 +23,6 @@ CLIENT = "203.0.113.10"
 TOPOLOGY = Path(__file__).parents[3] / "bgp-lab" / "small.clab.yml"
 
 
-# The switches send from the interface's own MAC or, as VRRP master, from the virtual one.
-_WATCH = """
-add table {family} {table}
-delete table {family} {table}
-table {family} {table} {{
-  set entered {{ type inet_service; flags dynamic; size 65535; }}
-  chain see {{
-    type filter hook prerouting priority -450;
-    {family} daddr {eip} ether saddr {{ {macs} }} add @entered {{ th sport }}
-  }}
-}}
-"""
-
-
-def _family(eip: str) -> str:
-    """nft's name of the address family."""
-    return "ip6" if ":" in eip else "ip"
-
-
 def _in_url(eip: str) -> str:
     """As a URL wants an address."""
     return f"[{eip}]" if ":" in eip else eip
@@ -209,34 +190,6 @@ class System:
             return alive <= agents and len(managers) == 2
 
         wait("managers and agents to be ready", ready, limit_s=120)
-
-    def watch_entries(self, eip: str, table: str = "watch") -> None:
-        """Have every node note the client ports whose packets a switch hands it, from now on.
-
-        A table of the test's own that decides nothing; by it a traffic test proves that it could
-        have failed (how many flows entered at the node that dies, how many were steered).
-        """
-        macs = [
-            self.lab.machine(name).run("cat", "/sys/class/net/eth1/address").stdout.strip()
-            for name in self.switches
-        ]
-        macs += [f"00:00:5e:00:0{version}:{group}" for version in (1, 2) for group in ("0a", "14")]
-        script = _WATCH.format(family=_family(eip), table=table, eip=eip, macs=", ".join(macs))
-        for node in self.lab.of_role("node"):
-            if node.alive:
-                node.run("nft", "-f", "-", input=script)
-
-    def entries(self, eip: str, table: str = "watch") -> dict[int, str]:
-        """Node at which each client port's packets entered last, from `watch_entries`."""
-        found: dict[int, str] = {}
-        for node in self.lab.of_role("node"):
-            if node.alive:
-                listing = ("list", "set", _family(eip), table, "entered")
-                said = node.run("nft", "-j", *listing).stdout
-                for item in json.loads(said)["nftables"]:
-                    for port in item.get("set", {}).get("elem", ()):
-                        found[int(port)] = node.name
-        return found
 
     def vtysh(self, switch: str, command: str) -> Any:
         """JSON of a vtysh command."""

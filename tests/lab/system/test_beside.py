@@ -17,7 +17,7 @@ import pytest
 
 from lbctl.core import names
 from lbctl.kube import client as kube
-from lbctl.lab import control, workload
+from lbctl.lab import control, entries, workload
 from lbctl.lab.api import wait
 from lbctl.lab.kubeproxy import Mode, write_mode
 from lbctl.lab.load import Load
@@ -148,11 +148,11 @@ def test_open_connections_are_never_invalid_to_kube_proxy(beside: Beside) -> Non
     """
     system, eip = beside.system, beside.eips["Cluster"]
     before, on = invalid_drops(beside), beside.pods
-    system.watch_entries(eip)
+    entries.watch(system.lab, [eip])
     with Load.start(
         system.lab.machine("client"), eip, 80, flows=80, probes_per_s=20, timeout_s=5
     ) as load:
-        entered = system.entries(eip)
+        entered = entries.seen(system.lab)
         at = load.mark("grow")
         system.api.scale(APP, 3)
         system.wait_pods(APP, 3)
@@ -160,7 +160,7 @@ def test_open_connections_are_never_invalid_to_kube_proxy(beside: Beside) -> Non
     system.api.scale(APP, 2)
     system.wait_pods(APP, 2)
     assert_untouched(report)
-    steered = [f for f in report.flows if entered[f.local_port] != on[f.pod]]
+    steered = [f for f in report.flows if entered[eip, f.local_port] != on[f.pod]]
     assert len(steered) >= 16, "a fifth was steered"
     assert invalid_drops(beside) == before
 

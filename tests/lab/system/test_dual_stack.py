@@ -7,6 +7,7 @@ import time
 import pytest
 
 from lbctl.kube import client as kube
+from lbctl.lab import entries
 from lbctl.lab.api import wait
 from lbctl.lab.load import Load
 
@@ -75,13 +76,12 @@ def test_node_power_cut_breaks_no_connection_to_a_living_pod_in_either_family(
     four, six = deploy(system, "twice", 6)
     on = system.api.pod_nodes("twice")
     client = system.lab.machine("client")
-    for eip in (four, six):
-        system.watch_entries(eip)
+    entries.watch(system.lab, [four, six])
     with (
         Load.start(client, four, 80, flows=100) as old,
         Load.start(client, six, 80, flows=100, probes_per_s=20, timeout_s=0.8) as new,
     ):
-        entered = {eip: system.entries(eip) for eip in (four, six)}
+        entered = entries.seen(system.lab)
         old.mark("cut")
         at = new.mark("cut")
         system.lab.power_cut("node-1")
@@ -89,8 +89,8 @@ def test_node_power_cut_breaks_no_connection_to_a_living_pod_in_either_family(
         reports = {four: old.stop(), six: new.stop()}
     for eip, report in reports.items():
         assert len(report.flows) == 100
-        through = [f for f in report.flows if entered[eip][f.local_port] == "node-1"]
-        steered = [f for f in report.flows if entered[eip][f.local_port] != on[f.pod]]
+        through = [f for f in report.flows if entered[eip, f.local_port] == "node-1"]
+        steered = [f for f in report.flows if entered[eip, f.local_port] != on[f.pod]]
         assert len(through) >= 20, "a fifth entered by the node that died"
         assert len(steered) >= 20, "a fifth was steered"
         broken = [flow for flow in report.flows if on[flow.pod] != "node-1" and flow.broken]

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from lbctl.lab import control
+from lbctl.lab import control, entries
 from lbctl.lab.api import wait
 from lbctl.lab.load import Load, Report
 
@@ -85,17 +85,17 @@ def test_node_power_cut_with_200_connections(system: System) -> None:
     eip = system.deploy("busy", replicas=6)
     on = system.api.pod_nodes("busy")
     assert sorted(on.values()) == ["node-1", "node-1", "node-2", "node-2", "node-3", "node-3"]
-    system.watch_entries(eip)
+    entries.watch(system.lab, [eip])
     with Load.start(
         system.lab.machine("client"), eip, 80, flows=200, probes_per_s=30, timeout_s=0.8
     ) as load:
-        entered = system.entries(eip)
+        entered = entries.seen(system.lab)
         at = load.mark("cut")
         system.lab.power_cut("node-3")
         report = drive_on(load, at)
     assert len(report.flows) == 200
-    through = [f for f in report.flows if entered[f.local_port] == "node-3"]
-    steered = [f for f in report.flows if entered[f.local_port] != on[f.pod]]
+    through = [f for f in report.flows if entered[eip, f.local_port] == "node-3"]
+    steered = [f for f in report.flows if entered[eip, f.local_port] != on[f.pod]]
     assert len(through) >= 40, "a fifth entered by the node that died"
     assert len(steered) >= 40, "a fifth was steered"
     living = [flow for flow in report.flows if on[flow.pod] != "node-3"]

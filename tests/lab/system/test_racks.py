@@ -15,6 +15,7 @@ from ipaddress import ip_address
 import pytest
 
 from lbctl.kube import client as kube
+from lbctl.lab import entries
 from lbctl.lab.api import Api, wait
 from lbctl.lab.bringup import KUBECONFIG, bring_up
 from lbctl.lab.lab import Lab, take_down
@@ -171,21 +172,21 @@ def ping_pods_of_the_other_rack(fabric: System) -> None:
 
 
 def cut_a_node_under_load(fabric: System, eip: str, on: dict[str, str]) -> None:
-    fabric.watch_entries(eip)
+    entries.watch(fabric.lab, [eip])
     client = fabric.lab.machine("client")
     with Load.start(client, eip, 80, flows=240, probes_per_s=20, timeout_s=0.8) as load:
-        entered = fabric.entries(eip)
+        entered = entries.seen(fabric.lab)
         at = load.mark("cut")
         fabric.lab.power_cut("node-1")
         report = drive_on(load, at)
     across = Counter(
-        entered[f.local_port]
+        entered[eip, f.local_port]
         for f in report.flows
-        if RACK[entered[f.local_port]] != RACK[on[f.pod]]
+        if RACK[entered[eip, f.local_port]] != RACK[on[f.pod]]
     )
     assert all(across[node] >= 4 for node in RACK), f"each node steers to the other rack: {across}"
     living = [flow for flow in report.flows if on[flow.pod] != "node-1"]
-    moved = [flow for flow in living if entered[flow.local_port] == "node-1"]
+    moved = [flow for flow in living if entered[eip, flow.local_port] == "node-1"]
     assert len(moved) >= 16, "connections to living pods entered by the node that died"
     broken = [flow for flow in living if flow.broken]
     assert not broken, f"{len(broken)} of {len(living)}: {broken[:3]}"
