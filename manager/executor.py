@@ -84,10 +84,14 @@ class Executor:
             except errors.NotLeader:
                 self._metrics.writes.labels(name, "NotLeader").inc()
                 raise
-            except errors.KubeError as error:
+            except Exception as error:  # noqa: BLE001 (one odd Service must not stop the others)
                 self._metrics.writes.labels(name, type(error).__name__).inc()
                 _log.warning(
-                    "write_failed", action=name, service=str(action.service), error=str(error)
+                    "write_failed",
+                    action=name,
+                    service=str(action.service),
+                    error=str(error),
+                    exc_info=not isinstance(error, errors.KubeError),
                 )
                 if isinstance(error, errors.Conflict | errors.NotFound):
                     await self._refresh(action)

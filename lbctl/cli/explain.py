@@ -38,13 +38,13 @@ def explain(
     """Each decision about a Service with its reason. Exit code 0: reachable, 1: not, 2: unknown."""
     ref = _ref(service, namespace)
     try:
-        live, exists = asyncio.run(fetch_service(kubeconfig, ref.namespace, ref.name))
+        live, kind = asyncio.run(fetch_service(kubeconfig, ref.namespace, ref.name))
     except LbctlError as error:
         cannot(error)
     merged = merge_or_stop(live)
-    if not exists and not any(ref in eip.members for eip in merged.eips):
+    if kind is None and not any(ref in eip.members for eip in merged.eips):
         cannot(f"there is no Service {ref}, and no EIP that it had")
-    story = Story(merged, ref, exists)
+    story = Story(merged, ref, kind)
     if output is Output.JSON:
         print_json(story.as_json())
     else:
@@ -79,11 +79,14 @@ def _nobody(eip: EipState) -> str:
 class Story:
     """What all managers say about one Service."""
 
-    def __init__(self, merged: Merged, ref: ObjectRef, exists: bool = True) -> None:
+    def __init__(self, merged: Merged, ref: ObjectRef, kind: str | None = "LoadBalancer") -> None:
+        """kind: the Service's type now, None if it is gone."""
         self.ref = ref
-        self.exists = exists
+        self.exists = kind is not None
         self.merged = merged
         self.decision = _decision(merged, ref)
+        if self.exists and kind != "LoadBalancer":  # managers tell of load balancers alone
+            self.decision = ServiceState(ref, Reason.NOT_LOAD_BALANCER)
         self.eips = tuple(eip for eip in merged.eips if ref in eip.members)
 
     @property

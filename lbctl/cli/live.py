@@ -105,15 +105,17 @@ async def fetch(kubeconfig: Path | None, namespace: str = names.NAMESPACE) -> Li
         return await ask_all(client, namespace)
 
 
-async def fetch_service(kubeconfig: Path | None, namespace: str, name: str) -> tuple[Live, bool]:
-    """As `fetch`, and whether the Service exists at all."""
+async def fetch_service(
+    kubeconfig: Path | None, namespace: str, name: str
+) -> tuple[Live, str | None]:
+    """As `fetch`, and the type of the Service, None if there is no such Service."""
     async with await open_client(kubeconfig) as client:
         live = await ask_all(client, names.NAMESPACE)
         try:
-            await client.get(SERVICES.path(namespace, name))
+            found = await client.get(SERVICES.path(namespace, name))
         except NotFound:
-            return live, False
-        return live, True
+            return live, None
+        return live, str(found["spec"].get("type"))
 
 
 async def ask_all(client: Client, namespace: str) -> Live:

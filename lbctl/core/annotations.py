@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from ipaddress import ip_address
 from typing import Final
 
+from lbctl.core.config_values import parse_address
 from lbctl.core.model import Address, Service
 from lbctl.core.reasons import Reason
 
@@ -103,9 +103,10 @@ def _addresses(
         families: set[int] = set()
         for word in text.replace(",", " ").split():
             try:
-                address = ip_address(word)
+                address = parse_address(word)
             except ValueError:
-                return (), (Reason.REQUEST_INVALID, f"{key} holds what is not an IP address")
+                said = f"{key} holds {value_of(word)}, which is no IP address"
+                return (), (Reason.REQUEST_INVALID, said)
             if address.version in families:
                 said = f"{key} asks for two IPv{address.version} addresses; a Service has one"
                 return (), (Reason.REQUEST_INVALID, said)

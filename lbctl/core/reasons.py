@@ -91,7 +91,7 @@ SENTENCE: Final[dict[Reason, str]] = {
     Reason.ALLOCATED: "an address was given from a pool",
     Reason.RESTORED: "the address it already had was kept",
     Reason.NOT_LOAD_BALANCER: "the Service is not of type LoadBalancer",
-    Reason.OTHER_CLASS: "its loadBalancerClass names another controller",
+    Reason.OTHER_CLASS: "by its loadBalancerClass, or for want of one, it is not ours",
     Reason.POOL_EXHAUSTED: "every address of the pools it may use is taken",
     Reason.NO_POOL: "no pool gives out addresses to it on its own",
     Reason.ADDRESS_TAKEN: "another Service holds the address",

@@ -1,16 +1,17 @@
 """Single values of API objects: times, addresses, labels.
 
-Rule: nonsense raises `errors.KubeError`; for a time it is None.
+Rule: nonsense raises `errors.KubeError`, and so does a zone (`%…`); for a time it is None.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from ipaddress import IPv4Address, ip_address, ip_network
+from ipaddress import IPv4Address, ip_network
 from socket import AF_INET, inet_pton
 
 from lbctl import errors
+from lbctl.core.config_values import parse_address
 from lbctl.core.model import Address, Network, Protocol
 
 
@@ -47,13 +48,14 @@ def address(text: str) -> Address:
     except (OSError, ValueError):
         pass
     try:
-        return ip_address(text)
+        return parse_address(text)
     except ValueError as error:
         raise errors.KubeError(f"not an address: {text!r}") from error
 
 
 def network(text: str) -> Network:
     try:
-        return ip_network(text.strip(), strict=False)
+        first, slash, length = text.strip().partition("/")
+        return ip_network(f"{parse_address(first)}{slash}{length}", strict=False)
     except ValueError as error:
         raise errors.KubeError(f"not a network: {text!r}") from error

@@ -114,7 +114,7 @@ def test_the_same_said_twice_is_no_conflict() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["x", "10.0.0.1/32", "10.0.0.1 10.0.0.2", "10.0.0.1,y", "::1%eth0,::2"]
+    "text", ["x", "10.0.0.1/32", "10.0.0.1 10.0.0.2", "10.0.0.1,y", "::1%eth0,::2", "2001:db8::7%x"]
 )
 def test_what_cannot_be_read_is_refused(text: str) -> None:
     world = World(config(A))

@@ -70,9 +70,9 @@ def page(found: Live) -> str:
     return out.file.getvalue()  # type: ignore[attr-defined, no-any-return]
 
 
-def told(found: Live, exists: bool = True) -> str:
+def told(found: Live, kind: str | None = "LoadBalancer") -> str:
     out = Console(file=io.StringIO(), markup=False, highlight=False, width=300)
-    Story(merge(found), WEB, exists).show(out)
+    Story(merge(found), WEB, kind).show(out)
     return out.file.getvalue()  # type: ignore[attr-defined, no-any-return]
 
 
@@ -243,8 +243,9 @@ def test_explain_says_who_sees_what_where_managers_differ() -> None:
     ],
 )
 def test_explain_what_is_missing(state: ManagerState, exists: bool, words: str) -> None:
-    assert words in told(live(state), exists)
-    assert not Story(merge(live(state)), WEB, exists).good
+    kind = "LoadBalancer" if exists else None
+    assert words in told(live(state), kind)
+    assert not Story(merge(live(state)), WEB, kind).good
 
 
 def test_a_service_of_another_controller_is_no_failure() -> None:
@@ -252,8 +253,14 @@ def test_a_service_of_another_controller_is_no_failure() -> None:
     story = Story(merge(live(replace(ONE, eips=(), services=(other,)))), WEB)
     assert story.good
     assert story.address() == [
-        "Its loadBalancerClass names another controller. [OtherLoadBalancerClass]"
+        "By its loadBalancerClass, or for want of one, it is not ours. [OtherLoadBalancerClass]"
     ]
+
+
+def test_a_service_of_another_type_is_no_failure() -> None:
+    story = Story(merge(live(replace(ONE, eips=(), services=()))), WEB, "ClusterIP")
+    assert story.good
+    assert story.address() == ["The Service is not of type LoadBalancer. [NotLoadBalancer]"]
 
 
 def test_json_of_explain() -> None:

@@ -249,3 +249,11 @@ def test_a_slice_that_changes_hands_touches_both_services() -> None:
     assert index.change(old, new) == (ObjectRef("default", "other"), ObjectRef("default", "web"))
     assert index.of(ObjectRef("default", "web")).ports == ()
     assert [e.service.name for e in index.all()] == ["other"]
+
+
+def test_an_address_with_a_zone_is_nonsense() -> None:
+    for values in ({"ip": "2001:db8::7%eth0"}, {"ip": "2001:db8::7%;x"}):
+        with pytest.raises(errors.KubeError):
+            objects.to_service(raw(spec={}, status={"loadBalancer": {"ingress": [values]}}))
+    with pytest.raises(errors.KubeError):
+        objects.to_service(raw(spec={"loadBalancerSourceRanges": ["fe80::%eth0/64"]}))

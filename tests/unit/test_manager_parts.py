@@ -5,16 +5,22 @@ from __future__ import annotations
 import base64
 import os
 from ipaddress import ip_address
+from typing import Any
 
 import pytest
 
 from lbctl import errors
 from lbctl.core import config, names
-from lbctl.core.model import NodeState, NodeView, ObjectRef
+from lbctl.core.actions import CreateEip
+from lbctl.core.model import Eip, NodeState, NodeView, ObjectRef
+from lbctl.core.reasons import Reason
+from lbctl.kube.client import Client
 from lbctl.kube.objects import DataObject
 from manager import keys
 from manager.configuration import Accepted
 from manager.confirming import Confirming
+from manager.executor import Executor, Sink
+from manager.metrics import Metrics
 from manager.neighbours import Neighbours
 
 TEXT = """
@@ -83,3 +89,32 @@ def test_keys_are_unwrapped_twice_and_placeholders_refused() -> None:
             keys.read(secret(names.PROBE_SECRET, current=bad))
     with pytest.raises(errors.ConfigError):
         keys.read(secret(names.PROBE_SECRET))
+
+
+class Fake(Client):
+    """Takes what it is given; the Service `default/odd` is more than it can bear."""
+
+    def __init__(self) -> None:
+        self.written: list[str] = []
+
+    async def create(self, path: str, body: Any) -> Any:
+        if body["spec"]["owner"]["name"] == "odd":
+            raise ValueError("nobody thought of this")
+        self.written.append(body["metadata"]["name"])
+        return body
+
+
+async def test_one_odd_service_stops_no_other() -> None:
+    heard = Sink(*[lambda _: None] * 5)
+    client, metrics = Fake(), Metrics()
+    executor = Executor(client, lambda: True, heard, metrics, lambda _: None)
+    for number, name in enumerate(("odd", "web")):
+        owner = ObjectRef("default", name)
+        eip = Eip(ip_address(f"198.51.100.{number}"), "p", owner, "u")
+        action = CreateEip(owner, eip, Reason.ALLOCATED)
+        left = await executor.carry_out([action])
+        assert list(left) == ([action] if name == "odd" else [])
+    assert client.written == ["198.51.100.1"]
+    assert metrics.registry.get_sample_value(
+        "lbctl_writes_total", {"action": "CreateEip", "outcome": "ValueError"}
+    )
