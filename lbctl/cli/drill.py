@@ -21,19 +21,16 @@ from rich.text import Text
 from lbctl.cli import output
 from lbctl.errors import DrillError, LabError
 from lbctl.lab import preflight
-from lbctl.lab.api import Api
-from lbctl.lab.bringup import KUBECONFIG, bring_up
 from lbctl.lab.cluster.handle import ClusterKind
 from lbctl.lab.drill import report, spec, verdict
 from lbctl.lab.drill.chaos import plan
 from lbctl.lab.drill.chaosrun import rack_of
 from lbctl.lab.drill.chaosrun import run as run_chaos
+from lbctl.lab.drill.opening import opened
 from lbctl.lab.drill.run import Now, Show, run
 from lbctl.lab.drill.site import Site
 from lbctl.lab.drill.spec import Drill
-from lbctl.lab.lab import Lab, take_down
 
-TOPOLOGIES: Final = Path(__file__).parents[2] / "bgp-lab"
 _LAB: Final = "drill"
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
@@ -139,22 +136,10 @@ class Drills:
 
     @contextmanager
     def _site(self, topology: str) -> Iterator[Site]:
-        if self.given:
-            lab = Lab.load(self.given)
-        else:
-            take_down(_LAB)
+        if not self.given:
             self.console.print(f"starting a lab ({topology}, {self.kind} cluster) …")
-            lab = Lab.up(TOPOLOGIES / f"{topology}.clab.yml", _LAB, _silent)
-        try:
-            if not self.given:
-                bring_up(lab, self.kind, _silent)
-            with Api(lab.directory / KUBECONFIG) as api:
-                site = Site(lab, api)
-                site.configure()
-                yield site
-        finally:
-            if not self.given:
-                take_down(_LAB)
+        with opened(topology, self.kind, _LAB, self.given) as site:
+            yield site
 
     def _restored(self, site: Site) -> bool:
         try:
@@ -263,7 +248,3 @@ def _picture(now: Now, rate: float) -> Text:
         for service, switch, hops in now.hops
     ]
     return Text("\n".join(lines))
-
-
-def _silent(_text: str) -> None:
-    """Progress of the lab that nobody needs to read here."""

@@ -1,8 +1,8 @@
 """Print the medians that `docs/benchmarks.md` holds, as a Markdown table.
 
 `python -m tests.bench [--runs N] [--services N] [--eips N] [--only PART]`, PART one of pure, scale,
-lab, memory, beside (or a part of it: faults, speed, many), announce. Absolute times depend on the
-machine, which is printed; compare rows of one run.
+lab, memory, beside (or a part of it: faults, speed, many), announce, and drills, which runs only
+when it is named. Absolute times depend on the machine, which is printed; compare rows of one run.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import platform
 import signal
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import announce, beside, lab, probes, pure, scale
+from . import announce, beside, drills, lab, probes, pure, scale
 
-_PARTS = ("pure", "scale", "probes", "lab", "memory", "beside", *beside.PARTS, "announce")
+_PARTS = ("pure", "scale", "probes", "lab", "memory", "beside", *beside.PARTS, "announce", "drills")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,12 +58,19 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--services", type=int, default=1000)
     parser.add_argument("--eips", type=int, default=10_000)
     parser.add_argument("--only", choices=_PARTS, default=None)
+    parser.add_argument("--drills", default="node-dies", help="of drills: NAME,NAME,…")
+    parser.add_argument("--lab", default="", help="of drills: a lab that is up")
+    parser.add_argument("--json", type=Path, default=None, help="of drills: every run, here")
     chosen = parser.parse_args(argv)
     print(f"{dt.datetime.now(dt.UTC):%Y-%m-%d %H:%M} UTC, {machine()}\n")
     if chosen.only in ("beside", *beside.PARTS):
-        return _beside(beside.PARTS if chosen.only == "beside" else (chosen.only,))
+        parts = beside.PARTS if chosen.only == "beside" else (chosen.only,)
+        return _printed(beside.measure(parts))
     if chosen.only == "announce":
-        return _announce(chosen.eips)
+        return _printed(announce.measure(chosen.eips))
+    if chosen.only == "drills":
+        names = chosen.drills.split(",")
+        return _printed(drills.measure(names, chosen.runs, chosen.lab, chosen.json))
     print("| what | median | worst | runs |\n|---|---|---|---|")
     if chosen.only in (None, "pure"):
         for what, values, unit in pure.measure(chosen.runs):
@@ -79,18 +86,19 @@ def main(argv: Sequence[str]) -> int:
             chosen.runs, chosen.services, chosen.only == "memory"
         ):
             print(Row(what, values, unit).render(), flush=True)
-    return 0 if chosen.only else _beside(beside.PARTS)
+    return 0 if chosen.only else _printed(beside.measure(beside.PARTS))
 
 
-def _announce(count: int) -> int:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # its namespaces go, whatever ends it
-    for line in announce.measure(count):
-        print(line, flush=True)
-    return 0
+def _printed(lines: Iterable[str]) -> int:
+    ours = os.getpid()  # children that pyroute2 forks, and ends by this signal, inherit the handler
 
+    def end(*_: object) -> None:
+        if os.getpid() != ours:
+            os._exit(1)
+        sys.exit(1)  # what was started is taken down, whatever ends us
 
-def _beside(parts: Sequence[str]) -> int:
-    for line in beside.measure(parts):
+    signal.signal(signal.SIGTERM, end)
+    for line in lines:
         print(line, flush=True)
     return 0
 

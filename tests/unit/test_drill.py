@@ -12,6 +12,7 @@ from lbctl.lab import downloads, flooding
 from lbctl.lab.drill import report, spec
 from lbctl.lab.drill.spec import Drill
 from lbctl.lab.drill.verdict import (
+    Check,
     Evidence,
     FaultSeen,
     FloodSeen,
@@ -22,6 +23,7 @@ from lbctl.lab.drill.verdict import (
     judge,
     unharmed,
 )
+from tests.bench.drills import Run, table
 
 GOOD = """\
 about: a node dies
@@ -249,3 +251,16 @@ def test_downloads_are_metered_by_pod_and_half_second() -> None:
         meter.count(pod, 10)
     assert sum(size for _, pod, size in meter.received if pod == "a") == 20
     assert {at_s % downloads.BIN_S for at_s, _, _ in meter.received} == {0.0}
+
+
+def test_the_bench_tells_how_runs_are_distributed() -> None:
+    def one(outage_s: float, error: str = "") -> Run:
+        held = outage_s <= 1.0
+        check = Check("outage", "at most 1 s", f"{outage_s:.2f} s", held, outage_s, "s")
+        return Run("good", "07:00:00", outage_s, 12.0, 8.0, () if error else (check,), error)
+
+    lines = list(table([*(one(tenths / 10) for tenths in range(1, 13)), one(0.0, "no EIP")]))
+    assert lines[0].strip() == (
+        "good: 13 runs, 10 held, 2 did not, 1 could not be run; load 0.0 to 1.2"
+    )
+    assert lines[-1] == "| outage | 10 of 12 | 0.1 s | 0.65 s | 1.1 s | 1.2 s |"

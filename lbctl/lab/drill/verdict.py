@@ -131,6 +131,10 @@ class Evidence:
                 longest_s = max(longest_s, request.start_s - max(begun))
         return longest_s
 
+    def gap_s(self) -> float:
+        """The longest silence of a TCP flow to a living pod that did not break."""
+        return max((f.gap_s for f in self.living("TCP") if not f.broken), default=0.0)
+
     def last_hops(self) -> dict[tuple[str, str], tuple[str, ...]]:
         """Next hops at the end, by service and living switch."""
         found = {(seen.service, seen.switch): seen.hops for seen in self.hops}
@@ -139,12 +143,17 @@ class Evidence:
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One expectation: what was wanted, what was found."""
+    """One expectation: what was wanted, what was found.
+
+    value: the same as a number, in `unit` ("" for a count); None where it is none.
+    """
 
     name: str
     wanted: str
     found: str
     held: bool
+    value: float | None = None
+    unit: str = ""
 
 
 def judge(drill: Drill, seen: Evidence) -> tuple[Check, ...]:
@@ -195,11 +204,11 @@ def _broken(expect: Expect, seen: Evidence) -> list[Check]:
             found = f"{len(broken)} of {len(living)}"
             if broken:
                 found += f" (first: {broken[0].broken} at {broken[0].broken_at_s:.2f} s)"
-            checks.append(Check(what, f"at most {limit}", found, len(broken) <= limit))
+            checks.append(Check(what, f"at most {limit}", found, len(broken) <= limit, len(broken)))
     if expect.gap is not None:
-        gap_s = max((f.gap_s for f in seen.living("TCP") if not f.broken), default=0.0)
-        wanted = f"at most {expect.gap:g} s"
-        checks.append(Check("longest silence", wanted, f"{gap_s:.2f} s", gap_s <= expect.gap))
+        gap_s = seen.gap_s()
+        wanted, held = f"at most {expect.gap:g} s", gap_s <= expect.gap
+        checks.append(Check("longest silence", wanted, f"{gap_s:.2f} s", held, gap_s, "s"))
     return checks
 
 
@@ -211,12 +220,14 @@ def _failures(expect: Expect, seen: Evidence) -> list[Check]:
         if failed:
             found += f" (first: {failed[0].error} at {failed[0].start_s:.2f} s)"
         held = len(failed) <= expect.failed and bool(seen.requests)
-        checks.append(Check("new connections failed", f"at most {expect.failed}", found, held))
+        wanted = f"at most {expect.failed}"
+        checks.append(Check("new connections failed", wanted, found, held, len(failed)))
     if expect.outage is not None:
         outage_s = seen.outage_s()
         wanted = f"at most {expect.outage:g} s"
         held = outage_s <= expect.outage and bool(seen.requests)
-        checks.append(Check("outage of new connections", wanted, f"{outage_s:.2f} s", held))
+        found = f"{outage_s:.2f} s"
+        checks.append(Check("outage of new connections", wanted, found, held, outage_s, "s"))
     return checks
 
 
@@ -233,13 +244,15 @@ def _shares(expect: Expect, seen: Evidence) -> list[Check]:
                 f"{share:.0%} or more",
                 f"{found:.0%}",
                 found >= share,
+                100 * found,
+                "%",
             )
         )
     if expect.steered is not None:
         found = sum(1 for flow in flows if flow.entered != flow.node) / count
-        wanted = f"{expect.steered:.0%} or more"
+        wanted, held = f"{expect.steered:.0%} or more", found >= expect.steered
         checks.append(
-            Check("flows that were steered", wanted, f"{found:.0%}", found >= expect.steered)
+            Check("flows that were steered", wanted, f"{found:.0%}", held, 100 * found, "%")
         )
     return checks
 
@@ -262,7 +275,8 @@ def _throughput(expect: Expect, seen: Evidence) -> list[Check]:
         )
         found = f"{mbit:.1f} Mbit/s in {span_s:.0f} s ({shares or 'nothing'})"
         what = f"downloads after step {wanted.after}"
-        checks.append(Check(what, f"{wanted.mbit:g} Mbit/s or more", found, mbit >= wanted.mbit))
+        limit, held = f"{wanted.mbit:g} Mbit/s or more", mbit >= wanted.mbit
+        checks.append(Check(what, limit, found, held, mbit, "Mbit/s"))
     return checks
 
 
@@ -280,6 +294,8 @@ def _latency(expect: Expect, seen: Evidence) -> list[Check]:
                 f"at most {factor:g} times what it was",
                 f"{after * 1000:.1f} ms, {before * 1000:.1f} ms before",
                 0 < after <= factor * before,
+                after * 1000,
+                "ms",
             )
         )
     return checks
@@ -298,7 +314,14 @@ def _calm(expect: Expect, seen: Evidence) -> list[Check]:
             found = f"{flood.sent} of {flood.asked} packets ({share:.0%})"
             wanted = f"{expect.flooded:.0%} or more"
             checks.append(
-                Check(f"flood at {flood.service}", wanted, found, share >= expect.flooded)
+                Check(
+                    f"flood at {flood.service}",
+                    wanted,
+                    found,
+                    share >= expect.flooded,
+                    100 * share,
+                    "%",
+                )
             )
         if not seen.floods:
             checks.append(Check("floods", "1 or more", "none", False))
@@ -309,5 +332,6 @@ def _calm(expect: Expect, seen: Evidence) -> list[Check]:
         later = [change for change in seen.hops if change.at_s > seen.faults[0].at_s]
         found = f"{len(later)}" + (f" (first: {later[0].switch} {later[0].hops})" if later else "")
         wanted = f"at most {expect.changes}"
-        checks.append(Check("changes of next hops", wanted, found, len(later) <= expect.changes))
+        held = len(later) <= expect.changes
+        checks.append(Check("changes of next hops", wanted, found, held, len(later)))
     return checks

@@ -1,0 +1,46 @@
+"""A lab for drills, from its topology to a `Site`: one that is up already, or one of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+from lbctl.lab.api import Api
+from lbctl.lab.bringup import KUBECONFIG, bring_up
+from lbctl.lab.cluster.handle import ClusterKind
+from lbctl.lab.drill.site import Site
+from lbctl.lab.lab import Lab, take_down
+
+_TOPOLOGIES: Final = Path(__file__).parents[3] / "bgp-lab"
+
+
+@contextmanager
+def opened(topology: str, kind: ClusterKind, own: str, given: str = "") -> Iterator[Site]:
+    """A site whose managers and agents are ready.
+
+    given: the name of a lab that is up, and stays so; without it one named `own` is made, and taken
+    down at the end. Raises LabError if it does not come up.
+    """
+    if not given:
+        take_down(own)
+    try:
+        lab = Lab.load(given) if given else _made(topology, kind, own)
+        with Api(lab.directory / KUBECONFIG) as api:
+            site = Site(lab, api)
+            site.configure()
+            yield site
+    finally:
+        if not given:
+            take_down(own)
+
+
+def _made(topology: str, kind: ClusterKind, own: str) -> Lab:
+    lab = Lab.up(_TOPOLOGIES / f"{topology}.clab.yml", own, _silent)
+    bring_up(lab, kind, _silent)
+    return lab
+
+
+def _silent(_text: str) -> None:
+    """Progress of the lab that nobody needs to read here."""
