@@ -197,14 +197,14 @@ class Announcing:
     # What people ask
 
     def announced(self, ref: ObjectRef) -> Reason:
-        """Why a Service is announced (`ANNOUNCED`), or why not."""
+        """Why a Service is announced (`ANNOUNCED`), or why not: what it gives back counts last."""
         found = [self.selections[a].reason for a in self._addresses(ref) if a in self.selections]
         if not found:
             return Reason.NO_NEXT_HOP
         if Reason.ANNOUNCED in found:
             up = any(session.up for session in self._speaker.sessions())
             return Reason.ANNOUNCED if up else Reason.SESSION_DOWN
-        return found[0]
+        return min(found, key=lambda reason: reason is Reason.RELEASING)
 
     def _addresses(self, ref: ObjectRef) -> list[Address]:
         return sorted(self._owned.get(ref, ()), key=lambda a: (a.version, int(a)))

@@ -163,6 +163,7 @@ class Executor:
                 meta["annotations"] = {names.ANNOTATION_POOL: action.pools}
             case RemoveFinalizer():
                 meta["finalizers"] = others
+                meta["annotations"] = {names.ANNOTATION_POOL: None}
             case WriteStatus():
                 sub = "status"
                 ingress = [{"ip": str(a), "ipMode": "VIP"} for a in action.addresses]

@@ -138,7 +138,11 @@ async def _apply(client: Client, text: str, source: str, wait_s: float) -> str:
         typer.echo(f"written, but not accepted within {wait_s:g} s: {cause}", err=True)
         raise typer.Exit(WRONG)
     counts = Counter(one.outlook for one in verdict.forecasts)
-    told = ", ".join(f"{counts[kind]} {kind}" for kind in Outlook if counts[kind])
+    told = ", ".join(
+        f"{n} {kind if n == 1 else kind.removesuffix('s')}"
+        for kind in Outlook
+        if (n := counts[kind])
+    )
     return f"in force as generation {entry.generation}, hash {entry.hash}" + (
         f"; Services: {told}" if told else ""
     )
@@ -201,7 +205,7 @@ def show(verdict: Verdict, output: Output) -> None:
         (f.service, f.outlook, _list(f.before), _list(f.after), f.sentence)
         for f in verdict.forecasts
     ]
-    heads = ("SERVICE", "", "NOW", "THEN", "WHY")
+    heads = ("SERVICE", "WHAT", "NOW", "THEN", "WHY")
     print_table(out, "Services", heads, rows)
     for line in verdict.refusals:
         out.print(clean(f"refused: {line}"))

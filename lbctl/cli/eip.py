@@ -184,10 +184,16 @@ def _advice(found: Iterable[Prospect]) -> str:
     ]
     if not open_:
         return ""
-    given, owner = open_[0]
     count = f"{len(open_)} address{'es are forecasts' if len(open_) > 1 else ' is a forecast'}"
-    entry = f"{{address: {given.address}, owner: {owner}}}"
-    return f"{count}. To make sure, reserve it in pool {given.pool}: reserved: [{entry}]"
+    lines = [f"{count}. To make sure, reserve:"]
+    for pool in sorted({given.pool for given, _ in open_}):
+        mine = [  # in quotes: `::` before a comma is no YAML
+            f'{{address: "{given.address}", owner: {owner}}}'
+            for given, owner in open_
+            if given.pool == pool
+        ]
+        lines.append(f"  in pool {pool}: reserved: [{', '.join(mine)}]")
+    return "\n".join(lines)
 
 
 def _config_maps(found: Sequence[Prospect], name: str) -> None:

@@ -9,9 +9,10 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 from lbctl.core.announce import Paths
-from lbctl.core.model import Network, NodeState, Path, Peer, Session
+from lbctl.core.model import Network, NodeState, Path, Peer, Phase, Session
 from lbctl.core.pmap import PMap
-from lbctl.core.routes import host_route
+from lbctl.core.reasons import Reason
+from lbctl.core.routes import EipSelection, host_route
 from lbctl.kube.client import Client
 from manager.announcing import CHUNK, Announcing
 from manager.configuration import Accepted
@@ -119,6 +120,16 @@ def without(paths: PMap[Network, frozenset[Path]], prefixes: list[Network]) -> b
     return all(
         prefix in paths and all(path.node != LOST for path in paths[prefix]) for prefix in prefixes
     )
+
+
+def test_what_a_service_gives_back_is_not_what_its_condition_tells() -> None:
+    world = World()
+    old, new = (world.cluster.eips[address] for address in world.cluster.addresses[:2])
+    releasing = replace(old, phase=Phase.RELEASING)
+    for eip, reason in ((releasing, Reason.RELEASING), (new, Reason.NO_ENDPOINTS)):
+        world.feeds["eips"].put(eip.address, replace(eip, owner=old.owner))
+        world.announcing.selections[eip.address] = EipSelection(frozenset(), reason, {})
+    assert world.announcing.announced(old.owner) is Reason.NO_ENDPOINTS
 
 
 async def test_a_node_that_goes_does_not_wait_for_a_load() -> None:

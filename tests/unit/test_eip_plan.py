@@ -241,7 +241,10 @@ def test_as_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert rows[1][:4] == ["default/web", "198.51.100.0", "public", "forecast"]
     assert rows[2][:4] == ["default/thief", "-", "-", "refused"]
     assert "AddressReserved: " in rows[2][4]
-    assert "reserved: [{address: 198.51.100.0, owner: default/web}]" in out
+    advice = next(line for line in out.splitlines() if "in pool public: " in line)
+    assert yaml.safe_load(advice.partition("public: ")[2]) == {
+        "reserved": [{"address": "198.51.100.0", "owner": "default/web"}]
+    }
 
 
 def test_as_json(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,10 +11,10 @@ import pytest
 
 from lbctl import errors
 from lbctl.core import config, names
-from lbctl.core.actions import CreateEip
-from lbctl.core.model import Eip, NodeState, NodeView, ObjectRef
+from lbctl.core.actions import CreateEip, RemoveFinalizer
+from lbctl.core.model import Eip, NodeState, NodeView, ObjectRef, Service
 from lbctl.core.reasons import Reason
-from lbctl.kube.client import Client
+from lbctl.kube.client import MERGE, Client
 from lbctl.kube.objects import DataObject
 from manager import keys
 from manager.configuration import Accepted
@@ -91,11 +91,14 @@ def test_keys_are_unwrapped_twice_and_placeholders_refused() -> None:
         keys.read(secret(names.PROBE_SECRET))
 
 
+HEARD = Sink(*[lambda _: None] * 5)
+
+
 class Fake(Client):
     """Takes what it is given; the Service `default/odd` is more than it can bear."""
 
     def __init__(self) -> None:
-        self.written: list[str] = []
+        self.written: list[Any] = []
 
     async def create(self, path: str, body: Any) -> Any:
         if body["spec"]["owner"]["name"] == "odd":
@@ -103,11 +106,14 @@ class Fake(Client):
         self.written.append(body["metadata"]["name"])
         return body
 
+    async def patch(self, path: str, body: Any, content_type: str = MERGE) -> Any:
+        self.written.append(body)
+        return {**body, "metadata": {"name": "web", "namespace": "default"}, "spec": {}}
+
 
 async def test_one_odd_service_stops_no_other() -> None:
-    heard = Sink(*[lambda _: None] * 5)
     client, metrics = Fake(), Metrics()
-    executor = Executor(client, lambda: True, heard, metrics, lambda _: None)
+    executor = Executor(client, lambda: True, HEARD, metrics, lambda _: None)
     for number, name in enumerate(("odd", "web")):
         owner = ObjectRef("default", name)
         eip = Eip(ip_address(f"198.51.100.{number}"), "p", owner, "u")
@@ -118,3 +124,15 @@ async def test_one_odd_service_stops_no_other() -> None:
     assert metrics.registry.get_sample_value(
         "lbctl_writes_total", {"action": "CreateEip", "outcome": "ValueError"}
     )
+
+
+async def test_a_service_that_is_let_go_keeps_no_mark_of_a_pool() -> None:
+    client = Fake()
+    executor = Executor(client, lambda: True, HEARD, Metrics(), lambda _: None)
+    finalizers = ("other/one", names.FINALIZER)
+    web = Service(ObjectRef("default", "web"), "u", 0.0, (), False, finalizers=finalizers)
+    left = await executor.carry_out([RemoveFinalizer(web.ref, web, Reason.RELEASED)])
+    assert not left
+    (body,) = client.written
+    assert body["metadata"]["finalizers"] == ["other/one"]
+    assert body["metadata"]["annotations"] == {names.ANNOTATION_POOL: None}
