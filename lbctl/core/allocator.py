@@ -15,6 +15,7 @@ API server's answer), then call it again when something changed. After a failed 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Final
 
 from lbctl.core import names
@@ -128,6 +129,7 @@ class Allocator:
         """ClusterIPs, of whatever Service, are never given out."""
         for address in now:
             self._supply.forbid(address)
+            self._mark_all(self._held.wishes.pop(address, ()))
         for address in before:
             if self._supply.allow(address):
                 self._mark_all(self._refused)
@@ -211,26 +213,28 @@ class Allocator:
             if not self._dirty:
                 return tuple(actions)
             dirty, self._dirty = self._dirty, []
-            gone: list[Record] = []
+            gone: list[tuple[Record, Reason]] = []
             here: list[Record] = []
             claiming: list[Record] = []
             for record in dirty:
                 record.dirty = False
-                if record.service is None:
-                    gone.append(record)
+                if (why := self._not_ours(record)) is not None:
+                    gone.append((record, why))
                     continue
                 here.append(record)
-                if record.service.ingress and _is_bare(record):
+                if _is_bare(record):
                     claiming.append(record)
-            for record in sorted(gone, key=lambda r: r.ref):
-                actions += self._take_back(record, None, Reason.RELEASED)
+            for record, why in sorted(gone, key=lambda pair: self._key(pair[0])):
+                actions += self._take_back(record, record.service, why)
             here.sort(key=self._key)
             if claims := self._claims(claiming):
                 for record in here:
                     self._mark(record)
                 return (*actions, *claims)
             for record in here:
-                self._look(record, actions)
+                service = record.service
+                assert service is not None
+                self._carry(record, service, self._chooser.picks(record, service), actions)
 
     def _claims(self, claiming: list[Record]) -> list[Action]:
         """What a status shows without an EIP comes first, everything else in the next plan: a
@@ -238,20 +242,19 @@ class Allocator:
         claims: list[Action] = []
         for record in sorted(claiming, key=lambda r: self._key(r)[1:]):
             service = record.service
-            if service is not None and not_ours(service, self._rule) is None:
-                picks = [pick for pick in self._chooser.picks(record, service, True) if pick.eip]
-                if any(pick.eip is not pick.seen for pick in picks):
-                    self._carry(record, service, picks, claims)
+            assert service is not None
+            picks = [pick for pick in self._chooser.picks(record, service, True) if pick.eip]
+            if any(pick.eip is not pick.seen for pick in picks):
+                self._carry(record, service, picks, claims)
         return claims
 
-    def _look(self, record: Record, todo: list[Action]) -> None:
+    def _not_ours(self, record: Record) -> Reason | None:
+        """Why it gives back what it has, None for a Service of ours."""
         service = record.service
-        assert service is not None
+        if service is None:
+            return Reason.RELEASED
         why = not_ours(service, self._rule)
-        if why is None or (why is Reason.OTHER_CLASS and self._was_ours(record, service)):
-            self._carry(record, service, self._chooser.picks(record, service), todo)
-        else:
-            todo += self._take_back(record, service, why)
+        return None if why is Reason.OTHER_CLASS and self._was_ours(record, service) else why
 
     def _was_ours(self, record: Record, service: Service) -> bool:
         """Only the configuration can have changed: the class cannot, and a change of type clears
@@ -264,9 +267,10 @@ class Allocator:
         )
 
     def _key(self, record: Record) -> Key:
-        """Order of a batch: first those that name an address or have one reserved."""
+        """Order of a batch: who is gone, who names an address or has one reserved, the others."""
         service, ref, reserved = record.service, record.ref, self._supply.reserved
-        assert service is not None
+        if service is None:
+            return False, -1.0, ref.namespace, ref.name
         named = asked(service).addresses or (reserved and ref in reserved)
         return not named, service.created_s, ref.namespace, ref.name
 
@@ -318,6 +322,7 @@ class Allocator:
         if eip.phase is not Phase.BOUND or eip.address in record.new:
             return []
         if not eip.sharers:
+            self._held.expect(record, replace(eip, phase=Phase.RELEASING))  # nobody joins it now
             return [ReleaseEip(ref, eip, Reason.RELEASING, service)]
         if self._held.busy(eip.address, ref):
             self._held.wishes.setdefault(eip.address, set()).add(ref)

@@ -243,14 +243,14 @@ class Chooser:
             return self._rebound(service, asked, mine)
         denial = tenancy.may_ask(config, pool, service, labels, wish)
         if denial is not None:
-            return self._refuse(service, asked, have, *denial)
+            return self._refuse(service, asked, have, *denial, wish=wish)
         holder = self._held.eips.get(wish)
         if holder is not None:
             return self._wish_held(service, asked, holder, why, have)
         credit = have is not None and have.pool == pool.name
         if not self._supply.has_room(wish, service.ref.namespace, credit):
             said, line = self._quota(pool, service), (pool.name, service.ref.namespace)
-            return self._refuse(service, asked, have, Reason.QUOTA_EXCEEDED, said, (line,))
+            return self._refuse(service, asked, have, Reason.QUOTA_EXCEEDED, said, (line,), wish)
         return self._new(service, asked, wish)
 
     def _wish_held(
@@ -321,7 +321,10 @@ class Chooser:
         """One that it can share, or the quotas that it has to wait for."""
         lines: list[Line] = []
         for eip in self._held.shared(asked.sharing):
-            if eip.address.version == family and not self._elsewhere(asked, eip.address):
+            address = eip.address
+            if self._elsewhere(asked, address) or self._supply.is_forbidden(address):
+                continue
+            if address.version == family:
                 joined = self._join(service, asked, eip)
                 if isinstance(joined, Pick):
                     return joined

@@ -127,6 +127,7 @@ class Rules:
     labels: dict[str, dict[str, str]] = field(default_factory=dict)
     held: dict[Address, Held] = field(default_factory=dict)
     why: dict[ObjectRef, Reason | None] = field(default_factory=dict)
+    moved: bool = False
 
     # Who is served, in which order
 
@@ -142,16 +143,16 @@ class Rules:
         return sorted(found, key=lambda s: (s.created_s, s.ref))
 
     def settle(self) -> None:
-        """Until nobody comes to have more or less."""
-        while True:
-            before = {address: repr(held) for address, held in self.held.items()}
-            self.why = {}
+        """The first in turn who should come to have more or less does, until there is nobody."""
+        self.moved = True
+        while self.moved:
+            self.moved, self.why = False, {}
             self.part()
             self.claim()
             for service in sorted(self.by_age(), key=lambda service: self.turn(service.ref)):
-                self.why[service.ref] = self.serve(service)
-            if before == {address: repr(held) for address, held in self.held.items()}:
-                return
+                if not self.moved:
+                    self.why[service.ref] = self.serve(service)
+                    self.services[service.ref] = replace(service, ingress=self.shows(service))
 
     def turn(self, ref: ObjectRef) -> tuple[int, float, ObjectRef]:
         """Who is gone goes first, then who names an address or has one reserved, then by age."""
@@ -186,8 +187,9 @@ class Rules:
         """Give it what it should have; why it has not all of that."""
         wish = wish_of(service)
         for address in self.has(service.ref):
-            if self.held[address].members == [service.ref] and not wish.error:
-                self.held[address].key = wish.key
+            held = self.held[address]
+            if held.members == [service.ref] and not wish.error and held.key != wish.key:
+                held.key, self.moved = wish.key, True
             if address.version not in service.families:
                 self.leave(service.ref, address)
         found = [self.serve_family(service, wish, family) for family in service.families]
@@ -317,7 +319,7 @@ class Rules:
         self, service: Service, pool: PoolSpec, address: Address | None = None, how: How = "free"
     ) -> Reason | None:
         """A shared address counts once for each namespace on it, one that rests counts too; who
-        asks for another of the same pool gives one back for it."""
+        asks for another of the same pool may have one too many until it gives one back for it."""
         has = {
             found
             for found, held in self.held.items()
@@ -327,9 +329,9 @@ class Rules:
         back = address and any(
             self.pool_of(a) is pool for a in self.has(service.ref, address.version)
         )
-        more = 0 if address in has or (how == "asked" and back) else 1
-        over = pool.quota is not None and more and len(has) + more > pool.quota
-        return Reason.QUOTA_EXCEEDED if over else None
+        too_many = 1 if how == "asked" and back else 0
+        over = pool.quota is not None and len(has) >= pool.quota + too_many
+        return Reason.QUOTA_EXCEEDED if over and address not in has else None
 
     def occupied(self, service: Service, wish: Wish, address: Address) -> Reason | None:
         """Why a Service cannot come onto an address that is in use."""
@@ -369,6 +371,7 @@ class Rules:
     def take(self, service: Service, wish: Wish, address: Address) -> None:
         pool, held = self.pool_of(address), self.held.get(address)
         assert pool is not None
+        self.moved = True
         if held is None or held.resting:
             self.held[address] = Held(pool.name, [service.ref], wish.key)
         else:
@@ -377,6 +380,7 @@ class Rules:
     def leave(self, ref: ObjectRef, address: Address) -> None:
         """The next one owns it; the last one's address rests."""
         held = self.held[address]
+        self.moved = True
         if held.members == [ref]:
             held.resting, held.key = True, ""
         else:
@@ -406,8 +410,9 @@ class Rules:
         )
 
     def shows(self, service: Service) -> tuple[Address, ...]:
-        """What its status has to be. What is in no pool is left to who has none, and while adopting
-        what cannot become ours."""
+        """What its status has to be. What is in no pool, and never was, is left to who has none,
+        and while adopting what cannot become ours."""
         has, shown = tuple(self.has(service.ref)), service.ingress
-        strange = not has and not any(self.pool_of(address) for address in shown)
+        had = [a for a, held in self.held.items() if service.ref in held.members]
+        strange = not has and not any(self.pool_of(a) or a in had for a in shown)
         return shown if strange or (self.adopting and not {*shown} <= {*has}) else has

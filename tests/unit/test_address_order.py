@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ipaddress import ip_address
 from typing import Any
 
 import pytest
@@ -166,3 +167,25 @@ def test_what_is_reserved_is_given_to_who_asks_for_its_pool_too(pool: str, addre
     world = World(config(A + ", reserved: [{address: 10.0.0.3, owner: default/db}]", B))
     world.put(asking("db", 1, pool=pool))
     assert world.addresses() == {"db": address}
+
+
+def test_who_is_no_longer_ours_leaves_before_who_is_older_comes() -> None:
+    world = World(config("name: a, addresses: [10.0.0.0-10.0.0.1]"))
+    world.put(sharing("going", 2, "k"))
+    changes = [
+        service("going", 2, is_load_balancer=False),
+        sharing("older", 1, "k", ports=ports("81")),
+    ]
+    for one in changes:
+        world.services[one.ref] = one
+        world.allocator.set_service(one)
+    world.settle()
+    assert world.addresses() == {"older": "10.0.0.1"}
+
+
+def test_who_waits_is_told_when_its_address_becomes_the_clusters_own() -> None:
+    world = World(config(A + ", reserved: [{address: 10.0.0.1, owner: y/db}]"))
+    world.put(asking("web", 1, "10.0.0.1"))
+    assert world.reason("web") is Reason.ADDRESS_RESERVED
+    world.put(service("own", 2, is_load_balancer=False, cluster_ips=(ip_address("10.0.0.1"),)))
+    assert world.reason("web") is Reason.ADDRESS_OUTSIDE_POOLS

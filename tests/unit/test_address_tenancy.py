@@ -205,3 +205,12 @@ def test_an_address_that_became_a_nodes_while_it_rested() -> None:
     world.allocator.configure(world.config, (ip_address("10.0.0.3"),))
     world.put(service("shop/s"))
     assert world.addresses() == {"s": "10.0.0.0"}
+
+
+def test_sharing_an_address_that_became_a_nodes() -> None:
+    """Who has it keeps it; nobody comes onto it."""
+    world = World(config("name: a, addresses: [10.0.0.0-10.0.0.1]"))
+    world.put(sharing("web", 1, "k"))
+    world.allocator.configure(world.config, [ip_address("10.0.0.0")])
+    world.put(sharing("web2", 2, "k", ports=ports("81")))
+    assert world.addresses() == {"web": "10.0.0.0", "web2": "10.0.0.1"}
