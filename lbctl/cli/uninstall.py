@@ -59,7 +59,7 @@ def uninstall(
     if not steps:
         say("nothing of lbctl is on this cluster")
         return
-    for line in told(steps):
+    for line in told(steps, whole=dry_run):
         say(line)
     if dry_run:
         return
@@ -84,13 +84,14 @@ def _ask() -> None:
     typer.confirm("Go ahead?", abort=True)
 
 
-def told(steps: Sequence[Step]) -> list[str]:
-    """The plan for people: stages numbered, long ones shortened."""
+def told(steps: Sequence[Step], whole: bool) -> list[str]:
+    """The plan for people: stages numbered, long ones shortened if it need not be whole."""
     lines = []
     for number, stage in enumerate(_stages(steps), 1):
-        lines += [f"{number}. {stage[0]}", *(f"   {step}" for step in stage[1:_SHOWN])]
-        if len(stage) > _SHOWN:
-            lines.append(f"   and {len(stage) - _SHOWN} more")
+        shown = len(stage) if whole else _SHOWN
+        lines += [f"{number}. {stage[0]}", *(f"   {step}" for step in stage[1:shown])]
+        if len(stage) > shown:
+            lines.append(f"   and {len(stage) - shown} more")
     return lines
 
 

@@ -207,8 +207,10 @@ def test_which_nodes_are_not_clean_yet() -> None:
     assert uncleaned(new, [pod("n-1", new), pod("n-2", new)], both) is None
 
 
-def test_a_long_plan_is_shortened() -> None:
+def test_a_long_plan_is_shortened_where_it_need_not_be_whole() -> None:
     many = [LetGo(ObjectRef("a", f"s{n:03}"), frozenset(), True) for n in range(30)]
-    lines = told([StopManagers((), 30), *many])
+    whole = told([StopManagers((), 30), *many], whole=True)
+    assert len(whole) == 31 and whole[-1] == "   let Service a/s029 go"
+    lines = told([StopManagers((), 30), *many], whole=False)
     assert lines[0].startswith("1. stop the managers: the routes of 30 EIPs")
     assert lines[1] == "2. let Service a/s000 go" and lines[-1] == "   and 20 more"
