@@ -26,6 +26,7 @@ class Kind(Enum):
 
 OURS: Final = "lbctl.io/"
 FIELD: Final = "spec.loadBalancerIP"
+SHARING_KEY_LIMIT: Final = 1024  # characters, as deploy/kustomize/base/crd.yaml has it
 TABLE: Final = {
     "lbctl.io/loadBalancerIPs": Kind.ADDRESSES,
     "metallb.io/loadBalancerIPs": Kind.ADDRESSES,
@@ -88,7 +89,7 @@ def asked(service: Service) -> Asked:
         wanted = [(FIELD, service.requested), *wanted]
     addresses, problem = _addresses(wanted)
     pool, sharing = found.get(Kind.POOL, []), found.get(Kind.SHARING, [])
-    problem = problem or _differ(pool) or _differ(sharing)
+    problem = problem or _differ(pool) or _differ(sharing) or _too_long(sharing)
     if problem is not None:
         return Asked(problem=problem)
     return Asked(addresses, pool[0][1] if pool else "", sharing[0][1] if sharing else "")
@@ -124,6 +125,13 @@ def _differ(given: list[tuple[str, str]]) -> tuple[Reason, str] | None:
             said = f"{given[0][0]} says {value_of(given[0][1])}, {key} says {value_of(value)}"
             return Reason.ANNOTATIONS_CONFLICT, said
     return None
+
+
+def _too_long(given: list[tuple[str, str]]) -> tuple[Reason, str] | None:
+    if not given or len(given[0][1]) <= SHARING_KEY_LIMIT:
+        return None
+    said = f"{given[0][0]} is longer than {SHARING_KEY_LIMIT} characters"
+    return Reason.REQUEST_INVALID, said
 
 
 def value_of(text: str) -> str:

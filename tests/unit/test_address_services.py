@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from ipaddress import ip_network
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from lbctl.core import names
-from lbctl.core.annotations import TABLE, Kind, asked
+from lbctl.core.annotations import SHARING_KEY_LIMIT, TABLE, Kind, asked
 from lbctl.core.model import Phase, TrafficPolicy
 from lbctl.core.reasons import SENTENCE, Reason
 from tests.unit.address_rules import World, config, ports, service, sharing
@@ -120,6 +122,17 @@ def test_what_cannot_be_read_is_refused(text: str) -> None:
     world = World(config(A))
     world.put(service("web", annotations={"lbctl.io/loadBalancerIPs": text}))
     assert not world.eips and world.reasons("web") == [Reason.REQUEST_INVALID]
+
+
+def test_a_sharing_key_that_no_eip_can_hold_is_refused() -> None:
+    root = Path(__file__).parents[2]
+    crd = yaml.safe_load((root / "deploy/kustomize/base/crd.yaml").read_text())
+    schema = crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"]
+    assert schema["properties"]["sharingKey"]["maxLength"] == SHARING_KEY_LIMIT
+    world = World(config(A))
+    for name, key in (("fits", "k" * SHARING_KEY_LIMIT), ("long", "k" * (SHARING_KEY_LIMIT + 1))):
+        world.put(service(name, annotations={"metallb.io/allow-shared-ip": key}))
+    assert world.shown("fits") and world.reasons("long") == [Reason.REQUEST_INVALID]
 
 
 def test_a_requested_pool_moves_the_service_make_before_break() -> None:
