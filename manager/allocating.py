@@ -97,6 +97,12 @@ class Allocating:
             return self._rehearsal.decision(ref)
         return self._reign.allocator.decision(ref)
 
+    def free(self) -> dict[str, int]:
+        """Addresses that each pool can still give; nothing while not leading, or observing."""
+        if self._reign is None or self._observed is not None:
+            return {}
+        return self._reign.allocator.free()
+
     @property
     def _observed(self) -> Config | None:
         """The configuration, if it says that nothing is to be written."""

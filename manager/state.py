@@ -59,7 +59,7 @@ def build(
         leader=leader,
         boot_s=parts.boot_s,
         config=_config(parts.configuration),
-        pools=_pools(parts.configuration, eips),
+        pools=_pools(parts.configuration, eips, parts.allocating.free()),
         eips=tuple(_eip(parts, eip) for eip in eips),
         services=tuple(
             _service(parts, service, owned.get(ref, []))
@@ -83,11 +83,13 @@ def _config(configuration: Configuration) -> state.ConfigState:
     )
 
 
-def _pools(configuration: Configuration, eips: list[Eip]) -> tuple[state.PoolState, ...]:
+def _pools(
+    configuration: Configuration, eips: list[Eip], free: Mapping[str, int]
+) -> tuple[state.PoolState, ...]:
     used = Counter(eip.pool for eip in eips)
     pools = configuration.current.config.pools if configuration.current else ()
     return tuple(
-        state.PoolState(pool.name, pool.size, used[pool.name])
+        state.PoolState(pool.name, pool.size, used[pool.name], free.get(pool.name))
         for pool in sorted(pools, key=lambda pool: pool.name)
     )
 

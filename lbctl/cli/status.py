@@ -71,8 +71,8 @@ def as_json(merged: Merged) -> dict[str, Any]:
 def show(merged: Merged, out: Console) -> None:
     """The page for people."""
     _managers(merged, out)
-    rows = [(p.name, p.used, p.total, p.total - p.used) for p in merged.pools]
-    print_table(out, "Pools", ("NAME", "USED", "TOTAL", "LEFT"), rows)
+    rows = [(p.name, p.used, p.total, "" if p.free is None else p.free) for p in merged.pools]
+    print_table(out, "Pools", ("NAME", "USED", "TOTAL", "FREE"), rows)
     _eips(merged, out)
     _waiting(merged, out)
     _sessions(merged, out)

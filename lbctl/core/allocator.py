@@ -194,9 +194,9 @@ class Allocator:
             if record.decision is not None
         }
 
-    def usage(self) -> tuple[tuple[str, int, int], ...]:
-        """Name, size and addresses in use (in whatever phase) of each pool, in file order."""
-        return self._supply.usage()
+    def free(self) -> dict[str, int]:
+        """How many addresses each pool can still give to who asks for none of them."""
+        return self._supply.free()
 
     def owned(self, ref: ObjectRef) -> tuple[Eip, ...]:
         """The EIP objects that a namespace/name is on, sorted by address."""

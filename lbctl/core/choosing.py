@@ -347,7 +347,7 @@ class Chooser:
         assert config is not None
         full = [pool for pool, what in lines if what == family]
         if full:
-            return Reason.POOL_EXHAUSTED, f"every IPv{family} address of {', '.join(full)} is taken"
+            return Reason.POOL_EXHAUSTED, f"no IPv{family} address of {', '.join(full)} is free"
         if lines:
             return Reason.QUOTA_EXCEEDED, self._quota(config.by_name[lines[0][0]], service)
         labels = self._supply.labels(service.ref.namespace)

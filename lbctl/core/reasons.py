@@ -92,7 +92,7 @@ SENTENCE: Final[dict[Reason, str]] = {
     Reason.RESTORED: "the address it already had was kept",
     Reason.NOT_LOAD_BALANCER: "the Service is not of type LoadBalancer",
     Reason.OTHER_CLASS: "by its loadBalancerClass, or for want of one, it is not ours",
-    Reason.POOL_EXHAUSTED: "every address of the pools it may use is taken",
+    Reason.POOL_EXHAUSTED: "no address of the pools it may use is free",
     Reason.NO_POOL: "no pool gives out addresses to it on its own",
     Reason.ADDRESS_TAKEN: "another Service holds the address",
     Reason.ADDRESS_OUTSIDE_POOLS: "the address is in none of the accepted pools",

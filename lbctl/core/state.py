@@ -39,11 +39,14 @@ class ConfigState:
 
 @dataclass(frozen=True, slots=True)
 class PoolState:
-    """A pool: addresses in all, and with an EIP object (Bound or Releasing)."""
+    """A pool: addresses in all, with an EIP object (Bound or Releasing), and those that it can give
+    to who asks for none of them (only the leader knows: reserved ones are not free, nor are the
+    cluster's own)."""
 
     name: str
     total: int
     used: int
+    free: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,7 +39,7 @@ _NO_LABELS: Final[Mapping[str, str]] = {}
 class _Stock:
     """A pool: what it can give by itself, and who has how much of it."""
 
-    __slots__ = ("by_namespace", "name", "pool", "quota", "selects", "spaces", "used")
+    __slots__ = ("by_namespace", "name", "pool", "quota", "selects", "spaces")
 
     def __init__(self, pool: Pool) -> None:
         self.pool = pool
@@ -47,7 +47,6 @@ class _Stock:
         self.quota = bool(pool.quota)
         self.selects = bool(pool.service_selectors)
         self.spaces: dict[int, Space] = {}
-        self.used = 0
         self.by_namespace: Counter[str] = Counter()
         for part in pool.addresses:
             space = self.spaces.setdefault(part.version, Space())
@@ -64,7 +63,6 @@ class _Stock:
 
     def take(self, eip: Eip) -> None:
         """One of its addresses gets an EIP object."""
-        self.used += 1
         number = int(eip.address)
         self.spaces[eip.address.version].remove(number, number)
         if self.quota:
@@ -174,7 +172,6 @@ class Supply:
         """The address has no EIP object any more; what it was."""
         before, stock = self.eips.pop(address, None), self._stock_of(address)
         if before is not None and stock is not None:
-            stock.used -= 1
             if stock.quota:
                 stock.by_namespace.subtract(before.namespaces)
                 self.freed.update((stock.name, space) for space in before.namespaces)
@@ -234,10 +231,12 @@ class Supply:
         if stock is not None:
             stock.spaces[address.version].remove(int(address), int(address))
 
-    def usage(self) -> tuple[tuple[str, int, int], ...]:
-        """Name, size and addresses in use (in whatever phase) of each pool, in file order."""
-        pools = self.config.pools if self.config else ()
-        return tuple((pool.name, pool.size, self._stocks[pool.name].used) for pool in pools)
+    def free(self) -> dict[str, int]:
+        """How many addresses each pool can still give to who asks for none of them."""
+        return {
+            name: 0 if stock.pool.drain else sum(space.free for space in stock.spaces.values())
+            for name, stock in self._stocks.items()
+        }
 
     def is_forbidden(self, address: Address) -> bool:
         """Whether the address belongs to the cluster itself (a node, a peer, a ClusterIP …)."""

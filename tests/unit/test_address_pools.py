@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from ipaddress import ip_address
+
 import pytest
 
 from lbctl.core.actions import CreateEip
@@ -219,6 +221,17 @@ def test_release_of_a_whole_pool_leaves_no_address_shown() -> None:
     assert not world.addresses()
     assert world.reasons("web") == [Reason.POOL_RELEASED, Reason.NO_POOL]
     assert world.eips["10.0.0.0"].phase is Phase.RELEASING
+
+
+def test_free_is_what_a_pool_can_give_without_being_asked() -> None:
+    pools = (
+        "name: a, addresses: [10.0.0.0/24], avoidBuggyIPs: true, reserved: [10.0.0.8/30]",
+        "name: old, addresses: [10.1.0.0/30], drain: true",
+    )
+    world = World(config(*pools))
+    world.put(service("web"))
+    world.allocator.configure(config(*pools), (ip_address("10.0.0.9"), ip_address("10.0.0.20")))
+    assert world.allocator.free() == {"a": 256 - 2 - 4 - 1 - 1, "old": 0}
 
 
 def test_one_allocation_in_a_huge_pool_looks_at_one_address() -> None:

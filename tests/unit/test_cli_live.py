@@ -44,7 +44,7 @@ ONE = ManagerState(
     boot_s=0.0,
     now_s=100.0,
     config=ConfigState("abc", 1),
-    pools=(PoolState("public", 11, 1),),
+    pools=(PoolState("public", 11, 1, 8),),
     eips=(EIP,),
     services=(DECISION,),
     sessions=(UP,),
@@ -82,7 +82,7 @@ def test_all_is_well() -> None:
     text = page(live(ONE, TWO))
     for words in (
         "All is well.",
-        "public 1 11 10",
+        "NAME USED TOTAL FREE public 1 11 8",
         "198.51.100.1 default/web public Bound 192.0.2.21, 192.0.2.22",
         "one control leader abc (generation 1) 100s",
         "tor-a 192.0.2.1 two up yes",
@@ -225,7 +225,7 @@ def test_explain_says_who_sees_what_where_managers_differ() -> None:
         (
             replace(ONE, eips=(), services=(ServiceState(WEB, Reason.POOL_EXHAUSTED, "", ()),)),
             True,
-            "Every address of the pools it may use is taken. [PoolExhausted]",
+            "No address of the pools it may use is free. [PoolExhausted]",
         ),
         (replace(ONE, eips=(), services=()), True, "has not decided about it yet"),
         (replace(ONE, eips=(), services=(), leader=False), True, "No manager leads"),
