@@ -41,7 +41,8 @@ from lbctl.core.model import (
 )
 from lbctl.core.pmap import PMap
 from lbctl.core.reasons import Reason
-from lbctl.core.routes import EipSelection, PathIds, Rules, host_route, select
+from lbctl.core.routes import EipSelection, PathIds, Rules, select
+from lbctl.core.virtual import Levels
 from lbctl.kube import client as api
 from lbctl.kube.client import Client
 from lbctl.kube.objects import Slice
@@ -57,6 +58,8 @@ _AWAY_S: Final = 1.0  # before asking an API server again that is away
 _AT_A_TIME: Final = 8
 CHUNK: Final = 500  # EIPs looked at between two turns of the event loop
 _PAIRS: Final = 20_000  # and pairs of an EIP and a node: fewer EIPs where nodes are many
+SWEEP_S: Final = 5.0  # a virtual next hop stays so long at least after its last EIP
+_NONE: Final[frozenset[Path]] = frozenset()
 _log = structlog.get_logger()
 
 
@@ -111,9 +114,9 @@ class Announcing:
         self._owned: dict[ObjectRef, set[Address]] = {}
         self._nodes: dict[str, Node] = {}
         self._locator: Locator | None = None  # of these
-        self._ids = PathIds()
+        self._ids, self._levels = PathIds(), Levels()
         self._paths: PMap[Network, frozenset[Path]] = PMap()
-        self._hops: Counter[str] = Counter()  # paths by node
+        self._hops: Counter[str] = Counter()  # EIPs by node
         self._counts: tuple[Counter[int], Counter[int]] = Counter(), Counter()  # by family
         self._all, self._touched = True, set[Address]()
         self._wake, self._leaving = asyncio.Event(), asyncio.Event()
@@ -216,6 +219,7 @@ class Announcing:
         await self._inputs.synced()
         async with asyncio.TaskGroup() as group:
             group.create_task(self._withdrawals(), name="withdrawals")
+            group.create_task(self._sweeps(), name="sweeps")
             while True:
                 await self._wake.wait()
                 await asyncio.sleep(COALESCE_S)
@@ -284,29 +288,48 @@ class Announcing:
             self._confirmations,
             self._locator,
         )
-        fresh: dict[Network, frozenset[Path]] = {}
-        gone: set[Network] = set()
+        changed = []
         for address in touched:
             old, new = self.selections.pop(address, None), found.eips.get(address)
             if new is not None:
                 self.selections[address] = new
-            before, after = old.paths if old else frozenset(), new.paths if new else frozenset()
+            before, after = old.paths if old else _NONE, new.paths if new else _NONE
+            hops = [selection.hop if selection else None for selection in (old, new)]
+            if before != after or hops[0] is not hops[1]:
+                changed.append((address, after, hops[1]))
             if before != after:
-                prefix = host_route(address)
-                fresh.update({prefix: after} if after else {})
-                gone.update(() if after else (prefix,))
-                self._count(address.version, before, after)
+                self._hops.subtract(path.node for path in before - after)
+                self._hops.update(path.node for path in after - before)
             if new is not None and (old is None or old.reason is not new.reason):
                 for ref in self._eips[address].members:
                     self._on_selected(ref)
-        self._paths = self._paths.updated(fresh, gone)
+        self._route(self._levels.routes(changed))
 
-    def _count(self, version: int, before: frozenset[Path], after: frozenset[Path]) -> None:
+    def _route(self, routes: Mapping[Network, frozenset[Path]]) -> None:
+        """Announce these prefixes like this from the next set on; without paths: not at all."""
         prefixes, paths = self._counts
-        prefixes[version] += bool(after) - bool(before)
-        paths[version] += len(after) - len(before)
-        self._hops.subtract(path.node for path in before - after)
-        self._hops.update(path.node for path in after - before)
+        fresh: dict[Network, frozenset[Path]] = {}
+        gone: set[Network] = set()
+        for prefix, after in routes.items():
+            before = self._paths.get(prefix, _NONE)
+            if before != after:
+                fresh.update({prefix: after} if after else {})
+                gone.update(() if after else (prefix,))
+                prefixes[prefix.version] += bool(after) - bool(before)
+                paths[prefix.version] += len(after) - len(before)
+        self._paths = self._paths.updated(fresh, gone)
+        if self._levels.moved:
+            self._levels.moved = False
+            self._touch_all()
+
+    async def _sweeps(self) -> None:
+        """Withdraw the virtual next hops that no EIP leads to any more, in no switch either."""
+        while True:
+            await asyncio.sleep(SWEEP_S)
+            if self.number is not None and self._speaker.is_settled(self.number):
+                gone = self._levels.sweep()
+                self._route(dict.fromkeys(gone, _NONE))
+                self._wake.set()
 
     def _announce(self, accepted: Accepted) -> None:
         try:
@@ -385,7 +408,7 @@ class Announcing:
     def measure(self) -> None:
         """Fill in the metrics."""
         self._metrics.paths.set(self._hops.total())
-        self._metrics.prefixes.set(len(self._paths))
+        self._metrics.prefixes.set(sum(bool(s.paths) for s in self.selections.values()))
         self._metrics.next_hops.clear()
         for name in sorted(self._nodes.keys() | (+self._hops).keys()):
             self._metrics.next_hops.labels(name).set(self._hops[name])

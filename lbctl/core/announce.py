@@ -10,6 +10,7 @@ asks `take()` what to send. Rules:
   or in the same slot, the announce is acknowledged before the old path is withdrawn. A *slot* is
   what BGP tells apart: (prefix, path-id), or the prefix alone towards a peer without ADD-PATH; what
   an announce replaced in its own slot needs no withdraw, and must not get one.
+- What leads to a prefix of ours (a virtual next hop, `lbctl.core.virtual`) is announced after that.
 - A peer gets nothing before its first `negotiated`: only then is it known which families it takes,
   and of each how many paths. If that changes, everything of the old kind is withdrawn and on the
   wire before the new is sent.
@@ -442,24 +443,33 @@ class Announcer:
 
     def _batch(self, verb: Verb) -> Command | None:
         """The next batch: one attributes text, the peers that all need the same prefixes of it."""
-        tables = [
-            table
-            for _, table in sorted(self._tables.items())
-            if table.todo[verb] and not (table.blocked and verb is Verb.ANNOUNCE)
-        ]
-        if not tables:
+        tables = [table for _, table in sorted(self._tables.items()) if table.todo[verb]]
+        found = (
+            (table, attributes)
+            for table in tables
+            for attributes in table.todo[verb]
+            if self._ready(verb, attributes, table)
+        )
+        first, attributes = next(found, (None, ""))
+        if first is None:
             return None
-        first = tables[0]
-        attributes, queue = next(iter(first.todo[verb].items()))
-        prefixes = tuple(islice(queue, exabgp.MAX_PREFIXES))
+        prefixes = tuple(islice(first.todo[verb][attributes], exabgp.MAX_PREFIXES))
         chosen = [
             table
             for table in tables
-            if table is first or table.todo[verb].get(attributes, {}).keys() >= set(prefixes)
+            if table.todo[verb].get(attributes, {}).keys() >= set(prefixes)
+            and self._ready(verb, attributes, table)
         ]
         for table in chosen:
             table.take(verb, attributes, prefixes, self._next_id)
         return Command(verb, tuple(table.peer for table in chosen), attributes, prefixes)
+
+    def _ready(self, verb: Verb, attributes: str, table: Table) -> bool:
+        """Whether the peer may have it: what leads to a prefix of ours comes after that."""
+        if verb is Verb.WITHDRAW:
+            return True
+        hop = exabgp.host(exabgp.next_hop(attributes))
+        return not table.blocked and (not self._paths.get(hop) or table.has(str(hop)))
 
 
 def _order(prefix: Network) -> tuple[int, int, int]:

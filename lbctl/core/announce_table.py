@@ -93,15 +93,19 @@ class Table:
         for texts in self.wanted.values():
             self._relate(texts)
 
+    def has(self, prefix: str) -> bool:
+        """Whether a route that is wanted of the prefix is there."""
+        return any(Route(text, prefix) in self.held for text in self.wanted.get(prefix, _NOTHING))
+
     def successor(self, old: Route) -> Route | None:
         """A wanted route, not there yet, that takes the place of `old`."""
-        attributes = old.attributes
-        others = {a for key in _keys(attributes) for a in self.kin.get(key, ()) if a != attributes}
-        if not others or self.foreign(old):
+        attributes, texts = old.attributes, self.wanted.get(old.prefix, _NOTHING)
+        if not texts or self.foreign(old):
             return None
-        for other in sorted(others):
+        others = {a for key in _keys(attributes) for a in self.kin.get(key, ()) if a != attributes}
+        for other in sorted(others) if self.has(old.prefix) else (*sorted(others), *texts):
             new = Route(other, old.prefix)
-            if self.wants(new) and new not in self.held:
+            if other in texts and new not in self.held:
                 return new
         return None
 

@@ -73,6 +73,10 @@ class Announce(Model):
 
     max_paths: int = Field(default=64, ge=1, le=1024, validation_alias="maxPaths")
     paths: Literal["addPath", "perManager"] = "addPath"
+    next_hop: Literal["direct", "recursive"] = Field(default="direct", validation_alias="nextHop")
+    virtual_next_hops: tuple[Annotated[AddressRange, BeforeValidator(values.parse_range)], ...] = (
+        Field(default=(), validation_alias="virtualNextHops")
+    )
     drain_time_s: Seconds = Field(default=2.0, le=3600, validation_alias="drainTime")
     reuse_after_s: Seconds = Field(default=30.0, le=604800, validation_alias="reuseAfter")
 

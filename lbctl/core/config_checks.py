@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from lbctl.core import config_values as values
 from lbctl.core.config_values import AddressRange, show
 from lbctl.core.model import Address
 from lbctl.core.positions import Document, Loc, Problem
+
+_SESSION: Final = ("address", "localAddress")
+_VIRTUAL: Final = {4: 1 << 16, 6: 1 << 64}  # addresses that a range of virtual next hops has
 
 
 def cross_checks(document: Document) -> list[Problem]:
@@ -29,6 +32,7 @@ def cross_checks(document: Document) -> list[Problem]:
         *_overlaps(document, ranges),
         *_reservations(document, pools),
         *_inside_pools(document, peers, ranges),
+        *_virtual(document, peers, ranges),
         *_duplicate_interfaces(document),
     ]
 
@@ -193,13 +197,41 @@ def _readable_range(text: object) -> AddressRange | None:
         return None
 
 
+def _virtual(
+    document: Document, peers: list[tuple[Loc, dict[str, object]]], pools: list[_Placed]
+) -> list[Problem]:
+    """Virtual next hops are nobody's addresses, and so many that two hashes hardly ever meet."""
+    value = document.value.get("announce") if isinstance(document.value, dict) else None
+    section: dict[str, object] = value if isinstance(value, dict) else {}
+    ranges = [_readable_range(text) for text in _list(section.get("virtualNextHops"))]
+    found: list[tuple[Loc, str]] = []
+    if section.get("nextHop") == "recursive":
+        if not ranges:
+            found.append((("nextHop",), "recursive needs virtualNextHops, a range that is unused"))
+        if section.get("paths") == "perManager":
+            found.append((("nextHop",), "recursive needs paths: addPath"))
+    addresses = [_readable(peer.get(key)) for _, peer in peers for key in _SESSION]
+    for n, part in enumerate(ranges):
+        if part is None:
+            continue
+        here: Loc = ("virtualNextHops", n)
+        if any(other is not None and other.version == part.version for other in ranges[:n]):
+            found.append((here, f"there is an IPv{part.version} range already"))
+        if part.size < _VIRTUAL[part.version]:
+            found.append((here, f"{part} is too small: IPv4 needs a /16, IPv6 a /64"))
+        found += [(here, f"{part} overlaps {pool}") for pool in pools if pool.part.overlaps(part)]
+        found += [(here, f"{part} holds the session's {a}") for a in addresses if a and a in part]
+    places = [(("announce", *loc), text) for loc, text in found]
+    return [Problem(document.mark(loc), loc, text) for loc, text in places]
+
+
 def _inside_pools(
     document: Document, peers: list[tuple[Loc, dict[str, object]]], ranges: list[_Placed]
 ) -> list[Problem]:
     starts = [(found.part.version, int(found.part.first)) for found in ranges]
     problems: list[Problem] = []
     for loc, peer in peers:
-        for key in ("address", "localAddress"):
+        for key in _SESSION:
             address = _readable(peer.get(key))
             if address is None:
                 continue

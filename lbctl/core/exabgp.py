@@ -18,7 +18,7 @@ from functools import lru_cache
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from typing import Any, Final
 
-from lbctl.core.model import Address, Agreed, Path, Peer
+from lbctl.core.model import Address, Agreed, Network, Path, Peer
 from lbctl.errors import MessageError, SpeakerError
 
 PROCESS: Final = "lbctl"
@@ -207,6 +207,12 @@ def path_id(attributes_text: str) -> int | None:
 def next_hop(attributes_text: str) -> str:
     """The next hop in an attributes text."""
     return attributes_text.split(" ", 2)[1]
+
+
+@lru_cache(maxsize=1 << 16)
+def host(address: str) -> Network:
+    """The host route of an address."""
+    return ip_network(address)
 
 
 def check_attributes(text: object) -> str:

@@ -11,6 +11,8 @@ Pure and incremental: `select` remembers, through `previous`, what did not chang
   the only state that takes the last next hop away.
 - Of more than `max_paths` a stable subset by rendezvous hashing. `perManager`: each living manager
   announces another one of that ranking.
+- With `nextHop: recursive` EIPs that the same nodes have confirmed share a virtual next hop, and
+  the ranking is that of its address (`lbctl.core.virtual`).
 """
 
 from __future__ import annotations
@@ -18,10 +20,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
-from functools import lru_cache
 from hashlib import blake2b
 from heapq import nsmallest
-from ipaddress import IPv4Network, IPv6Network
 from typing import NamedTuple, TypeAlias
 
 from lbctl.core.config import Config
@@ -30,7 +30,6 @@ from lbctl.core.health import AT_ONCE_S
 from lbctl.core.model import (
     Address,
     Eip,
-    Network,
     Node,
     NodeState,
     NodeView,
@@ -40,9 +39,11 @@ from lbctl.core.model import (
     Service,
     ServiceEndpoints,
     TrafficPolicy,
+    host_route,
 )
 from lbctl.core.reasons import Reason
 from lbctl.core.serving import serving
+from lbctl.core.virtual import VirtualHop, virtual_address
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +51,13 @@ class EipSelection:
     """The paths of one EIP. `reason`: of the EIP as a whole; `reasons`: per node, sorted by name.
 
     A node whose path is announced in spite of something has that as its reason: AGENT_SILENT,
-    HELD_BY_PANIC or LAST_NEXT_HOP.
+    HELD_BY_PANIC or LAST_NEXT_HOP. `hop`: what may be announced in place of the paths.
     """
 
     paths: frozenset[Path]
     reason: Reason
     reasons: Mapping[str, Reason]
+    hop: VirtualHop | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,7 +198,7 @@ def select(
         old = next(iter(previous.facts.values()))[0]
         common = old if old == common else common
     evidence = evidence if evidence is not None else _asked(verdicts, views)
-    judge = _Judge(verdicts, locator)
+    judge = _Judge(rules, verdicts, locator)
     selections: dict[Address, EipSelection] = {}
     facts: dict[Address, tuple[object, ...]] = {}
     for eip in sorted(eips, key=lambda eip: (eip.address.version, eip.address)):
@@ -245,16 +247,21 @@ def select_eip(
 
 
 class _Judged(NamedTuple):
-    """Whom EIPs with the same evidence go through, before the ranking; why the others not."""
+    """Whom EIPs with the same evidence go through, before the ranking; why the others not.
+
+    hop: their virtual next hop, if there is one.
+    """
 
     chosen: tuple[str, ...]
     reasons: Mapping[str, Reason]
+    hop: VirtualHop | None
 
 
 class _Judge:
     """The nodes in view of one EIP after another; what is alike for many is worked out once."""
 
-    def __init__(self, verdicts: Mapping[str, _Verdict], locator: Locator) -> None:
+    def __init__(self, rules: Rules, verdicts: Mapping[str, _Verdict], locator: Locator) -> None:
+        self.rules = rules
         self.verdicts = verdicts
         self.locator = locator
         self._known: dict[object, _Judged] = {}
@@ -283,14 +290,23 @@ class _Judge:
         tiers: dict[_Tier, list[str]] = {tier: [] for tier in _Tier}
         for name, verdict in self.verdicts.items():
             tier, reasons[name] = verdict.tier, verdict.reason
-            if tier is _Tier.NEVER:
-                continue
             obstacle = _obstacle(name, version, verdict, confirmed, only)
             if obstacle is None:
                 tiers[tier].append(name)
-            elif tier is not _Tier.SUSPECT:
+            elif tier not in (_Tier.NEVER, _Tier.SUSPECT):
                 reasons[name] = obstacle
-        return _Judged(tuple(_chosen(tiers, self.verdicts, reasons)), reasons)
+        group = frozenset(name for names in tiers.values() for name in names)
+        chosen = tuple(_chosen(tiers, self.verdicts, reasons))
+        return _Judged(chosen, reasons, self._hop(version, group, chosen))
+
+    def _hop(self, version: int, group: frozenset[str], chosen: Sequence[str]) -> VirtualHop | None:
+        announce = self.rules.config.announce
+        ranges = announce.virtual_next_hops if announce.next_hop == "recursive" else ()
+        address = virtual_address(ranges, version, group)
+        if address is None:
+            return None
+        keep = _ranked(self.rules, address, chosen)
+        return VirtualHop(address, group, _paths(address, keep, self.verdicts))
 
 
 class _Beyond(Mapping[str, Reason]):
@@ -330,10 +346,11 @@ def _select(
     if service.policy is TrafficPolicy.LOCAL:
         confirmed, only = confirmed & local, behind.nodes
     judged = judge(eip.address.version, confirmed, only)
-    keep = _ranked(rules, eip.address, judged.chosen)
+    hop = judged.hop
+    keep = _ranked(rules, hop.address if hop else eip.address, judged.chosen)
     reasons = judged.reasons if len(keep) == len(judged.chosen) else _Beyond(judged, keep)
     paths = _paths(eip.address, keep, judge.verdicts)
-    return EipSelection(paths, Reason.ANNOUNCED if paths else Reason.NO_NEXT_HOP, reasons)
+    return EipSelection(paths, Reason.ANNOUNCED if paths else Reason.NO_NEXT_HOP, reasons, hop)
 
 
 def _refusal(config: Config, eip: Eip, service: Service | None) -> Reason | None:
@@ -441,10 +458,3 @@ def _paths(eip: Address, names: Iterable[str], verdicts: Mapping[str, _Verdict])
     prefix = host_route(eip)
     hops = ((name, verdicts[name].hops[eip.version == 6]) for name in names)
     return frozenset(Path(prefix, hop[0], hop[1], name) for name, hop in hops if hop is not None)
-
-
-@lru_cache(maxsize=65536)
-def host_route(eip: Address) -> Network:
-    """Return the prefix that an EIP is announced as."""
-    # Cached, and made from the number: parsing text took most of a whole selection's time.
-    return IPv4Network((int(eip), 32)) if eip.version == 4 else IPv6Network((int(eip), 128))

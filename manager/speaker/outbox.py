@@ -9,15 +9,19 @@ Rules, the same as ExaBGP's:
   sent in the order of their commands, so a new path goes out before the one that it replaces goes.
 - What is being sent is not changed any more: what comes meanwhile follows it.
 - A new session gets everything that is held, and nothing that was waiting when the old one ended.
+- A route whose next hop is a route of ours too (a virtual next hop) is sent `RESOLVE_S` after that
+  was new to the session, and what it replaces is withdrawn then: FRR 8.4 may leave out for ever
+  what it could not resolve when it came.
 
-Pure, but for the types of ExaBGP that it is handed. NLRI: RFC 4271 section 4.3; IPv6: RFC 4760;
-path-ids: RFC 7911; one kind of route per UPDATE: RFC 7606 section 5.1.
+Pure, but for the clock and the types of ExaBGP that it is handed. NLRI: RFC 4271 section 4.3; IPv6:
+RFC 4760; path-ids: RFC 7911; one kind of route per UPDATE: RFC 7606 section 5.1.
 """
 
 from __future__ import annotations
 
 import socket
-from collections.abc import Generator, Iterable, Iterator
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from struct import pack
 from typing import Any, Final, TypeAlias
@@ -34,6 +38,7 @@ MP_REACH, MP_UNREACH = 14, 15
 OPTIONAL_LONG: Final = 0x90  # attribute flags: optional, two octets of length
 ADD_PATH: Final = 4
 IPV4: Final = 1
+RESOLVE_S: Final = 0.5  # from a virtual next hop's routes to those that use it
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -64,6 +69,7 @@ class Section:
 
     kind: Kind
     group: Group | None
+    due_s: float = 0.0  # not to be sent before
     routes: dict[bytes, None] = field(default_factory=dict)
 
     def messages(self, negotiated: Any, include_withdraw: bool = True) -> Iterator[bytes]:
@@ -113,35 +119,68 @@ def _chunks(routes: Iterable[bytes], size: int) -> Iterator[bytes]:
         yield b"".join(chunk)
 
 
+def _address(kind: Kind, route: bytes) -> bytes:
+    return route[ADD_PATH + 1 :] if kind[1] else route[1:]
+
+
 class Outbox:
     """One peer's routes. The methods that ExaBGP calls bear the names that it gives them."""
 
-    def __init__(self, cache: bool, families: Iterable[Family]) -> None:
+    def __init__(
+        self,
+        cache: bool,
+        families: Iterable[Family],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.families = families
+        self._clock = clock
         self.sending = 0  # updates that are under way
         self._held: dict[Kind, dict[bytes, Group]] = {}
         self._waiting: list[Section] = []
         self._section: dict[Kind, dict[bytes, Section]] = {}  # of each waiting route
         self._refresh: dict[Family, bool] = {}  # asked for again; whether its ends are marked
+        self._came_s: dict[bytes, float] = {}  # by address of ours: when a path was new
 
     def announce(self, group: Group, routes: Iterable[bytes]) -> None:
         """Hold these routes and send them, but for those that the peer has been given just so."""
         held = self._held.setdefault(group.kind, {})
         fresh = [route for route in routes if held.get(route) is not group]
         held.update(dict.fromkeys(fresh, group))
-        self._queue(group.kind, group, fresh)
+        came_s = self._came_s.get(group.next_hop)
+        if came_s is None:  # nothing leads to what is led on
+            addresses = [_address(group.kind, route) for route in fresh]
+            self._came_s.update(dict.fromkeys(addresses, self._clock()))
+        self._queue(group.kind, group, fresh, 0.0 if came_s is None else came_s + RESOLVE_S)
 
     def withdraw(self, group: Group, routes: Iterable[bytes]) -> None:
         """Withdraw these routes, whether they were there or not."""
         held, gone = self._held.setdefault(group.kind, {}), list(routes)
         for route in gone:
             held.pop(route, None)
-        self._queue(group.kind, None, gone)
+        later = self._later()
+        if not later:
+            self._queue(group.kind, None, gone)
+            return
+        for route in gone:
+            newer, due_s = later.get(_address(group.kind, route), (route, 0.0))
+            self._queue(group.kind, None, (route,), 0.0 if newer == route else due_s)
 
-    def _queue(self, kind: Kind, group: Group | None, routes: Iterable[bytes]) -> None:
+    def _later(self) -> dict[bytes, tuple[bytes, float]]:
+        """By address: what is not to be sent yet, and until when."""
+        now_s = self._clock() if self._waiting else 0.0
+        return {
+            _address(section.kind, route): (route, section.due_s)
+            for section in self._waiting
+            if section.due_s > now_s
+            for route in section.routes
+        }
+
+    def _queue(
+        self, kind: Kind, group: Group | None, routes: Iterable[bytes], due_s: float = 0.0
+    ) -> None:
         last = self._waiting[-1] if self._waiting else None
-        if last is None or last.kind != kind or last.group is not group:
-            last = Section(kind, group)
+        if last is None or (last.kind, last.group, last.due_s) != (kind, group, due_s):
+            last = Section(kind, group, due_s)
             self._waiting.append(last)
         where = self._section.setdefault(kind, {})
         for route in routes:
@@ -154,15 +193,25 @@ class Outbox:
     # what ExaBGP calls
 
     def pending(self) -> bool:
-        """Whether something waits to be sent."""
-        return bool(self._waiting or self._refresh)
+        """Whether something is to be sent now."""
+        now_s = self._clock() if self._waiting else 0.0
+        return bool(self._refresh) or any(section.due_s <= now_s for section in self._waiting)
+
+    @property
+    def flushed(self) -> bool:
+        """Whether all is sent."""
+        return not (self._waiting or self._refresh or self.sending)
 
     def updates(self, grouped: bool) -> Generator[Any, None, None]:
         """What waits, as things that have `messages`."""
         from exabgp.bgp.message.refresh import RouteRefresh
 
-        waiting, refresh = self._waiting, self._refresh
+        refresh, waiting, now_s = self._refresh, self._waiting, self._clock()
         self.reset()
+        self._waiting = [section for section in waiting if section.due_s > now_s]
+        for section in self._waiting:
+            where = self._section.setdefault(section.kind, {})
+            where.update(dict.fromkeys(section.routes, section))
         self.sending += 1
         try:
             for family, marked in refresh.items():
@@ -171,7 +220,7 @@ class Outbox:
                 yield from self._all(family)
                 if marked:
                     yield RouteRefresh(*family, RouteRefresh.end)
-            yield from waiting
+            yield from (section for section in waiting if section.due_s <= now_s)
         finally:
             self.sending -= 1
 
@@ -191,7 +240,7 @@ class Outbox:
 
     def clear(self) -> None:
         """Forget everything."""
-        self._held = {}
+        self._held, self._came_s = {}, {}
         self.reset()
 
     def resend(self, enhanced: bool, family: Family | None = None) -> None:
@@ -201,9 +250,18 @@ class Outbox:
 
     def replace_restart(self, previous: list[Any], new: list[Any]) -> None:
         """A session came up: send everything. There are no routes in the configuration."""
-        for family in self.families:
-            for section in self._all(family):
-                self._queue(section.kind, section.group, section.routes)
+        now_s = self._clock()
+        sections = [section for family in self.families for section in self._all(family)]
+        self._came_s = {
+            _address(section.kind, route): now_s
+            for section in sections
+            if section.group is not None and section.group.next_hop not in self._came_s
+            for route in section.routes
+        }
+        for section in sections:
+            hop = b"" if section.group is None else section.group.next_hop
+            due_s = now_s + RESOLVE_S if hop in self._came_s else 0.0
+            self._queue(section.kind, section.group, section.routes, due_s)
 
     def replace_reload(self, previous: list[Any], new: list[Any]) -> None:
         """The configuration was loaded again. There are no routes in it."""

@@ -58,8 +58,7 @@ def _session(peer: Any, told: set[str]) -> dict[str, Any]:
     families = {
         f"{afi} {safi}": bool(agreed.addpath.send(afi, safi)) for afi, safi in agreed.families
     }
-    flushed = not (out.pending() or out.sending)
-    return {"up": True, "agreed": families, "flushed": flushed}
+    return {"up": True, "agreed": families, "flushed": out.flushed}
 
 
 def add_barrier() -> None:

@@ -23,6 +23,7 @@ from tests.lab.speaker_bed import ASN, SPEAKER, SWITCH, SWITCH_ASN, wait_for
 from .announce_bed import FED, FEEDERS, LIMIT_S, NODES, OTHER, Bed, peak_mib, processor_s, tree
 
 ROUNDS: Final = 3
+RECURSIVE: Final = "recursive"
 HEAD: Final = (
     "| who | load | one node out, median of 3 (worst) | CPU, load | CPU, out | FRR's CPU, load "
     "| peak MiB |\n|---|---|---|---|---|---|---|"
@@ -60,14 +61,18 @@ class Candidate:
 
 
 class Ours(Candidate):
-    """Port, launcher, relay and ExaBGP."""
+    """Port, launcher, relay and ExaBGP. kind: how the driver announces."""
+
+    def __init__(self, name: str, kind: str) -> None:
+        super().__init__(name)
+        self.kind = kind
 
     def start(self, bed: Bed, count: int) -> subprocess.Popen[str]:
         directory = bed.directory / "speaker"
         directory.mkdir()
         module = ("-m", "manager.speaker.launch", "--directory", str(directory))
         speaker = bed.spawn(bed.host, sys.executable, *module, log="speaker")
-        driver = bed.python(bed.host, "announce_driver", "port", str(count), str(directory))
+        driver = bed.python(bed.host, "announce_driver", self.kind, str(count), str(directory))
         wait_for(bed.established, "the sessions", LIMIT_S)
         self.daemons = [driver.pid, *tree(speaker.pid)]
         return driver
@@ -165,7 +170,8 @@ class Trial:
     def __init__(self, bed: Bed, candidate: Candidate, count: int) -> None:
         self.bed, self.candidate, self.count = bed, candidate, count
         self.result = Result()
-        bed.start()
+        self.virtual = isinstance(candidate, Ours) and candidate.kind == RECURSIVE
+        bed.start(self.virtual)
         self.driver = candidate.start(bed, count)
         assert self.answer(self.driver) == "up", f"{candidate.name}: no sessions"
         wait_for(bed.established, "the sessions", LIMIT_S)
@@ -177,7 +183,7 @@ class Trial:
 
     def phase(self, what: str, hops: int) -> tuple[float, float, float]:
         """Do it; returns seconds until both kernels are right, its CPU seconds, and FRR's."""
-        arguments = (str(self.count), str(hops))
+        arguments = (str(self.count + self.virtual), str(hops))
         watches = [self.bed.python(n, "announce_watch", *arguments) for n in self.bed.switches]
         assert [self.answer(watch) for watch in watches] == ["ready"] * len(watches)
         before = processor_s(self.candidate.daemons), processor_s(self.bed.pids())
@@ -198,7 +204,7 @@ class Trial:
             result.out_s.append(out_s)
             result.cpu_out_s.append(cpu_s)
             self.phase("back", NODES)
-        if isinstance(self.candidate, Ours):
+        if isinstance(self.candidate, Ours) and not self.virtual:
             result.urgent_s = self.phase("urgent", NODES - 1)[0]
         result.memory = self.candidate.memory()
         return result
@@ -210,7 +216,8 @@ def measure(count: int) -> Iterator[str]:
     yield HEAD
     candidates = (
         Candidate("FRR alone"),
-        Ours("our speaker"),
+        Ours("our speaker", "port"),
+        Ours("our speaker, `nextHop: recursive`", RECURSIVE),
         Gobgp("GoBGP", "gobgpd"),
         Bird("BIRD 2", "bird"),
     )

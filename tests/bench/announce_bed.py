@@ -87,13 +87,14 @@ class Bed:
         command = (sys.executable, "-m", f"tests.bench.{module}", *arguments)
         return self.spawn(namespace, *command, log=module, pipe=True)
 
-    def start(self) -> None:
-        """Start both switches anew, with empty tables."""
+    def start(self, recursive: bool = False) -> None:
+        """Start both switches anew, with empty tables; `recursive`: for virtual next hops."""
+        text = frr_config(recursive=recursive)
         for namespace, address in self.switches.items():
             place = Path("/run/frr") / namespace
             place.mkdir(parents=True, exist_ok=True)
             shutil.chown(place, "frr", "frr")
-            (place / "bgpd.conf").write_text(frr_config().replace(str(SWITCH), str(address)))
+            (place / "bgpd.conf").write_text(text.replace(str(SWITCH), str(address)))
             self.frr[namespace] = []
             for daemon, config in (("zebra", Path("/dev/null")), ("bgpd", place / "bgpd.conf")):
                 options = ("-N", namespace, "-f", str(config), "-i", str(place / f"{daemon}.pid"))

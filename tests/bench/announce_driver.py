@@ -1,6 +1,7 @@
 """Has routes announced, as told on its standard input. `… announce_driver KIND COUNT TARGET`.
 
-KIND `port`: through our speaker's port, TARGET is the speaker's directory. KIND `feed`: by a BGP
+KIND `port`: through our speaker's port, TARGET is the speaker's directory; `recursive`: the
+same, all EIPs with one virtual next hop. KIND `feed`: by a BGP
 session for each node to the daemon at TARGET. KIND `direct`: prepared UPDATEs of all nodes, with
 ADD-PATH, to each switch of TARGET (`ADDRESS,ADDRESS`). Prints `up` when it takes commands.
 Commands: `load`, `out` (node 3 out of all), `back`, `urgent` (as many EIPs more, and 50 ms later
@@ -15,6 +16,8 @@ import struct
 import sys
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from ipaddress import ip_address
 from pathlib import Path as FilePath
 from types import SimpleNamespace
 from typing import Any, Final
@@ -22,8 +25,9 @@ from typing import Any, Final
 import structlog
 
 from lbctl.core.announce import by_prefix
-from lbctl.core.model import Network, Path
+from lbctl.core.model import Network, Path, host_route
 from lbctl.core.pmap import PMap
+from lbctl.core.virtual import Levels, VirtualHop
 from manager.speaker.outbox import MARKER, Group, Outbox
 from manager.speaker.port import ExabgpSpeaker
 from tests.lab.speaker_bed import ASN, path, peer
@@ -36,6 +40,7 @@ FAMILY: Final = (1, 1)
 OPEN, KEEPALIVE = 1, 4
 HOLD_S: Final = 90
 
+Wanted = dict[str, PMap[Network, frozenset[Path]]]
 Do = Callable[[str], Awaitable[None]]
 
 
@@ -59,14 +64,29 @@ def without(paths: PMap[Network, frozenset[Path]]) -> PMap[Network, frozenset[Pa
     )
 
 
-async def port(count: int, directory: str) -> None:
-    """Drive our speaker."""
+def direct(count: int) -> Wanted:
+    """What is wanted, each EIP with a path for each node."""
     full = by_prefix(frozenset(path(eip, node) for eip in range(count) for node in range(NODES)))
     second = (path(eip + count, node) for eip in range(count) for node in range(NODES))
     more = full.updated(by_prefix(frozenset(second)))
     less = without(full)
     wanted = {"load": full, "out": less, "back": full, "more": more}
-    wanted["urgent"] = more.updated(less)
+    return wanted | {"urgent": more.updated(less)}
+
+
+def levels(count: int) -> Wanted:
+    """What is wanted with one virtual next hop."""
+    at, group = ip_address("100.64.0.1"), frozenset(f"node-{node}" for node in range(NODES))
+    paths = frozenset(replace(path(0, node), prefix=host_route(at)) for node in range(NODES))
+    hop = VirtualHop(at, group, paths)
+    eips = [path(eip, 0).prefix.network_address for eip in range(count)]
+    full = PMap(Levels().routes((eip, paths, hop) for eip in eips))
+    less = full.updated(without(PMap({host_route(at): paths})))
+    return {"load": full, "out": less, "back": full}
+
+
+async def port(wanted: Wanted, directory: str) -> None:
+    """Drive our speaker."""
     peers = [peer("a"), peer("b", address=OTHER)]
     gc.collect()
     gc.set_threshold(50_000, 50, 100)  # as manager/main.py has it
@@ -170,8 +190,8 @@ async def main() -> None:
     """As the module says."""
     structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
     kind, count, target = sys.argv[1], int(sys.argv[2]), sys.argv[3]
-    if kind == "port":
-        await port(count, target)
+    if kind in ("port", "recursive"):
+        await port(direct(count) if kind == "port" else levels(count), target)
     elif kind == "feed":
         feeders = [Feeder(range(node, node + 1), count, True) for node in range(NODES)]
         runs = [one.run(target, FEEDERS[n], 10 + n) for n, one in enumerate(feeders)]

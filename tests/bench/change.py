@@ -19,11 +19,11 @@ from lbctl.core.announce import Announcer
 from lbctl.core.changelog import ChangeLog
 from lbctl.core.confirmations import Confirmations
 from lbctl.core.forwarding import Locator, Sources
-from lbctl.core.model import Network, NodeState, Path
+from lbctl.core.model import Network, NodeState, Path, host_route
 from lbctl.core.nfbatch import Batch, framed
 from lbctl.core.nft import Ruleset
 from lbctl.core.pmap import PMap
-from lbctl.core.routes import PathIds, Rules, host_route, select
+from lbctl.core.routes import PathIds, Rules, select
 
 from .cluster import CONFIG, NODES, Cluster
 from .timing import Measured, timed

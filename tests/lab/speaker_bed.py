@@ -37,10 +37,12 @@ def frr_config(
     ipv6_peer: bool = False,
     password6: str | None = None,
     agreed: Agreed | None = None,
+    recursive: bool = False,
 ) -> str:
     """bgpd's configuration: accepts host routes, announces nothing.
 
     agreed: the families that it carries, with ADD-PATH or not; by default both as `add_path` says.
+    recursive: what `nextHop: recursive` needs of a switch (docs/operations.md).
     """
     modes = dict(((4, add_path), (6, add_path)) if agreed is None else agreed)
     off = "  neighbor {} disable-addpath-rx\n"
@@ -56,6 +58,8 @@ router bgp {SWITCH_ASN}
     for address in [SPEAKER] + ([SPEAKER6] if ipv6_peer else []):
         text += f" neighbor {address} remote-as {ASN}\n neighbor {address} timers 3 9\n"
         text += f" neighbor {address} timers connect 1\n"
+        if recursive:
+            text += f" neighbor {address} disable-connected-check\n"
         if password6 and address == SPEAKER6:
             text += f" neighbor {address} password {password6}\n"
         for version, several in modes.items():
@@ -192,20 +196,25 @@ class Bed:
                     found.append(pid)
         return found
 
-    def kernel_hops(self, eip: str) -> set[str]:
-        """The next hops that the switch's kernel has for an IPv6 EIP."""
+    def flap(self) -> None:
+        """Take the switch's link down and up."""
+        for state in ("down", "up"):
+            _run("ip", "-n", self.switch, "link", "set", "eth0", state)
+        address = f"{SWITCH6}/64"
+        _run("ip", "-n", self.switch, "address", "replace", address, "dev", "eth0", "nodad")
+
+    def kernel(self, version: int = 4) -> dict[str, set[str]]:
+        """What the switch's kernel has from BGP: the next hops of each host route."""
+        family = f"-{version}"
         done = subprocess.run(
-            ["ip", "-n", self.switch, "-6", "-j", "route", "show", eip],
+            ["ip", "-n", self.switch, family, "-j", "route", "show", "proto", "bgp"],
             check=True,
             capture_output=True,
             text=True,
         )
-        routes = json.loads(done.stdout or "[]")
         return {
-            hop["gateway"]
-            for route in routes
-            for hop in route.get("nexthops", [route])
-            if "gateway" in hop
+            route["dst"]: {hop["gateway"] for hop in route.get("nexthops", [route])}
+            for route in json.loads(done.stdout or "[]")
         }
 
     def routes(self, version: int = 4) -> set[Seen]:

@@ -12,7 +12,6 @@ import asyncio
 import os
 import random
 import signal
-import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -58,7 +57,7 @@ class Chaos:
             "clear": lambda: self._clear("clear bgp *"),
             "soft-clear": lambda: self._clear("clear bgp * soft in"),
             "bgpd-kill": self._kill_bgpd,
-            "link-down": self._link_down,
+            "link-down": self.bed.flap,
             "relay-kill": lambda: self._signal("relay", signal.SIGKILL),
             "exabgp-kill": lambda: self._signal("runner", signal.SIGKILL),
             "exabgp-stop": lambda: self._signal("runner", signal.SIGSTOP),
@@ -110,16 +109,6 @@ class Chaos:
     def _kill_bgpd(self) -> None:
         self.bed.stop("bgpd", signal.SIGKILL)
         self.bed.start_frr("bgpd")
-
-    def _link_down(self) -> None:
-        down = ["ip", "-n", self.bed.switch, "link", "set", "eth0", "down"]
-        subprocess.run(down, check=True)
-        subprocess.run([*down[:-1], "up"], check=True)
-        address = f"{speaker_bed.SWITCH6}/64"
-        subprocess.run(
-            ["ip", "-n", self.bed.switch, "address", "replace", address, "dev", "eth0", "nodad"],
-            check=True,
-        )
 
     def _signal(self, module: str, number: int) -> None:
         for pid in self.bed.descendants(module):

@@ -12,15 +12,17 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager
+from ipaddress import ip_address
 from pathlib import Path as FilePath
 
 import pytest
 
 from lbctl.core import names, probe
 from lbctl.core.keys import Keys
-from lbctl.core.model import Agreed, Path, Session
+from lbctl.core.model import Agreed, Path, Session, host_route
+from lbctl.core.virtual import Levels, VirtualHop
 from manager.speaker.port import ExabgpSpeaker
 
 from . import speaker_bed
@@ -91,7 +93,7 @@ async def test_settled_means_that_the_switch_has_it(bed: Bed) -> None:
         await until(lambda: bed.routes() == expected(paths), "the load")
         await until(lambda: bed.routes(6) == expected(six, version=6), "the load of IPv6")
         hops = {f"fd99::{20 + node}" for node in range(4)}
-        await until(lambda: bed.kernel_hops("2001:db8:100::1") == hops, "the switch's kernel")
+        await until(lambda: bed.kernel(6).get("2001:db8:100::1") == hops, "the switch's kernel")
         six = frozenset(p for p in six if p.node != "node-1")
         await settle(port, port.set([peer()], paths | six))
         await until(lambda: bed.routes(6) == expected(six, version=6), "the withdraw of IPv6")
@@ -104,6 +106,57 @@ async def test_settled_means_that_the_switch_has_it(bed: Bed) -> None:
         await settle(port, port.set([peer()], paths))
         await until(lambda: bed.routes() == expected(paths), "the change")
         assert port.sessions() == (Session("tor", True, ((4, True), (6, True)), ""),)
+
+
+async def test_virtual_next_hops(bed: Bed) -> None:
+    """The switch resolves them to nodes; a node out is one UPDATE a family, whatever leads there;
+    after resets of every kind nothing is missing and nothing stale.
+    """
+    bed.config = frr_config(recursive=True)
+    bed.stop("bgpd", signal.SIGKILL)
+    bed.start_frr("bgpd")
+    bed.start_speaker()
+    four, six = ip_address("100.64.0.1"), ip_address("fd00:76::1")
+    nodes, eips = range(4), range(300)
+
+    def levels(fit: Iterable[int]) -> frozenset[Path]:
+        """Half of the EIPs are IPv6."""
+        made, found = Levels(), {}
+        for at, make in ((four, path), (six, path6)):
+            paths = frozenset(dataclasses.replace(make(0, n), prefix=host_route(at)) for n in fit)
+            hop = VirtualHop(at, frozenset("abcd"), paths)
+            listed = [(make(eip, 0).prefix.network_address, paths, hop) for eip in eips]
+            found.update(made.routes(listed))
+        return frozenset().union(*found.values())
+
+    def right(fit: Iterable[int]) -> bool:
+        every = [(four, path, bed.kernel()), (six, path6, bed.kernel(6))]
+        for at, make, kernel in every:
+            hops = {str(make(0, node).next_hop) for node in fit}
+            addresses = [at, *(make(eip, 0).prefix.network_address for eip in eips)]
+            if kernel != dict.fromkeys(map(str, addresses), hops):
+                return False
+        return True
+
+    async with speaking(bed) as port:
+        await settle(port, port.set([peer()], levels(nodes)))
+        await until(lambda: right(nodes), "the load")
+        before = neighbor(bed)
+        await settle(port, port.set([peer()], levels((0, 1, 3))))
+        await until(lambda: right((0, 1, 3)), "the node to be out of all")
+        after = neighbor(bed)
+        sent = [state["messageStats"]["updatesRecv"] for state in (before, after)]  # type: ignore[index]
+        assert sent[1] - sent[0] == 2
+        for reset in ("clear bgp *", "clear bgp * soft in", "link", "clear bgp *"):
+            established = neighbor(bed)["connectionsEstablished"]
+            if reset == "link":
+                bed.flap()
+            else:
+                bed.vtysh("-d", "bgpd", "-c", reset)
+            again = () if "soft" in reset else (established,)
+            await until(lambda: neighbor(bed)["connectionsEstablished"] not in again, reset)  # noqa: B023
+            await until(lambda: prefixes(bed, SPEAKER) == len(eips) + 3, f"all after {reset}")
+            await until(lambda: right((0, 1, 3)), f"all to be right after {reset}")
 
 
 async def test_a_manager_restarts_without_a_route_moving(bed: Bed) -> None:

@@ -568,3 +568,58 @@ def test_whatever_happens_it_ends_with_what_is_desired(
     for peer in (A, B):
         assert model.wire[peer] == shown(storm.wanted, model.agreed[peer]), peer
     assert announcer.settled == number
+
+
+def led(eip: int, virtual: int) -> Path:
+    """A path of an EIP to a virtual next hop."""
+    at = IPv4Address("100.64.0.0") + virtual
+    return Path(path(eip).prefix, at, 9999, "")
+
+
+def virtual(number: int, nodes: int) -> frozenset[Path]:
+    """The paths of a virtual next hop."""
+    prefix = IPv4Network((int(IPv4Address("100.64.0.0")) + number, 32))
+    return frozenset(dataclasses.replace(path(1, node), prefix=prefix) for node in range(nodes))
+
+
+def test_a_virtual_next_hop_comes_before_what_leads_to_it() -> None:
+    """However many there are, and whatever is lost and sent again."""
+    announcer, model = ready(A)
+    hops = frozenset(p for number in range(300) for p in virtual(number, 3))
+    announcer.want([A], hops | {led(eip, eip % 300) for eip in range(600)})
+    model.pull(announcer)
+    count = 0
+    while model.queue:
+        count += 1
+        model.step(announcer, ok=count != 2)
+        if count == 40:
+            announcer.retry()
+        model.pull(announcer)
+        there = {prefix for prefix, _ in model.wire[A]}
+        for (prefix, number), attributes in model.wire[A].items():
+            hop = exabgp.next_hop(attributes)
+            assert number != 9999 or f"{hop}/32" in there, f"{prefix} leads to {hop}, unknown yet"
+    announcer.retry()
+    model.drain(announcer)
+    assert len(model.wire[A]) == 300 * 3 + 600
+
+
+def test_no_eip_is_without_a_route_while_it_moves() -> None:
+    """From nodes to a virtual next hop, to another one, and back to other nodes."""
+    announcer, model = ready(A)
+    hops = virtual(1, 2) | virtual(2, 2)
+    stages = [
+        {path(eip, node) for eip in range(5) for node in (1, 2)},
+        hops | {led(eip, 1) for eip in range(5)},
+        hops | {led(eip, 2) for eip in range(5)},
+        {path(eip, node) for eip in range(5) for node in (3, 4)},
+    ]
+    for stage in stages:
+        announcer.want([A], frozenset(stage))
+        model.pull(announcer)
+        while model.queue:
+            model.step(announcer)
+            model.pull(announcer)
+            there = {prefix for prefix, _ in model.wire[A]}
+            assert stage is stages[0] or {str(path(eip).prefix) for eip in range(5)} <= there
+        assert {(p, n) for p, n in model.wire[A]} == {(str(p.prefix), p.path_id) for p in stage}

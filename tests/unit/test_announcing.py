@@ -9,19 +9,21 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 from lbctl.core.announce import Paths
-from lbctl.core.model import Network, NodeState, Path, Peer, Phase, Session
+from lbctl.core.config import Config, parse
+from lbctl.core.model import Network, NodeState, Path, Peer, Phase, Session, host_route
 from lbctl.core.pmap import PMap
 from lbctl.core.reasons import Reason
-from lbctl.core.routes import EipSelection, host_route
+from lbctl.core.routes import EipSelection
 from lbctl.kube.client import Client
 from manager.announcing import CHUNK, Announcing
 from manager.configuration import Accepted
 from manager.inputs import Inputs
 from manager.metrics import Metrics
-from tests.bench.cluster import CONFIG, Cluster
+from tests.bench.cluster import CONFIG, CONFIG_TEXT, Cluster
 
 LIMIT_S = 60.0
 LOST = "n3"
+RECURSIVE = parse(CONFIG_TEXT + "announce: {nextHop: recursive, virtualNextHops: [100.64.0.0/10]}")
 
 
 class Feed:
@@ -68,7 +70,7 @@ class Speaker:
 class World:
     """A cluster of four chunks of EIPs, and one manager's announcing of it."""
 
-    def __init__(self) -> None:
+    def __init__(self, config: Config = CONFIG) -> None:
         self.cluster = Cluster(4 * CHUNK)
         self.feeds = {name: Feed() for name in ("eips", "services", "slices", "nodes")}
         endpoints = self.cluster.endpoints
@@ -88,7 +90,7 @@ class World:
             peers=lambda _accepted: (),
             can_start=lambda: True,
         )
-        self.announcing.configure(Accepted(CONFIG, "h", 1))
+        self.announcing.configure(Accepted(config, "h", 1))
         self.announcing.set_views(self.cluster.views)
         for node in self.cluster.nodes:
             self.feeds["nodes"].put(node.name, node)
@@ -153,5 +155,34 @@ async def test_a_node_that_goes_does_not_wait_for_a_load() -> None:
     assert len(sets[out]) <= 3 * CHUNK, "the load was looked at first"
     begun = next(n for n, paths in enumerate(sets) if without(paths, first[:CHUNK]))
     assert begun < out, "a chunk waited for the others"
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_with_virtual_next_hops_a_node_that_goes_is_one_change() -> None:
+    """In the first set after it; no EIP's route changes, and each still tells its nodes."""
+    world = World(RECURSIVE)
+    task = asyncio.create_task(world.announcing.run())
+    prefixes = world.add(range(2 * CHUNK))
+    await world.until(lambda paths: len(paths) == 2 * CHUNK + 1)
+    before = world.speaker.sets[-1]
+    (hop,) = before.keys() - set(prefixes)
+    assert {path.next_hop for p in prefixes for path in before[p]} == {hop.network_address}
+    count = len(world.speaker.sets)
+    world.lose()
+    await world.until(lambda paths: without(paths, [hop]))
+    after = world.speaker.sets[count]
+    assert without(after, [hop]), "it took more than one set"
+    assert {path.node for path in before[hop]} - {path.node for path in after[hop]} == {LOST}
+    nodes = sorted(path.node for path in after[hop])
+
+    def told() -> bool:
+        found = world.announcing.selections.values()
+        return all(sorted(path.node for path in one.paths) == nodes for one in found)
+
+    await world.until(lambda _: told())
+    assert {p: paths for p, paths in world.speaker.sets[-1].items() if p != hop} == {
+        p: paths for p, paths in before.items() if p != hop
+    }
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)

@@ -373,6 +373,23 @@ bgp:
     )
 
 
+def test_virtual_next_hops_are_nobodys_addresses() -> None:
+    """Neither EIPs nor an end of a session."""
+    text = with_pools("198.51.100.0/24").replace(
+        "peers: []", "peers: [{name: tor, address: 192.0.2.1, asn: 64500}]"
+    )
+    ranges = "announce: {nextHop: recursive, virtualNextHops: [192.0.0.0/8]}\n"
+    assert problems(text + ranges) == (
+        "config.yaml:4:50: announce.virtualNextHops[0]: 192.0.0.0-192.255.255.255 holds the "
+        "session's 192.0.2.1",
+    )
+    (found,) = problems(text + ranges.replace("192.0.0.0/8", "198.51.0.0/16"))
+    assert "198.51.0.0-198.51.255.255 overlaps 198.51.100.0/24 of pool a" in found
+    config = parse(text + ranges.replace("192.0.0.0/8", '100.64.0.0/10, "fd00:76::/64"'))
+    assert config.announce.next_hop == "recursive"
+    assert [part.version for part in config.announce.virtual_next_hops] == [4, 6]
+
+
 @pytest.mark.parametrize(
     ("line", "said"),
     [
@@ -381,6 +398,19 @@ bgp:
         (
             "announce: {paths: all}",
             "announce.paths: must be 'addPath' or 'perManager', not \"all\"",
+        ),
+        ("announce: {nextHop: recursive}", "announce.nextHop: recursive needs virtualNextHops"),
+        (
+            "announce: {nextHop: recursive, virtualNextHops: [100.64.0.0/10], paths: perManager}",
+            "announce.nextHop: recursive needs paths: addPath",
+        ),
+        (
+            "announce: {virtualNextHops: [100.64.0.0/17]}",
+            "announce.virtualNextHops[0]: 100.64.0.0-100.64.127.255 is too small",
+        ),
+        (
+            "announce: {virtualNextHops: [100.64.0.0/16, 100.65.0.0/16]}",
+            "announce.virtualNextHops[1]: there is an IPv4 range already",
         ),
         ("announce: {drainTime: soon}", 'must be a duration such as 50ms, 9s or 5m, not "soon"'),
         ("announce: {drainTime: 2h}", "announce.drainTime: must be at most 3600s"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-from manager.speaker.outbox import Group, Outbox
+from manager.speaker.outbox import RESOLVE_S, Group, Outbox
 
 FOUR, SIX = (1, 1), (2, 1)
 
@@ -29,6 +29,16 @@ def session(add_path: bool = True, size: int = 4096) -> SimpleNamespace:
 def outbox() -> Outbox:
     """An empty one."""
     return Outbox(True, [FOUR, SIX])
+
+
+VIRTUAL = "100.64.0.9/32"
+LED = Group(FOUR, bytes((0, 0, 0, 99)), bytes((100, 64, 0, 9)), None)  # through VIRTUAL
+
+
+def timed() -> tuple[Outbox, list[float]]:
+    """One with a clock that is set by hand."""
+    now = [100.0]
+    return Outbox(True, [FOUR, SIX], lambda: now[0]), now
 
 
 def announce(box: Outbox, one: Group, *prefixes: str) -> None:
@@ -178,3 +188,59 @@ def test_a_session_that_never_had_anything_gets_no_withdraws() -> None:
     only_four = session()
     only_four.families = [FOUR]
     assert wire(box, only_four, withdraws=False) == []
+
+
+def test_what_leads_to_a_route_of_ours_is_held_back_in_a_new_session() -> None:
+    """Until its next hop has been there for RESOLVE_S; the others go at once."""
+    box, now = timed()
+    announce(box, ONE, VIRTUAL, A)
+    announce(box, LED, B, C)
+    now[0] += 60
+    assert len(sent(box)) == 2
+    box.reset()
+    box.replace_restart([], [])
+    assert sent(box) == [(1, [9, 1])]
+    assert not box.pending()
+    assert not box.flushed
+    now[0] += RESOLVE_S
+    assert box.pending()
+    assert sent(box) == [(9, [2, 3])]
+    assert box.flushed
+
+
+def test_a_virtual_next_hop_that_is_new_holds_back_too() -> None:
+    """One that has been there does not."""
+    box, now = timed()
+    announce(box, ONE, VIRTUAL)
+    announce(box, LED, A)
+    assert sent(box) == [(1, [9])]
+    now[0] += RESOLVE_S
+    assert sent(box) == [(9, [1])]
+    announce(box, LED, B)
+    assert sent(box) == [(9, [2])]
+
+
+def test_what_is_replaced_stays_until_its_successor_is_sent() -> None:
+    """Else the EIP had no route for so long. A withdraw of what nothing replaces goes at once."""
+    box, now = timed()
+    announce(box, TWO, A, B)
+    announce(box, ONE, VIRTUAL)
+    assert sent(box) == [(2, [1, 2]), (1, [9])]
+    announce(box, LED, A)
+    withdraw(box, TWO, A)
+    withdraw(box, TWO, B)
+    assert sent(box) == [(None, [2])]
+    now[0] += RESOLVE_S
+    assert sent(box) == [(9, [1]), (None, [1])]
+
+
+def test_an_eip_that_goes_does_not_wait() -> None:
+    """What was held back of it is never sent."""
+    box, now = timed()
+    announce(box, ONE, VIRTUAL)
+    announce(box, LED, A, B)
+    sent(box)
+    withdraw(box, LED, A)
+    assert sent(box) == [(None, [1])]
+    now[0] += RESOLVE_S
+    assert sent(box) == [(9, [2])]
