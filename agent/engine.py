@@ -1,7 +1,8 @@
 """The agent's loop: inputs and the down set in, the node's forwarding out, confirmed when it is in.
 
 Rules:
-- One pass at a time; a pass takes the newest of everything, so that no event needs a queue.
+- One pass at a time; a pass writes the newest of everything, so that no event needs a queue. What
+  the API server said in between is lived through in memory alone: other nodes may have had it.
 - Order of a pass: routes first, then nftables, then the removal of routes no longer used. Only then
   is the table confirmed, and the snapshot written.
 - A failed pass is repeated with back-off; what the kernel has stays.
@@ -12,9 +13,10 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import structlog
 
@@ -29,7 +31,7 @@ from agent.settling import Settling
 from lbctl.core import forwarding, nodeview
 from lbctl.core.clash import Clash
 from lbctl.core.forwarding import EVERYWHERE, EipTable, Locator, Sources, Table
-from lbctl.core.model import Address, Behind, Node
+from lbctl.core.model import Address, Behind, Node, ObjectRef, ServiceEndpoints
 from lbctl.core.nft import Ruleset
 from lbctl.core.nftrules import UDP_MEMORY_S
 from lbctl.core.nodeview import View
@@ -44,8 +46,10 @@ FALL_BACK_S: Final = 5.0
 # So long the connections to a fallen node's pods are kept for it: an uplink that flaps, a switch
 # port that comes up again. Then they are reset, so that clients of a dead node need not time out.
 FALLEN_S: Final = 5.0
+LIVED_THROUGH: Final = 16  # changes of endpoints during one pass; more are a load
 RETRY_S: Final = (0.1, 0.5, 2.0, 5.0)
 _log = structlog.get_logger()
+Endpoints: TypeAlias = Mapping[ObjectRef, ServiceEndpoints]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +84,7 @@ class Engine:
         self._on_confirmed = on_confirmed
         self._on_state = on_state
         self._inputs: Inputs | None = None
+        self._between: deque[Endpoints] = deque(maxlen=LIVED_THROUGH)
         self._down: frozenset[str] = frozenset()
         self._fell_s: Mapping[str, float] = {}  # when each of them fell
         self._state = State()
@@ -100,6 +105,7 @@ class Engine:
     def feed(self, inputs: Inputs) -> None:
         """Take the cluster's state in."""
         self._inputs = inputs
+        self._between.append(inputs.endpoints)
         self._wake.set()
 
     def set_down(self, nodes: frozenset[str]) -> None:
@@ -176,7 +182,8 @@ class Engine:
                 continue
             try:
                 async with self._turn:
-                    await _finished(self._pass(self._inputs, self._down))
+                    between = [self._between.popleft() for _ in range(len(self._between))]
+                    await _finished(self._pass(self._inputs, between, self._down))
                 failed = 0
             except DataplaneError as error:
                 self.failures += 1
@@ -185,7 +192,7 @@ class Engine:
                 failed += 1
                 self._wake.set()
 
-    async def _pass(self, inputs: Inputs, down: frozenset[str]) -> None:
+    async def _pass(self, inputs: Inputs, between: list[Endpoints], down: frozenset[str]) -> None:
         started = time.monotonic()
         before, reach = self._state, self._reach
         wanted = inputs.forwarding.interfaces
@@ -198,7 +205,7 @@ class Engine:
         whole = self._dataplane.kernel is None
         boots = not before.rules.generation
         parts = growing(inputs) if boots and self._dataplane.blank() else (inputs,)
-        written = await self._dataplane.set(self._stages(before, parts, down, index))
+        written = await self._dataplane.set(self._stages(before, parts, between, down, index))
         planned, gone = self._planned
         await reach.prune()
         await self._forget(gone)
@@ -250,6 +257,7 @@ class Engine:
         self,
         before: State,
         parts: Iterable[Inputs],
+        between: list[Endpoints],
         down: frozenset[str],
         index: Mapping[str, int],
     ) -> Iterator[Ruleset]:
@@ -259,7 +267,7 @@ class Engine:
         """
         boots, numbers = not before.rules.generation, {**before.index, **index}
         for part in parts:
-            made = self._plan(before, part, down, index, boots=boots)
+            made = self._plan(before, part, [] if boots else between, down, index, boots=boots)
             gone = conntrack.left(before.table, made.table, self._node, numbers)
             before, self._planned = made, (made, gone)
             yield made.rules
@@ -268,21 +276,19 @@ class Engine:
         self,
         before: State,
         inputs: Inputs,
+        between: list[Endpoints],
         down: frozenset[str],
         index: Mapping[str, int],
         *,
         boots: bool,
     ) -> State:
         """Runs in a thread: pure, and at the cost of what differs from `before`."""
-        locator = self._located(inputs.nodes)
-        since_s = time.monotonic() - FALLEN_S
-        fallen = frozenset(name for name in down if self._fell_s.get(name, 0.0) > since_s)
-        sources = Sources(
-            inputs.eips, inputs.services, inputs.endpoints, locator, down, inputs.forwarding, fallen
-        )
-        table = forwarding.revise(before.table, sources)
-        past = self._others(before, table, sources) if boots else before.view
-        view = nodeview.advance(past, table, self._node, before.table)
+        sources = self._sources(inputs, down)
+        past = before.view
+        if boots:
+            past = self._others(before, forwarding.revise(before.table, sources), sources)
+        steps = [*(replace(sources, endpoints=each) for each in between), sources]
+        table, view = nodeview.live_through(past, before.table, steps, self._node)
         view = nodeview.settle(view, self._settling.due(time.monotonic()))
         state = State(
             inputs,
@@ -298,6 +304,14 @@ class Engine:
         )
         generation = before.rules.generation + 1
         return render(state, self._node, generation, self._reach.uplinks, before)
+
+    def _sources(self, inputs: Inputs, down: frozenset[str]) -> Sources:
+        since_s = time.monotonic() - FALLEN_S
+        fallen = frozenset(name for name in down if self._fell_s.get(name, 0.0) > since_s)
+        options, locator = inputs.forwarding, self._located(inputs.nodes)
+        return Sources(
+            inputs.eips, inputs.services, inputs.endpoints, locator, down, options, fallen
+        )
 
     def _others(self, before: State, table: Table, sources: Sources) -> View:
         """What every other node has had until now, while this one was off or not there.

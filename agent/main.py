@@ -98,7 +98,10 @@ class Agent:
                     self._responder.set_keys(found)
 
     async def _answer(self, keys: Keys) -> None:
-        responder = Responder(self._node, keys, self._boot, self._nodes, self._engine.set_down)
+        engine = self._engine
+        responder = Responder(
+            self._node, keys, self._boot, self._nodes, engine.set_down, engine.down
+        )
         while True:
             try:
                 await responder.start()

@@ -37,7 +37,8 @@ class Responder:
 
     node: this node's name. keys: the parsed Secret. boot: changes with every start of the process
     and rises (time_ns). nodes: returns the names of all nodes of the cluster. on_down: takes the
-    names of the nodes whose endpoints take no new flows, each time that set changes.
+    names of the nodes whose endpoints take no new flows, each time that set changes. down: what it
+    was when this process began, from the snapshot: a node may have come back meanwhile.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class Responder:
         boot: int,
         nodes: Callable[[], Iterable[str]],
         on_down: Callable[[frozenset[str]], None],
+        down: frozenset[str] = frozenset(),
     ) -> None:
         self.node = node
         self.answered = 0
@@ -56,7 +58,7 @@ class Responder:
         self._log = ChangeLog(boot)
         self._nodes = nodes
         self._on_down = on_down
-        self._down = DownSet()
+        self._down = DownSet(down=down)
         self._published: tuple[int, int, int] | None = None  # config generation, digest, count
         self._cookie_secret = os.urandom(16)
         self._cookie = lru_cache(maxsize=2)(self._made_cookie)  # the same for hundreds of probes

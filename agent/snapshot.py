@@ -43,7 +43,7 @@ from lbctl.core.model import (
 from lbctl.core.nodeview import PortView
 from lbctl.core.pmap import PMap, changed
 
-VERSION: Final = 4
+VERSION: Final = 5
 FILE: Final = "agent.json"
 _EVERY_S: Final = 1.0
 _log = structlog.get_logger()
@@ -238,7 +238,7 @@ def _view(table: Table, me: str, before: Mapping[Address, list[Any]]) -> nodevie
             size = len(made.table.owners)
             past = packed[number] if number < len(packed) else [[], []]
             if size and len(past[1]) in SIZES[SIZES.index(size) :]:
-                former = tuple(Holder(ip_address(a), p, node) for a, p, node in past[0])
+                former = tuple(tuple(map(_holder, line)) for line in past[0])
                 row = nodeview.past_row(former, past[1])
                 ports.append(replace(made, former=former, before=row))
             else:
@@ -248,9 +248,14 @@ def _view(table: Table, me: str, before: Mapping[Address, list[Any]]) -> nodevie
 
 
 def _before(view: PortView) -> list[Any]:
-    """Former owners, and a place among them plus one for each bucket, 0 for none."""
+    """Lines of former owners, and a place among them plus one for each bucket, 0 for none."""
     places = list(view.before) if view.former else []
-    return [[[str(e.address), e.port, e.node] for e in view.former], places]
+    return [[[[str(e.address), e.port, e.node] for e in line] for line in view.former], places]
+
+
+def _holder(packed: list[Any]) -> Holder:
+    address, port, node = packed
+    return Holder(ip_address(address), port, node)
 
 
 def _node(node: Node) -> list[Any]:

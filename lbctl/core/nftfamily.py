@@ -12,9 +12,11 @@ from lbctl.core.model import Address
 from lbctl.core.names import MARK_BASE, MARK_MASK, NFT_TABLE
 
 BUCKET_BASE: Final = MARK_BASE + 0x1000000  # marks that live for a few hooks only
-# What has no more hops than this was handed over (or comes from very far, and has one chance less):
-# on it goes by the flow's own history (conntrack's mark) alone.
+# What has no more hops than this was handed over (or comes from very far, and has one chance less).
 HANDOVER_TTL: Final = 8
+# With one hop less it is at the first that it was handed to, who may pass it on. With fewer, on it
+# goes by the flow's own history (conntrack's mark) alone.
+LAST_LOOKUP_TTL: Final = HANDOVER_TTL - 1
 
 NODE: Final = f"meta mark & {MARK_MASK:#x} == {MARK_BASE:#x}"
 NOT_NODE: Final = f"meta mark & {MARK_MASK:#x} != {MARK_BASE:#x}"

@@ -18,7 +18,16 @@ from typing import Final
 
 from lbctl.core import maglev
 from lbctl.core.names import MARK_BASE, MARK_MASK, TUNNEL_DEVICE, TUNNEL_PORT
-from lbctl.core.nftfamily import BUCKET, BUCKET_BASE, HANDOVER_TTL, NODE, NOT_NODE, SYN, Family
+from lbctl.core.nftfamily import (
+    BUCKET,
+    BUCKET_BASE,
+    HANDOVER_TTL,
+    LAST_LOOKUP_TTL,
+    NODE,
+    NOT_NODE,
+    SYN,
+    Family,
+)
 from lbctl.core.nftpins import PINNED_MARK, pin_sets, pinning, questions
 from lbctl.core.nodeview import SPARES
 
@@ -255,27 +264,28 @@ def _elsewhere(family: Family) -> str:
 def _chance(family: Family) -> str:
     """Flows that conntrack does not know here go to their last owner, but for new ones of TCP.
 
-    What was handed over has few hops left, and is not looked up again: no packet circles. Our pod
-    would reset what another node takes for ours.
+    What was handed over has few hops left: of TCP it is looked up once more, by the last owner, who
+    does not note it for the flow: no packet circles. Our pod would reset what others take for ours.
     """
     ip, key = family.ip, family.key
     return f"""  chain handover {{
     {ip} {family.hops} < 2 counter name stray drop
+    {ip} {family.hops} > {HANDOVER_TTL} ct mark set meta mark
     {ip} {family.hops} > {HANDOVER_TTL} {ip} {family.hops} set {HANDOVER_TTL}
     meta l4proto tcp ct timeout set "handed_tcp"
     meta l4proto udp ct timeout set "handed_udp"
-    ct mark set meta mark
     counter name second_chance accept
   }}
   chain lookup {{
     ct mark & {MARK_MASK:#x} == {MARK_BASE:#x} meta mark set ct mark goto handover
     {ip} {family.hops} <= {HANDOVER_TTL} jump answer
     tcp flags & (syn|rst) != 0 accept
-    meta l4proto tcp {ip} {family.hops} <= {HANDOVER_TTL} counter name stray drop
-    {ip} {family.hops} <= {HANDOVER_TTL} accept
+    meta l4proto tcp {ip} {family.hops} < {LAST_LOOKUP_TTL} counter name stray drop
+    meta l4proto != tcp {ip} {family.hops} <= {HANDOVER_TTL} accept
     {key} vmap @past
     meta mark set {key} . meta mark map @prev goto handover
     meta mark set 0
+    {ip} {family.hops} <= {HANDOVER_TTL} counter name stray drop
   }}
   chain arrived {{
     ct state related ct mark & {MARK_MASK:#x} == {MARK_BASE:#x} meta mark set ct mark

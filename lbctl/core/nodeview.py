@@ -1,10 +1,11 @@
 """This node's part of the common tables, with what each bucket was before.
 
-Rules: a bucket remembers its last other owner while that endpoint exists on a living node; one on
-this node only where there was none before it, because conntrack here has its flows. The node
-that owns a bucket hands established flows that it does not know to that owner once (`prev`: the
-second chance). A datagram does not say whether its flow is new: of a port that is not TCP, new
-flows are handed over too, so only an owner that takes these is remembered, and only until `settle`.
+Rules: a bucket remembers its last owners, one a node, while these endpoints exist on living nodes;
+first those that take new flows, for another may be on a node that has just died; last one on the
+present owner's node, which is asked anyway. That node hands established flows that it does not know
+to the first (`prev`: the second chance), who passes those that it does not know either on.
+A datagram does not say whether its flow is new: of a port that is not TCP, new flows are handed
+over too, so only an owner that takes these is remembered, and only until `settle`.
 What a node gets from another by an older or other table goes to one of its own pods (`spare`), but
 for established TCP that it does not know: the pod would reset it.
 Sizes are powers of two and a bucket is a range of the hash. Where a Service changes its size, the
@@ -17,10 +18,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Final, TypeAlias
 
 from lbctl.core import maglev
-from lbctl.core.forwarding import EVERYWHERE, Holder, PortTable, Table, restricted
+from lbctl.core.forwarding import (
+    EVERYWHERE,
+    Holder,
+    PortTable,
+    Sources,
+    Table,
+    restricted,
+    revise,
+)
 from lbctl.core.maglev import Row
 from lbctl.core.model import Address, Protocol, snapshot
 from lbctl.core.pmap import PMap, changed, persistent
@@ -28,11 +38,13 @@ from lbctl.core.sticky import Sticky, sticky
 
 SPARES: Final = 8  # pods that share what comes astray
 NOTHING: Final = 0  # the number of no target, and of no former owner
+REMEMBERED: Final = 3  # former owners of a bucket: two of other nodes than its own
+Line: TypeAlias = tuple[Holder, ...]  # who had a bucket, in the order in which they are asked
 
 
 @snapshot
 class PortView:
-    """A port's table on this node and, per past bucket, its last other owner that is still there.
+    """A port's table on this node and, per past bucket, who had it before and is still there.
 
     shared: the table of all nodes; `table` is another one only where it is strict. `before` holds
     places in `former` plus one, and NOTHING; it is as long as the table, or a power of two times.
@@ -40,7 +52,7 @@ class PortView:
 
     shared: PortTable
     table: PortTable
-    former: tuple[Holder, ...]
+    former: tuple[Line, ...]
     before: Row
 
 
@@ -111,13 +123,24 @@ def advance(
     return persistent(old).updated(fresh, gone)
 
 
+def live_through(view: View, table: Table, steps: Iterable[Sources], me: str) -> tuple[Table, View]:
+    """The last table of these and the view of node `me`, where `view` is of `table`.
+
+    Other nodes may have had the tables between, so their owners are remembered too.
+    """
+    for sources in steps:
+        made = revise(table, sources)
+        table, view = made, advance(view, made, me, table)
+    return table, view
+
+
 def _view(shared: PortTable, old: PortView | None, me: str) -> PortView:
     if old is not None and old.shared is shared:
         return old
     made = fresh_view(shared, me)
     if old is None or not old.table.owners:
         return made
-    former, before = _before(made.table, old, me)
+    former, before = _before(made.table, old)
     return replace(made, former=former, before=before)
 
 
@@ -151,7 +174,7 @@ def fresh_view(shared: PortTable, me: str) -> PortView:
     return PortView(shared, table, (), _nothing(len(table.owners)))
 
 
-def past_row(former: tuple[Holder, ...], places: Sequence[int]) -> Row:
+def past_row(former: tuple[Line, ...], places: Sequence[int]) -> Row:
     """`PortView.before` from what was stored. Raises ValueError for places that are not there."""
     if any(not NOTHING <= place <= len(former) for place in places):
         raise ValueError("a bucket's former owner is not there")
@@ -165,32 +188,48 @@ def _nothing(size: int) -> bytes:
     return _NOTHING[size]
 
 
-def _before(table: PortTable, old: PortView, me: str) -> tuple[tuple[Holder, ...], Row]:
+def _before(table: PortTable, old: PortView) -> tuple[tuple[Line, ...], Row]:
     size, old_size, old_past = len(table.owners), len(old.table.owners), len(old.before)
     if not size:
         return (), b""
-    # By number and not by endpoint: this runs for every bucket of every changed port.
-    known = table.members if table.protocol is Protocol.TCP else table.endpoints
-    former = sorted({*old.table.endpoints, *old.former} & set(known))
-    place = {holder: number for number, holder in enumerate(former, 1)}
-    names = {holder: number for number, holder in enumerate(table.endpoints)}
-    same = [names.get(holder, -1) for holder in old.table.endpoints]
-    was_place = [place.get(holder, NOTHING) for holder in old.table.endpoints]
-    older_place = [NOTHING, *(place.get(holder, NOTHING) for holder in old.former)]
-    # Flows of our own pods are in conntrack here: who had the bucket before them still counts.
-    ours = [holder.node in (me, EVERYWHERE) for holder in old.table.endpoints]
-    now_place = [place.get(holder, NOTHING) for holder in table.endpoints]
     past = max(size, old_size, old_past)
-    nows = _stretched(table.owners, past)
-    weres = _stretched(old.table.owners, past)
-    olders = _stretched(old.before, past)
-    found = [
-        was_place[was]
-        if same[was] != now and not (older and ours[was])
-        else (NOTHING if older_place[older] == now_place[now] else older_place[older])
-        for now, was, older in zip(nows, weres, olders, strict=True)
-    ]
-    return _tidied(former, _coarsest(found, size))
+    rows = (_stretched(row, past) for row in (table.owners, old.table.owners, old.before))
+    buckets = list(zip(*rows, strict=True))
+    holders = sorted({*table.endpoints, *old.table.endpoints, *chain.from_iterable(old.former)})
+    lines = _lines(table, old, holders, set(buckets))
+    former = sorted(set(lines.values()) - {()})
+    place = {line: number for number, line in enumerate(((), *former))}
+    found = {bucket: place[line] for bucket, line in lines.items()}
+    row = maglev.row(_coarsest([found[bucket] for bucket in buckets], size))
+    return tuple(tuple(holders[n] for n in line) for line in former), row
+
+
+_Bucket: TypeAlias = tuple[int, ...]  # its owner's place now and before, and its old line's place
+
+
+def _lines(
+    table: PortTable, old: PortView, holders: list[Holder], buckets: Iterable[_Bucket]
+) -> dict[_Bucket, tuple[int, ...]]:
+    """Who is remembered of each of these, as places in `holders`: to hash them takes long."""
+    number = {holder: n for n, holder in enumerate(holders)}
+    nows, weres = ([number[h] for h in known.endpoints] for known in (table, old.table))
+    pasts = [(), *(tuple(number[h] for h in line) for line in old.former)]
+    takes = frozenset(nows)
+    there = {number.get(h, -1) for h in table.members}
+    known = there if table.protocol is Protocol.TCP else takes
+    nodes = [holder.node for holder in holders]
+    lines = {}
+    for bucket in buckets:
+        now, was, place = bucket
+        owner, found = nows[now], dict[str, int]()
+        for one in (weres[was], *pasts[place]):
+            if one in known and one != owner:
+                found.setdefault(nodes[one], one)
+        line = list(found.values())
+        if len(line) > 1:
+            line.sort(key=lambda n, here=nodes[owner]: (nodes[n] == here, n not in takes))  # type: ignore[misc]
+        lines[bucket] = tuple(line[:REMEMBERED])
+    return lines
 
 
 def _stretched(row: Row, size: int) -> Row:
@@ -208,45 +247,35 @@ def _coarsest(past: list[int], size: int) -> list[int]:
     return past
 
 
-def _tidied(former: list[Holder], before: list[int]) -> tuple[tuple[Holder, ...], Row]:
-    """The same without former owners of no bucket: equal pasts are equal."""
-    used = sorted(set(before) - {NOTHING})
-    if not used:
-        return (), _nothing(len(before))
-    if len(used) == len(former):
-        return tuple(former), maglev.row(before)
-    number = {old: new for new, old in enumerate((NOTHING, *used))}
-    return tuple(former[n - 1] for n in used), maglev.row([number[n] for n in before])
-
-
 def elements(address: Address, view: PortView, me: str, index: Mapping[str, int]) -> PortElements:
     """Return what the node `me` needs of one port. index: the nodes that it can steer to."""
     table = view.table
-    holders = (*table.endpoints, *view.former)
-    aims: list[Target] = [_aim(holder, me, index) for holder in holders]
-    targets: tuple[Target, ...] = tuple(dict.fromkeys((None, *aims)))
+    aims: list[Target] = [_aim(holder, me, index) for holder in table.endpoints]
+    lines = [[_aim(holder, me, index) for holder in line] for line in view.former]
+    handed: list[Target] = [_first_node(line) for line in lines]
+    passed = [_next_node(line) if table.protocol is Protocol.TCP else None for line in lines]
+    targets: tuple[Target, ...] = tuple(dict.fromkeys((None, *aims, *handed, *passed)))
     place = {target: number for number, target in enumerate(targets)}
-    places = [place[aim] for aim in aims]
-    own, was = places[: len(table.endpoints)], places[len(table.endpoints) :]
+    own = [place[aim] for aim in aims]
     # Without an endpoint (a strict port of other nodes) there is a chain, but no entry: dropped.
     now = maglev.translated(table.owners, own) if own else _nothing(maglev.SIZES[0])
     past = view.before or now
-    pods = [place[aim] for aim in aims[: len(table.endpoints)] if isinstance(aim, tuple)]
-    if not pods:
-        past = _nothing(len(past))  # no bucket is ours
-    elif was:
-        here = _stretched(now, len(past))
-        there = maglev.translated(past, [NOTHING, *was])
+    pods = [place[aim] for aim in aims if isinstance(aim, tuple)]
+    if not pods and not any(passed):
+        past = _nothing(len(past))  # no bucket is or was ours
+    elif lines:
         ours = [isinstance(target, tuple) for target in targets]
-        # What we own was with others; what was with our own pods is in conntrack here.
+        here = _stretched(now, len(past))
+        give = maglev.translated(past, [NOTHING, *(place[aim] for aim in handed)])
+        give_on = maglev.translated(past, [NOTHING, *(place[aim] for aim in passed)])
         past = maglev.row(
             [
-                old if ours[new] and not ours[old] else NOTHING
-                for new, old in zip(here, there, strict=True)
+                owned if ours[new] else lent
+                for new, owned, lent in zip(here, give, give_on, strict=True)
             ]
         )
     spare = b"" if table.closed else maglev.row((pods * SPARES)[:SPARES])
-    pinned = _sticky(table, aims[: len(table.endpoints)])
+    pinned = _sticky(table, aims)
     head = (address, table.protocol, table.port, pinned, table.closed)
     return PortElements(*head, targets, now, past, spare)
 
@@ -256,6 +285,19 @@ def _sticky(table: PortTable, aims: list[Target]) -> Sticky | None:
         return None
     pods = dict.fromkeys(aim for aim in aims if isinstance(aim, tuple))
     return sticky(table.affinity_s, pods, (aim for aim in aims if isinstance(aim, int)))
+
+
+def _first_node(line: list[Target]) -> int | None:
+    """Whom the owner of a bucket hands flows to; what was with its own pods is in conntrack."""
+    return next((aim for aim in line if isinstance(aim, int)), None)
+
+
+def _next_node(line: list[Target]) -> int | None:
+    """To whom this node, if it is one of the former owners, passes on what it was handed.
+
+    Not only to one before it: who handed it over may have skipped a table that this node had.
+    """
+    return _first_node(line) if any(isinstance(aim, tuple) for aim in line) else None
 
 
 def _aim(holder: Holder, me: str, index: Mapping[str, int]) -> Target:

@@ -59,10 +59,15 @@ class Bed:
         pid = os.getpid()
         return f"127.{83 + pid // 62500 % 100}.{pid // 250 % 250}.{int(name[1:]) + pid % 2 * 100}"
 
-    async def agent(self, name: str, confirmed: dict[Address, Behind] | None = None) -> Responder:
+    async def agent(
+        self,
+        name: str,
+        confirmed: dict[Address, Behind] | None = None,
+        down: frozenset[str] = frozenset(),
+    ) -> Responder:
         heard = self.down.setdefault(name, [])
         responder = Responder(
-            name, self.keys, time.time_ns(), lambda: tuple(self.nodes), heard.append
+            name, self.keys, time.time_ns(), lambda: tuple(self.nodes), heard.append, down
         )
         self.agents[name] = responder
         await responder.start(self.address(name), self.port)
@@ -191,6 +196,12 @@ async def test_down_set_reaches_the_agents_and_replays_do_not(bed: Bed) -> None:
     assert agent.down == {"n2"} and bed.down["n1"] == heard == [frozenset({"n2"})]
     bed.prober.set_nodes({"n1": bed.nodes["n1"]})
     await wait("n2 out of the down set", lambda: agent.down == frozenset())
+
+
+async def test_an_agent_that_was_away_hears_that_a_node_is_back(bed: Bed) -> None:
+    await bed.agent("n2", SOME)
+    await bed.agent("n1", SOME, down=frozenset({"n2"}))
+    await wait("n1 to take n2 for up", lambda: bed.down["n1"] == [frozenset()])
 
 
 async def test_rubbish_from_anywhere_is_counted_and_dropped(bed: Bed) -> None:

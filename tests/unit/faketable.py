@@ -77,10 +77,10 @@ class FakeTable:
         protocol: "icmp" is an echo request. peer: another node sent it. known: conntrack has its
         flow here. odd: with IP options or extension headers. about: not this flow's packet, but an
         ICMP error about one of its answers. handed: with few hops left, as after a hand-over
-        or a question; answered: with fewer, as after an answer. pinned: the pod that the client is
-        pinned to here. Out: `node INDEX`, `pod ADDRESS:PORT`, `chance INDEX`, `ask INDEX`, `answer
-        INDEX`, `ping`, `established`, or what counts the drop: `refused`, `sources`,
-        `odd` or `stray`.
+        or a question; answered: with fewer, as after an answer or two hand-overs. pinned: the pod
+        that the client is pinned to here. Out: `node INDEX`, `pod ADDRESS:PORT`, `chance INDEX`,
+        `ask INDEX`, `answer INDEX`, `ping`, `established`, or what counts the drop: `refused`,
+        `sources`, `odd` or `stray`.
         """
         prefix = f"{address} . {protocol} . {port}"
         if odd:
@@ -110,11 +110,11 @@ class FakeTable:
             return f"answer {int(mark, 16) - MARK_BASE}"
         past = _key(prefix, self._of(address, "past").get(prefix), client, source)
         established = protocol == "tcp" and not syn
+        mark = self._of(address, "prev").get(past)
+        if mark and (not answered if established else not few and protocol == "udp"):
+            return f"chance {int(mark, 16) - MARK_BASE}"
         if established and few:
             return "stray"
-        mark = self._of(address, "prev").get(past)
-        if mark and not few and (established or protocol == "udp"):
-            return f"chance {int(mark, 16) - MARK_BASE}"
         spare = _key(prefix, chain, client, source, SPARES) if syn or protocol != "tcp" else ""
         return self._delivered(key, stays, spare)
 

@@ -53,12 +53,12 @@ class Cluster:
         home: str = "",
         protocol: str = "tcp",
     ) -> str:
-        """Follow a packet from the node where it enters: two nodes and a hand-over, or a question.
+        """Follow a packet from the node where it enters: two nodes, two hand-overs or a question.
 
         home: the node whose conntrack knows the flow.
         """
-        where, kind = entry, ""
-        for _ in range(4):
+        where, kind, before = entry, "", ""
+        for _ in range(5):
             out = self.fakes[where].where(
                 str(EIP),
                 80,
@@ -68,9 +68,10 @@ class Cluster:
                 known=where == home,
                 protocol=protocol,
                 handed=kind in ("chance", "ask"),
-                answered=kind == "answer",
+                answered=kind == "answer" or before == kind == "chance",
                 pinned=self.pins.get((where, client[0]), ""),
             )
+            before = kind
             kind, what = out.split(" ") if " " in out else (out, "")
             if kind not in ("node", "chance", "ask", "answer"):
                 return f"{out} @{where}"
@@ -180,6 +181,70 @@ def test_a_bucket_that_moves_on_between_pods_of_one_node_is_still_handed_to_who_
         for entry in INDEX:
             out = cluster.lands(entry, client, syn=False, home=home)
             assert out == f"established @{home}"
+
+
+def _as(flags: str, *endpoints: Endpoint) -> list[Endpoint]:
+    return [
+        replace(e, ready="r" in flags, serving="s" in flags, terminating="t" in flags)
+        for e in endpoints
+    ]
+
+
+_MORE = [pod(n, p) for p in range(2, 9) for n in (1, 2, 3)]
+_SIX = [pod(n, p) for n in (1, 2, 3) for p in (6, 7)]
+_NEXT = [pod(n, 9) for n in (3, 1, 2)]
+_MOMENTS = {
+    "pods come": [_MORE[:3], _MORE[:4], _MORE[:5]],
+    "many come": [_MORE[:count] for count in range(6, 11)],
+    "pods roll": [
+        _SIX,
+        [*_SIX[:5], *_as("st", _SIX[5]), _NEXT[0]],
+        [*_SIX[:4], *_as("st", *_SIX[4:]), *_NEXT[:2]],
+        [*_SIX[:3], *_as("st", *_SIX[3:]), *_NEXT],
+    ],
+    # Kubernetes says of one after the other that it is not ready, and leaves them listed.
+    "a node with two dies": [
+        _SIX,
+        [*_SIX[:5], *_as("", _SIX[5])],
+        [*_SIX[:4], *_as("", *_SIX[4:])],
+    ],
+    "one comes and goes again": [_MORE[:3], _MORE[:5], [*_MORE[:3], _MORE[4]]],
+}
+
+
+@pytest.mark.parametrize("steps", _MOMENTS.values(), ids=_MOMENTS)
+def test_silent_flows_live_through_changes_within_moments(steps: list[list[Endpoint]]) -> None:
+    """Their buckets move twice and more before they say anything: docs/forwarding.md."""
+    cluster = Cluster()
+    cluster.apply(table(*steps[0]))
+    homes = {client: cluster.lands("n1", client) for client in MANY}
+    for step in steps[1:]:
+        cluster.apply(table(*step))
+    living = {f"pod {e.address}:8080 @{e.node}" for e in steps[-1] if e.ready or e.serving}
+    kept = {client: out.split("@")[1] for client, out in homes.items() if out in living}
+    assert len(kept) > len(MANY) / 2
+    for number, (client, home) in enumerate(kept.items()):
+        out = cluster.lands(f"n{number % 3 + 1}", client, syn=False, home=home)
+        assert out == f"established @{home}", client
+
+
+@pytest.mark.parametrize("slow", ["n1", "n2", "n3"])
+def test_a_node_that_skips_a_table_knows_who_had_it(slow: str) -> None:
+    """It writes the last of two alone; others had the one between, and flows began by that."""
+    cluster = Cluster()
+    tables = [table(*_MORE[:count]) for count in (6, 7, 8)]
+    cluster.apply(tables[0])
+    quick = tuple(name for name in INDEX if name != slow)
+    cluster.apply(tables[1], only=quick)
+    homes = {client: cluster.lands(quick[0], client).split("@")[1] for client in MANY}
+    cluster.apply(tables[2], only=quick)
+    steps = [made.sources for made in tables[1:]]
+    _, view = nodeview.live_through(cluster.views[slow], tables[0], steps, slow)
+    cluster.views[slow] = view
+    cluster.apply(tables[2], only=(slow,))
+    for number, (client, home) in enumerate(homes.items()):
+        out = cluster.lands(f"n{number % 3 + 1}", client, syn=False, home=home)
+        assert out == f"established @{home}", client
 
 
 @pytest.mark.parametrize("grown_first", [False, True])
