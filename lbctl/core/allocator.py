@@ -395,7 +395,8 @@ class Allocator:
         elif eip.address not in record.new and (eip != seen or eip.address not in service.ingress):
             # one that is not shown yet is bound anew first: see `core.actions`
             self._held.expect(record, eip)
-            todo.append(RebindEip(service.ref, seen, eip, pick.reason))
+            reason = Reason.RESTORED if pick.refusal else pick.reason  # `Refused` says the refusal
+            todo.append(RebindEip(service.ref, seen, eip, reason))
 
     def _status(
         self,

@@ -302,6 +302,14 @@ def test_two_eips_of_one_service() -> None:
     assert actions == (ReleaseEip(web.ref, eip("10.0.0.2", "web"), Reason.RELEASING, web),)
 
 
+def test_what_is_kept_in_spite_of_a_refusal_is_not_written_as_one() -> None:
+    asks = settled("web", "10.0.0.7", annotations=(("lbctl.io/address-pool", "a"),))
+    actions = plan(config("b 10.0.0.0/24"), [asks], [eip("10.0.0.7", "web")])
+    (kept,) = (action for action in actions if isinstance(action, RebindEip))
+    assert (kept.eip.pool, kept.reason) == ("b", Reason.RESTORED)
+    assert refused(actions) == {"web": Reason.POOL_UNKNOWN}
+
+
 def test_addresses_stay_when_pools_change() -> None:
     allocator = Allocator(config("a 10.0.0.0/24"))
     allocator.set_eip(eip("10.0.0.7", "web"))
