@@ -115,7 +115,7 @@ class Watcher:
     def _snapshot(self) -> Inputs:
         last = self._last
         services = {ref: self._services.get(ref) for ref in self._touched_services}
-        slices = {ref: self._index.of(ref) for ref in sorted(self._touched_slices)}
+        slices = {ref: self._index.of(ref) for ref in self._touched_slices}
         merged = {ref: behind if behind.ports else None for ref, behind in slices.items()}
         generation, ranges, options = self._accepted
         self._last = Inputs(

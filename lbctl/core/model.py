@@ -24,6 +24,12 @@ def snapshot(cls: type[T]) -> type[T]:
     return dataclass(slots=True, unsafe_hash=True)(cls)
 
 
+@dataclass_transform(frozen_default=True, order_default=True, field_specifiers=(field,))
+def ordered_snapshot(cls: type[T]) -> type[T]:
+    """A `snapshot` that sorts by its fields."""
+    return dataclass(slots=True, unsafe_hash=True, order=True)(cls)
+
+
 Address: TypeAlias = IPv4Address | IPv6Address
 Network: TypeAlias = IPv4Network | IPv6Network
 Steering: TypeAlias = Literal["auto", "direct", "tunnel"]
@@ -108,7 +114,7 @@ class Service:
     condition: tuple[str, str, str] | None = field(default=None, compare=False)
 
 
-@dataclass(frozen=True, slots=True, order=True)
+@ordered_snapshot
 class Endpoint:
     """One address behind a Service port. `node` is "" if it is on no node; `pod` "" if no Pod."""
 

@@ -7,7 +7,7 @@ and the cache skips it with a log line. Nothing here decides anything.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Final, Generic, TypeVar
 
@@ -221,7 +221,8 @@ class _Pod(msgspec.Struct):
 
 @snapshot
 class Slice:
-    """One EndpointSlice. `service` is None if it belongs to none. `ports` are sorted.
+    """One EndpointSlice. `service` is None if it belongs to none. `ports` are sorted, and their
+    endpoints `distinct`.
 
     hosts: its addressType is FQDN, so it has no ports here.
     """
@@ -334,9 +335,9 @@ def to_endpoints(raw: bytes | msgspec.Raw) -> Slice:
     for port in found.ports or ():
         if port.port is None or hosts:
             continue
-        made = [_endpoint(e, port.port) for e in found.endpoints or () if e.addresses]
+        made = distinct(_endpoint(e, port.port) for e in found.endpoints or () if e.addresses)
         protocol = values.protocol(port.protocol or "TCP")
-        ports.append(PortEndpoints(port.name or "", protocol, tuple(sorted(made, key=_order))))
+        ports.append(PortEndpoints(port.name or "", protocol, made))
     ports.sort(key=lambda entry: (entry.name, entry.protocol))
     return Slice(found.metadata.ref, service, tuple(ports), hosts)
 
@@ -367,7 +368,7 @@ def to_eip(raw: bytes | msgspec.Raw) -> Eip:
     """An EIP object. Refused if it is not named after its address: the name is the lock."""
     found = _decoded(raw, _Eip)
     spec = found.spec
-    address = values.address(spec.address)
+    address = values.key(spec.address)
     if found.metadata.name != eip_object_name(address):
         raise errors.KubeError(f"EIP {found.metadata.name} holds another address: {address}")
     try:
@@ -492,5 +493,11 @@ def _endpoint(entry: _Endpoint, port: int) -> Endpoint:
     )
 
 
-def _order(entry: Endpoint) -> tuple[int, int, int]:
-    return entry.address.version, int(entry.address), entry.port
+def distinct(endpoints: Iterable[Endpoint]) -> tuple[Endpoint, ...]:
+    """Endpoints sorted by address and port. One that is there twice counts once, ready first."""
+    found: dict[tuple[int, int, int], Endpoint] = {}
+    for end in endpoints:
+        key = (end.address.version, int(end.address), end.port)
+        if key not in found or (end.ready and not found[key].ready):
+            found[key] = end
+    return tuple([found[key] for key in sorted(found)])

@@ -5,6 +5,8 @@ Rule: the cost of a change is that of its own Service's slices, whatever their t
 
 from __future__ import annotations
 
+from itertools import chain
+
 from lbctl.core.model import (
     Endpoint,
     ObjectRef,
@@ -12,22 +14,18 @@ from lbctl.core.model import (
     Protocol,
     ServiceEndpoints,
 )
-from lbctl.kube.objects import Slice
+from lbctl.kube.objects import Slice, distinct
 
 
 def merge(service: ObjectRef, slices: list[Slice]) -> ServiceEndpoints:
     """All endpoints of a Service, sorted. One that two slices show counts once, ready first."""
-    found: dict[tuple[str, Protocol], dict[tuple[int, int, int], Endpoint]] = {}
+    found: dict[tuple[str, Protocol], list[tuple[Endpoint, ...]]] = {}
     for part in sorted(slices, key=lambda entry: entry.ref):
         for port in part.ports:
-            known = found.setdefault((port.name, port.protocol), {})
-            for end in port.endpoints:
-                key = (end.address.version, int(end.address), end.port)
-                if key not in known or (end.ready and not known[key].ready):
-                    known[key] = end
+            found.setdefault((port.name, port.protocol), []).append(port.endpoints)
     ports = (
-        PortEndpoints(name, protocol, tuple(end for _, end in sorted(known.items())))
-        for (name, protocol), known in sorted(found.items())
+        PortEndpoints(name, protocol, parts[0] if len(parts) == 1 else distinct(chain(*parts)))
+        for (name, protocol), parts in sorted(found.items())
     )
     return ServiceEndpoints(service, tuple(ports), any(part.hosts for part in slices))
 

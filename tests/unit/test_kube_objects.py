@@ -157,7 +157,8 @@ def test_a_cordoned_node_forwards_and_one_out_of_service_does_not(taint: str, ou
 def test_eip_there_and_back(text: str) -> None:
     address = ip_address(text)
     eip = Eip(address, "public", ObjectRef("default", "web"), "u")
-    assert objects.to_eip(json.dumps(objects.eip_body(eip)).encode()) == eip
+    found = objects.to_eip(json.dumps(objects.eip_body(eip)).encode())
+    assert found == eip and {found.address: "it"}[address] == "it"
 
 
 def test_eip_while_releasing() -> None:
@@ -239,6 +240,13 @@ def test_slices_of_a_service_are_merged_and_sorted() -> None:
     assert [str(e.address) for e in index.of(web).ports[0].endpoints] == [
         "10.244.1.9",
         "10.244.1.10",
+    ]
+    twice = part("web-1", end("10.244.1.10", ready=False), end("10.244.1.9"), end("10.244.1.10"))
+    index.change(one, twice)
+    (port,) = index.of(web).ports
+    assert [(str(e.address), e.ready) for e in port.endpoints] == [
+        ("10.244.1.9", True),
+        ("10.244.1.10", True),
     ]
 
 
