@@ -100,15 +100,15 @@ def _rows(key: PortKey, maps: tuple[str, str], old: _Targets, new: _Targets) -> 
     (was, one), (now, other) = old, new
     if old == new or (not one and other.count(NOTHING) == len(other)):
         return ()
-    leaving: Row = b""
     coming = other
+    gone: tuple[Sequence[int], Sequence[int]] = (), ()
     if one:  # a whole load does without
         names = {target: number for number, target in enumerate(now)}
         same = [names.get(target, -1) for target in was]
         pairs = list(zip_longest(one, other, fillvalue=NOTHING))
-        leaving = maglev.row([a if same[a] != b else NOTHING for a, b in pairs])
+        gone = _by_kind(was, maglev.row([a if same[a] != b else NOTHING for a, b in pairs]))
         coming = maglev.row([b if same[a] != b else NOTHING for a, b in pairs])
-    gone, fresh = _by_kind(was, leaving), _by_kind(now, coming)
+    fresh = _by_kind(now, coming)
     return tuple(
         Delta(key, name, left, come, _picked(coming, come), now)
         for name, left, come in zip(maps, gone, fresh, strict=True)

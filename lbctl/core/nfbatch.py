@@ -85,14 +85,13 @@ def framed(batch: Batch, first: int) -> bytes:
 
 
 def pieces(changes: Iterable[Sequence[Delta]], limit: int = PIECE) -> Iterator[Batch]:
-    """Join the changes of ports into batches of about `limit` elements."""
+    """Join changes, each of one port, into batches of about `limit` elements."""
     writer = _Writer()
     for port in changes:
         if writer.count >= limit:
             yield writer.batch()
             writer = _Writer()
-        for delta in port:
-            writer.take(delta)
+        writer.take(port)
     if writer.count:
         yield writer.batch()
 
@@ -119,16 +118,18 @@ class _Writer:
         self._messages: dict[int, list[Message]] = {DELETE_ELEMENTS: [], NEW_ELEMENTS: []}
         self._open: dict[tuple[int, int, str], bytearray] = {}
 
-    def take(self, delta: Delta) -> None:
-        """Take in what one map loses and gains for one port."""
-        version = delta.key[0].version
-        prefix = _port_key(delta.key)
-        self._put((DELETE_ELEMENTS, version, delta.map), _elements(prefix, delta.gone))
-        fresh = _elements(prefix, delta.fresh, delta.places, delta.values)
-        self._put((NEW_ELEMENTS, version, delta.map), fresh)
-        self.count += delta.total
+    def take(self, port: Sequence[Delta]) -> None:
+        """Take in what the maps lose and gain for one port."""
+        version, prefix = port[0].key[0].version, _port_key(port[0].key)
+        for _, name, gone, fresh, places, values in port:
+            if gone:
+                self._put((DELETE_ELEMENTS, version, name), _elements(prefix, gone))
+            if fresh:
+                made = _elements(prefix, fresh, places, values)
+                self._put((NEW_ELEMENTS, version, name), made)
+            self.count += len(gone) + len(fresh)
 
-    def _put(self, place: tuple[int, int, str], made: tuple[bytearray, int]) -> None:
+    def _put(self, place: tuple[int, int, str], made: tuple[bytes | bytearray, int]) -> None:
         """made: elements, each of so many bytes."""
         data, each = made
         start = 0
@@ -164,19 +165,20 @@ def _port_key(key: PortKey) -> bytes:
 
 def _elements(
     prefix: bytes, buckets: Sequence[int], places: Row = b"", values: Sequence[Value] = ()
-) -> tuple[bytearray, int]:
-    """The elements of these buckets, and how many bytes each takes.
+) -> tuple[bytes | bytearray, int]:
+    """The elements of these buckets, at least one, and how many bytes each takes.
 
     All are alike but for a few bytes, which are written for all of them at once: the first byte of
     every key, then the second, and so on.
     """
-    if not buckets:
-        return bytearray(), 1
     keys = _keys(buckets)
     width = len(keys) // len(buckets)
     data = _data(values[places[0]]) if values else b""
     head = _head(len(prefix) + width, len(data)) + prefix
-    start, each = len(head), len(head) + width + len(data)
+    each = len(head) + width + len(data)
+    if len(buckets) == 1:
+        return head + keys + data, each
+    start = len(head)
     made = bytearray((head + bytes(width) + data) * len(buckets))
     for byte in range(width):
         made[start + byte :: each] = keys[byte::width]

@@ -188,8 +188,9 @@ def recounted(counts: Mapping[SetKey, int], old: Ruleset, new: Ruleset) -> dict[
         for key in keys:
             port = rules.ports.get(key)
             if port is not None:
+                version = key[0].version
                 for name, number in elements.counts(port).items():
-                    made[key[0].version, name] += sign * number
+                    made[version, name] += sign * number
     for address in changed(old.sources, new.sources):
         made[address.version, "restricted"] += (address in new.sources) - (address in old.sources)
     was, now = old.policy.pingable, new.policy.pingable

@@ -73,7 +73,7 @@ def test_each_kind_of_value() -> None:
         Delta((SIX, "SCTP", 9), "svc", [], [WHOLE], b"\0", ["flow64"]),
         Delta((SIX, "SCTP", 9), "closed", [], [WHOLE], b"\0", [None]),
     ]
-    (batch,) = nfbatch.pieces([deltas])
+    (batch,) = nfbatch.pieces([deltas[:1], deltas[1:]])
     closed, deliver, svc = (message.body for message in batch.messages)
     assert all(message.version == 6 for message in batch.messages)
     assert closed.endswith(SIX.packed + bytes.fromhex("84000000" + "00090000"))
