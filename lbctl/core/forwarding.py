@@ -319,11 +319,11 @@ def _eip(
             located, odd = _located(eip.address, given, sources)
             refused += odd
             nodes.update(entry.holder.node for entry in located)
-            made = _port(port, _way(service, sources.options), located, sources)
+            known = before.get((port.protocol, port.port))
+            made = _port(port, _way(service, sources.options), located, sources, known)
             if made is not None:
-                table, names = made
-                ports.append(_filled(table, names, before.get((port.protocol, port.port))))
-                named.append(names)
+                ports.append(made[0])
+                named.append(made[1])
     allowed = _sources(eip.address, shown[0][0] if shown else None)
     return EipTable(
         eip.address,
@@ -399,9 +399,13 @@ def _elsewhere(endpoint: Endpoint, sources: Sources) -> str | None:
 
 
 def _port(
-    port: ServicePort, way: tuple[int | None, bool], located: list[_Located], sources: Sources
+    port: ServicePort,
+    way: tuple[int | None, bool],
+    located: list[_Located],
+    sources: Sources,
+    old: PortTable | None,
 ) -> tuple[PortTable, _Names] | None:
-    """The port's table but for its buckets, and the identities of its endpoints."""
+    """The port's table, the old one if it says the same, and the identities of its endpoints."""
     down, gone = sources.down, sources.down - sources.fallen
     alive = [entry for entry in located if entry.holder.node not in down]
     takers = {id(endpoint) for endpoint in taking(tuple(entry.endpoint for entry in alive))}
@@ -415,17 +419,15 @@ def _port(
     holders = tuple(entry.holder for entry in entries)
     members = tuple(entry.holder for entry in located if entry.holder.node not in gone)
     members = holders if members == holders else members
-    closed = not chosen
-    table = PortTable(port.protocol, port.port, affinity_s, closed, holders, b"", members, strict)
-    return table, tuple(entry.name for entry in entries)
-
-
-def _filled(table: PortTable, names: _Names, old: PortTable | None) -> PortTable:
-    """The table with its buckets; the old one if it says the same."""
-    if old is not None and old.endpoints == table.endpoints:
-        made = replace(table, endpoints=old.endpoints, owners=old.owners)
-        return old if made == old else made
-    return replace(table, owners=maglev.table(names))
+    names = tuple([entry.name for entry in entries])
+    if old is not None and old.endpoints == holders:
+        holders, owners = old.endpoints, old.owners
+    else:
+        owners = maglev.table(names)
+    table = PortTable(
+        port.protocol, port.port, affinity_s, not chosen, holders, owners, members, strict
+    )
+    return old if old is not None and table == old else table, names
 
 
 def restricted(table: PortTable, node: str) -> PortTable:
