@@ -19,7 +19,7 @@ from typing import Final
 
 import structlog
 
-from agent import http, routes
+from agent import LOADING, http, routes
 from agent.dataplane import Dataplane
 from agent.engine import Confirmed, Engine
 from agent.inputs import Watcher
@@ -34,7 +34,7 @@ from lbctl.errors import DataplaneError, KubeError, LbctlError
 from lbctl.kube.client import Client
 
 _RETRY_S: Final = 2.0
-_LOADING, _LOADED = 1_000_000, 50_000  # objects made between two collections
+_LOADED: Final = 50_000  # objects made between two collections, after the load
 _log = structlog.get_logger()
 
 
@@ -125,7 +125,7 @@ class Agent:
 
     def _save(self, state: State) -> None:
         self._store.save(state)
-        if gc.get_threshold()[0] == _LOADING:
+        if gc.get_threshold()[0] == LOADING:
             # What the first table holds stays: no collection, for which probes wait, looks at it.
             gc.freeze()
             gc.set_threshold(_LOADED, 50, 100)
@@ -182,7 +182,6 @@ def main() -> None:
             raise DataplaneError("NODE_NAME is not set: the DaemonSet gives it by the downward API")
         # Tables are made in a thread: probes must not wait for its turn to end.
         sys.setswitchinterval(0.001)
-        gc.set_threshold(_LOADING, 50, 100)
         asyncio.run(_serve(node, arguments.snapshot_dir, arguments.keys_dir))
     except LbctlError as error:
         _log.error("cannot_work", error=str(error))
