@@ -53,7 +53,8 @@ class Conditions:
         self._decision = decision
         self._announced = announced
         self._dirty: dict[ObjectRef, None] = {}
-        self._written: dict[ObjectRef, tuple[str, str]] = {}
+        # what was written upon which version, for as long as the watch shows no newer one
+        self._written: dict[ObjectRef, tuple[str, tuple[str, str, str]]] = {}
         self._wake = asyncio.Event()
 
     def mark(self, ref: ObjectRef) -> None:
@@ -98,17 +99,19 @@ class Conditions:
         if service is None or wanted is None or not self._is_leader():
             self._written.pop(ref, None)
             return False
-        status, reason, message = wanted
-        now = self._written.get(ref) or (service.condition or ("", "", ""))[:2]
-        if now == (status, reason):
+        version, written = self._written.get(ref, ("", None))
+        now = written if version == service.version else service.condition
+        if now == wanted:
             return False
+        status, reason, message = wanted
         entry = {
             "type": names.CONDITION_ANNOUNCED,
             "status": status,
             "reason": reason,
-            "message": message[:1024],
-            "lastTransitionTime": timestamp(time.time()),
+            "message": message,
         }
+        if now is None or now[0] != status:
+            entry["lastTransitionTime"] = timestamp(time.time())
         path = api.SERVICES.path(ref.namespace, ref.name, "status")
         try:
             await self._client.patch(path, {"status": {"conditions": [entry]}}, api.STRATEGIC)
@@ -119,7 +122,7 @@ class Conditions:
             self._dirty[ref] = None
             self._wake.set()
             return True
-        self._written[ref] = (status, reason)
+        self._written[ref] = (service.version, wanted)
         _log.info("condition", service=str(ref), status=status, reason=reason)
         return True
 
@@ -134,7 +137,7 @@ class Conditions:
         if decision.reason in silent and service.condition is None:
             return None
         if decision.reason in foreign or not decision.addresses:
-            return "False", str(decision.reason), decision.sentence
+            return "False", str(decision.reason), decision.sentence[:1024]
         reason = self._announced(ref)
         if reason is not Reason.ANNOUNCED:
             return "False", str(reason), SENTENCE[reason]

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import os
+from dataclasses import replace
 from ipaddress import ip_address
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from lbctl import errors
 from lbctl.core import config, names
 from lbctl.core.actions import CreateEip, RemoveFinalizer
+from lbctl.core.holdings import Decision
 from lbctl.core.model import Eip, NodeState, NodeView, ObjectRef, Service
 from lbctl.core.reasons import Reason
+from lbctl.kube.cache import Cache
 from lbctl.kube.client import MERGE, Client
+from lbctl.kube.events import EventRecorder
 from lbctl.kube.objects import DataObject
 from manager import keys
+from manager.conditions import Conditions
 from manager.configuration import Accepted
 from manager.confirming import Confirming
 from manager.executor import Executor, Sink
@@ -99,6 +106,7 @@ class Fake(Client):
 
     def __init__(self) -> None:
         self.written: list[Any] = []
+        self.patches: asyncio.Queue[Any] = asyncio.Queue()
 
     async def create(self, path: str, body: Any) -> Any:
         if body["spec"]["owner"]["name"] == "odd":
@@ -107,7 +115,7 @@ class Fake(Client):
         return body
 
     async def patch(self, path: str, body: Any, content_type: str = MERGE) -> Any:
-        self.written.append(body)
+        self.patches.put_nowait(body)
         return {**body, "metadata": {"name": "web", "namespace": "default"}, "spec": {}}
 
 
@@ -133,6 +141,36 @@ async def test_a_service_that_is_let_go_keeps_no_mark_of_a_pool() -> None:
     web = Service(ObjectRef("default", "web"), "u", 0.0, (), False, finalizers=finalizers)
     left = await executor.carry_out([RemoveFinalizer(web.ref, web, Reason.RELEASED)])
     assert not left
-    (body,) = client.written
+    body = client.patches.get_nowait()
     assert body["metadata"]["finalizers"] == ["other/one"]
     assert body["metadata"]["annotations"] == {names.ANNOTATION_POOL: None}
+
+
+async def test_a_condition_says_what_holds_now_and_when_its_status_changed() -> None:
+    web = Service(ObjectRef("default", "web"), "u", 0.0, (), True, version="1")
+    cache, client = {web.ref: web}, Fake()
+    said = ["10.0.0.1 is taken"]
+    conditions = Conditions(
+        client,
+        cast(Cache[Service], SimpleNamespace(items=cache, get=cache.get)),
+        cast(EventRecorder, None),
+        lambda: True,
+        lambda ref: Decision(ref, Reason.ADDRESS_TAKEN, said[0]),
+        lambda _ref: Reason.NO_NEXT_HOP,
+    )
+    task = asyncio.create_task(conditions.lead())
+
+    async def written() -> dict[str, str]:
+        conditions.mark(web.ref)
+        async with asyncio.timeout(30):  # for a condition to be written
+            (entry,) = (await client.patches.get())["status"]["conditions"]
+        return entry  # type: ignore[no-any-return]
+
+    first = await written()
+    assert (first["message"], "lastTransitionTime" in first) == ("10.0.0.1 is taken", True)
+    said[0] = "10.0.0.2 is taken"
+    second = await written()
+    assert (second["message"], "lastTransitionTime" in second) == ("10.0.0.2 is taken", False)
+    cache[web.ref] = replace(web, version="2")  # a newer one, and it has no condition
+    assert (await written())["lastTransitionTime"]
+    task.cancel()
