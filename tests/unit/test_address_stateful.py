@@ -21,7 +21,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 from lbctl.core import actions
 from lbctl.core.allocator import Allocator
 from lbctl.core.config import Config, parse, shrink_conflicts
-from lbctl.core.model import Eip, ObjectRef, Phase, Service, TrafficPolicy
+from lbctl.core.forecast import forecast
+from lbctl.core.model import Address, Eip, ObjectRef, Phase, Service, TrafficPolicy
 from lbctl.core.reasons import Reason
 from tests.unit.address_model import CLASS, Held, PoolSpec, Rules
 from tests.unit.address_rules import ports
@@ -136,6 +137,9 @@ THEMES = [
         (asks("10.0.0.0"), asks("10.0.0.1")),
     ),
     Theme({"a": {}}, ({"cluster_ips": (ip_address("10.0.0.0"),)}, {})),
+    Theme({"a": {}}, (asks(key="k"), {**asks(key="k"), "policy": TrafficPolicy.LOCAL})),
+    Theme({"a": {"quota": 1}}, (asks("10.0.0.0"),), ((0, asks("10.0.0.1")),)),
+    Theme({"a": {"quota": 1}}, ({}, {}), ((0, GOES),)),
 ]
 PLAIN = {name: getattr(PoolSpec("", ()), name) for twist in TWISTS for name in twist}
 UNTWISTS = [{name: value} for name, value in PLAIN.items()]
@@ -341,15 +345,27 @@ class World(RuleBasedStateMachine):
 
     @rule(texts=st.lists(STATUS, min_size=6, max_size=6))
     def take_over(self, texts: list[str]) -> None:
-        """Another controller gave what the status shows. `adopt` keeps it; then all rules hold."""
+        """Another controller gave what the status shows. `observe` foretells what `adopt` does,
+        which keeps it; then all rules hold."""
         self.server.eips.clear()
         self.model.held.clear()
         for service, text in zip(list(self.server.services.values()), texts, strict=False):
             shown = (ip_address(text),) if text and service.is_load_balancer else ()
             self.server.put_service(replace(service, ingress=shown))
         self.model.adopting = True
+        told = self.foretold()
         self.start()
+        found = {ref: self.leader.allocator.decision(ref) for ref in self.model.why}
+        assert told == {ref: (one.addresses, bool(one.said)) for ref, one in found.items() if one}
         self.accept(adopting=False)
+
+    def foretold(self) -> dict[ObjectRef, tuple[tuple[Address, ...], bool]]:
+        """What each Service of ours will have, and whether it will be refused something."""
+        server, never = self.server, self.model.never
+        found = forecast(
+            self.config(), server.services.values(), server.eips.values(), never, server.labels
+        )
+        return {one.service: (one.after, one.refused) for one in found}
 
     def start(self) -> None:
         del self.server.watchers[id(self.leader)]
@@ -442,5 +458,10 @@ TestWorld = pytest.mark.timeout(900)(World.TestCase)
 
 @pytest.mark.parametrize("theme", THEMES)
 def test_each_theme_by_itself(theme: Theme) -> None:
-    """The draw above need not come to all of them."""
-    World().begin(theme=theme, twists=[], batch=[])
+    """The draw above need not come to all of them, nor to what another controller gave there and
+    what comes back from rest."""
+    world = World()
+    world.begin(theme=theme, twists=[], batch=[])
+    world.take_over(texts=["10.0.0.1", "10.0.0.1", "10.9.9.9", "", "", ""])
+    for _ in range(2):
+        world.change_type(refs=set(REFS), of=None)
