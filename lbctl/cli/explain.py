@@ -113,6 +113,13 @@ class Story:
         if self.decision is not None:
             said = self.decision.sentence or SENTENCE[self.decision.reason]
             lines.append(f"{_sentence(said)} [{self.decision.reason.value}]")
+            written = {eip.address for eip in self.eips}
+            lines += [
+                f"{address} is not written yet; if that stays, the leader's log says why"
+                " (write_failed)."
+                for address in self.decision.addresses
+                if address not in written
+            ]
         elif not self.merged.leader:
             lines.append("No manager leads, so nothing is decided about its address.")
         elif self.exists:

@@ -238,6 +238,7 @@ def test_explain_says_who_sees_what_where_managers_differ() -> None:
             False,
             "198.51.100.1 from pool public is being given back (it drains).",
         ),
+        (replace(ONE, eips=()), True, "198.51.100.1 is not written yet"),
         (replace(ONE, eips=(replace(EIP, hops=()),)), True, "No node is judged for it yet."),
         (replace(ONE, sessions=(replace(UP, up=False),)), True, "Sessions"),
     ],
