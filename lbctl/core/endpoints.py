@@ -1,10 +1,13 @@
 """Which endpoints of a Service port take traffic: one rule for announcing and forwarding alike.
 
 Rule (KEP-1669): the ready ones; when none is ready, those that still serve while they terminate.
-An endpoint on no node is left out first: nothing could deliver to it.
+An endpoint on no node is left out first: nothing could deliver to it. And one rule for what is
+there twice: it counts once.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 from lbctl.core.model import Endpoint
 
@@ -20,3 +23,13 @@ def taking(placed: tuple[Endpoint, ...]) -> tuple[Endpoint, ...]:
     return ready or tuple(
         endpoint for endpoint in placed if endpoint.serving and endpoint.terminating
     )
+
+
+def distinct(endpoints: Iterable[Endpoint]) -> tuple[Endpoint, ...]:
+    """Endpoints sorted by address and port. One that is there twice counts once, ready first."""
+    found: dict[tuple[int, int, int], Endpoint] = {}
+    for end in endpoints:
+        key = (end.address.version, int(end.address), end.port)
+        if key not in found or (end.ready and not found[key].ready):
+            found[key] = end
+    return tuple([found[key] for key in sorted(found)])

@@ -7,7 +7,7 @@ and the cache skips it with a log line. Nothing here decides anything.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final, Generic, TypeVar
 
@@ -15,6 +15,7 @@ import msgspec
 
 from lbctl import errors
 from lbctl.core import names
+from lbctl.core.endpoints import distinct
 from lbctl.core.model import (
     Address,
     Eip,
@@ -491,13 +492,3 @@ def _endpoint(entry: _Endpoint, port: int) -> Endpoint:
         serving=serving,
         terminating=bool(conditions.terminating),
     )
-
-
-def distinct(endpoints: Iterable[Endpoint]) -> tuple[Endpoint, ...]:
-    """Endpoints sorted by address and port. One that is there twice counts once, ready first."""
-    found: dict[tuple[int, int, int], Endpoint] = {}
-    for end in endpoints:
-        key = (end.address.version, int(end.address), end.port)
-        if key not in found or (end.ready and not found[key].ready):
-            found[key] = end
-    return tuple([found[key] for key in sorted(found)])

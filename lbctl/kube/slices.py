@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from itertools import chain
 
+from lbctl.core.endpoints import distinct
 from lbctl.core.model import (
     Endpoint,
     ObjectRef,
@@ -14,7 +15,7 @@ from lbctl.core.model import (
     Protocol,
     ServiceEndpoints,
 )
-from lbctl.kube.objects import Slice, distinct
+from lbctl.kube.objects import Slice
 
 
 def merge(service: ObjectRef, slices: list[Slice]) -> ServiceEndpoints:
