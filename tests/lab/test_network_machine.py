@@ -9,6 +9,7 @@ import subprocess
 import pytest
 
 from lbctl.errors import LabError
+from lbctl.lab.drill import delays, links
 from lbctl.lab.forward import start_forwarder
 from lbctl.lab.lab import Lab
 
@@ -56,6 +57,42 @@ def test_errors_say_machine_command_and_cause(rack: Lab) -> None:
         rack.machine("node-9")
     with pytest.raises(LabError, match="is not up"):
         Lab.load("never-was")
+
+
+def test_an_interface_comes_back_with_its_addresses_and_routes(rack: Lab) -> None:
+    node = rack.machine("node-1")
+
+    def seen() -> str:
+        routes = (node.run("ip", family, "route", "show", "dev", "eth1") for family in ("-4", "-6"))
+        addresses = node.run("ip", "-br", "address", "show", "dev", "eth1").stdout
+        return addresses + "".join(found.stdout for found in routes)
+
+    before = seen()
+    lost = links.down(node, "eth1")
+    assert "2001:db8:1::21" in before and "2001:db8:1::21" not in seen()
+    assert before.count("default via") == 2 and "default via" not in seen()
+    links.up(node, "eth1", lost)
+    poll("all of it to be back", lambda: sorted(seen().split()) == sorted(before.split()))
+
+
+def test_a_machine_hears_another_one_late(rack: Lab) -> None:
+    node = rack.machine("node-1")
+
+    def round_trip_ms(target: str) -> float:
+        # -U: until the program has it; the kernel's own stamp is from before the queue
+        said = node.run("ping", "-n", "-U", "-c1", "-W5", target).stdout
+        return float(said.partition("time=")[2].split()[0])
+
+    delay = delays.begin(node, ["192.0.2.22", "2001:db8:1::22"], ms=300, queue=1)
+    try:
+        assert round_trip_ms("192.0.2.22") >= 300
+        assert round_trip_ms("2001:db8:1::22") >= 300
+        poll("another's answer to be at once", lambda: round_trip_ms("192.0.2.23") < 300)
+    finally:
+        delay.end()
+    assert delay.holder.returncode == 0
+    poll("its own to be at once again", lambda: round_trip_ms("192.0.2.22") < 300)
+    assert "NFQUEUE" not in node.run("iptables", "-t", "mangle", "-S").stdout
 
 
 def test_exec_of_the_command_line(rack: Lab) -> None:

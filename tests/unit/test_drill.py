@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import struct
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from lbctl.errors import DrillError
-from lbctl.lab import downloads, flooding
+from lbctl.lab import delaying, downloads, flooding
 from lbctl.lab.drill import report, spec
 from lbctl.lab.drill.spec import Drill
 from lbctl.lab.drill.verdict import (
@@ -77,6 +78,11 @@ def test_steps_are_in_order_and_sabotage_comes_first() -> None:
         ("do: powerCut", "do: powercut", "good.yml:7:5: timeline[0]: there is no fault 'powercut'"),
         ("machine: node-3", "node: node-3", "timeline[0]: powerCut takes machine, not 'node'"),
         (", machine: node-3", "", "timeline[0]: powerCut needs 'machine'"),
+        (
+            "powerCut, machine: node-3",
+            "delay, of: controls, away: nodes, ms: soon",
+            "timeline[0]: delay: ms: input should be a valid integer",
+        ),
         ("machine: node-3", "machine: 3", "timeline[0]: powerCut: machine: input should be a"),
         ("at: 2s", "at: soon", "timeline[0]: must be a duration"),
         ("- {service: web,", "- {service: wob,", "5:15: traffic[0].service: there is no service"),
@@ -251,6 +257,17 @@ def test_downloads_are_metered_by_pod_and_half_second() -> None:
         meter.count(pod, 10)
     assert sum(size for _, pod, size in meter.received if pod == "a") == 20
     assert {at_s % downloads.BIN_S for at_s, _, _ in meter.received} == {0.0}
+
+
+def test_a_queue_of_late_packets_is_read_as_the_kernel_writes_it() -> None:
+    packets = b"".join(
+        delaying.message(3 << 8, 0, 1, 1, struct.pack("!IHB", number, 0x800, 0))
+        for number in (7, 0x01020304)
+    )
+    assert list(delaying.numbers(packets)) == [7, 0x01020304]
+    refused = struct.pack("=IHHII", 36, 2, 0, 0, 0) + struct.pack("=i", -1) + b"\0" * 16
+    with pytest.raises(OSError, match="refuses"):
+        list(delaying.numbers(refused))
 
 
 def test_the_bench_tells_how_runs_are_distributed() -> None:

@@ -20,7 +20,7 @@ from lbctl.errors import DrillError
 from lbctl.kube import client as kube
 from lbctl.lab import bringup, control, processes, switch, workload
 from lbctl.lab.api import DEPLOYMENTS, wait
-from lbctl.lab.drill import clocks
+from lbctl.lab.drill import clocks, delays, links
 from lbctl.lab.drill.site import WORKLOADS, Site
 
 F = TypeVar("F", bound=Callable[..., None])
@@ -88,16 +88,15 @@ def power_on(site: Site, machine: str) -> None:
 def link_down(site: Site, machine: str, interface: str = "eth1") -> None:
     """Take an interface down; the far end loses carrier."""
     for found in site.machines(machine):
-        site.down.add((found.name, interface))
-        found.run("ip", "link", "set", interface, "down")
+        lost = links.down(found, interface)
+        site.down.setdefault((found.name, interface), lost)
 
 
 @fault("linkUp")
 def link_up(site: Site, machine: str, interface: str = "eth1") -> None:
-    """Bring it back; routes that went with it come back as its commands in the topology say."""
+    """Bring it back, with the addresses and routes that went with it."""
     for found in site.machines(machine):
-        found.run("ip", "link", "set", interface, "up")
-        site.down.discard((found.name, interface))
+        links.up(found, interface, site.down.pop((found.name, interface), ()))
 
 
 # -- the network between ---------------------------------------------------------------------------
@@ -121,6 +120,15 @@ def loss(site: Site, machine: str, percent: int) -> None:
     for found in site.machines(machine):
         site.losing[found.name] = percent
         site.wall(found)
+
+
+@fault("delay")
+def delay(site: Site, of: str, away: str, ms: int) -> None:
+    """`of` hears `away` so many ms late. Of two such delays the first counts."""
+    away_from = site.addresses(site.machines(away))
+    for found in site.machines(of):
+        others = away_from - site.addresses([found])
+        site.delays.append(delays.begin(found, others, ms, queue=len(site.delays) + 1))
 
 
 @fault("rate")
@@ -161,7 +169,7 @@ def flap(site: Site, machine: str, times: int, every: float) -> None:
 
 @fault("heal")
 def heal(site: Site) -> None:
-    """End every partition, loss and rate limit."""
+    """End every partition, loss, delay and rate limit."""
     site.heal()
 
 

@@ -9,22 +9,31 @@ from __future__ import annotations
 import signal
 import subprocess
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Final
 
 from lbctl.core import names
-from lbctl.errors import DrillError, LabError
+from lbctl.core.model import NodeState
+from lbctl.core.reasons import Reason
+from lbctl.core.state import ManagerState, from_json
+from lbctl.errors import DrillError, LabError, MessageError
 from lbctl.kube import client as kube
 from lbctl.lab import control, flooding, processes, workload
 from lbctl.lab.api import DAEMON_SETS, DEPLOYMENTS, Api, is_ready, wait
+from lbctl.lab.drill import links
+from lbctl.lab.drill.delays import Delay
+from lbctl.lab.drill.links import Command
 from lbctl.lab.lab import Lab
 from lbctl.lab.load import spawn
 from lbctl.lab.machine import Machine
 from lbctl.lab.processes import Pid
 
 READY_S = 120.0
+HELD_BACK_S = 5.0  # about what managers take to start
+_STATE: Final = f"http://127.0.0.1:{names.MANAGER_HTTP_PORT}/v1/state"
 PRE_STOP_S = 2  # a pod serves on until every node has heard that it goes
 _CONTAINERS: Final = {
     "manager": ("manager", ""),
@@ -81,7 +90,9 @@ class Site:
     mute: dict[str, set[str]] = field(default_factory=dict)
     losing: dict[str, int] = field(default_factory=dict)  # percent of the packets
     limited: dict[str, str] = field(default_factory=dict)  # machine → interface with a rate limit
-    down: set[tuple[str, str]] = field(default_factory=set)  # machine, interface
+    delays: list[Delay] = field(default_factory=list)
+    # machine, interface → what brings back its addresses and routes
+    down: dict[tuple[str, str], tuple[Command, ...]] = field(default_factory=dict)
     stopped: set[Pid] = field(default_factory=set)
     drained: set[str] = field(default_factory=set)
     cordoned: set[str] = field(default_factory=set)
@@ -148,7 +159,7 @@ class Site:
         machine.run("nft", "-f", "-", input=text if heard or said else _NO_WALL)
 
     def heal(self) -> None:
-        """Take every wall, loss and rate limit away."""
+        """Take every wall, loss, delay and rate limit away."""
         touched = {*self.deaf, *self.mute, *self.losing}
         self.deaf.clear()
         self.mute.clear()
@@ -161,6 +172,8 @@ class Site:
             if machine.alive:
                 machine.run("tc", "qdisc", "del", "dev", interface, "root", check=False)
         self.limited.clear()
+        while self.delays:
+            self.delays.pop().end()
 
     def flood(self, service: str, kind: str, rate: int, seconds: float, core: int | None) -> None:
         """Begin a flood at a Service's port 80. Raises DrillError beyond what is allowed."""
@@ -222,18 +235,23 @@ class Site:
         wait("managers and agents to be ready", ready, limit_s=READY_S)
 
     def restore(self) -> None:
-        """`mend`, and remove the Services. Raises LabError if the lab does not heal."""
-        self.mend()
+        """`mend`, and remove the Services and what managers remember of nodes that fell.
+
+        Raises LabError if the lab does not heal.
+        """
+        self._unblock()
         made = sorted({*self.services, *self.passing})
         for name in made:
             self.api.delete(kube.SERVICES, name)
             self.api.delete(DEPLOYMENTS, name)
+        self.mend()
         for name in made:
             wait(
                 f"Service {name} to be gone",
                 lambda name=name: self.api.find(kube.SERVICES, name) is None,  # type: ignore[misc]
                 limit_s=READY_S,
             )
+        self._forget_falls()
         self.services.clear()
         self.passing.clear()
         self.dead.clear()
@@ -241,18 +259,40 @@ class Site:
         if self.added:
             raise LabError(f"{', '.join(sorted(self.added))} cannot be taken away again")
 
+    def _forget_falls(self) -> None:
+        """Wait until managers call every node Up; restart them if one still holds a node back.
+
+        They hold one back for up to a minute, longer with each time that it fell: the next drill
+        would wait for what the ones before it did.
+        """
+        living = {node.name for node in self.lab.of_role("node") if node.alive}
+
+        def judged() -> set[Reason | None] | None:
+            states = [self.manager_state(m) for m in self.lab.of_role("control") if m.alive]
+            nodes = [node for state in states if state for node in state.nodes]
+            up = [node.name for node in nodes if node.state is NodeState.UP]
+            whole = sorted(up) == sorted([*living] * len(states))
+            return {node.reason for node in nodes} if whole else None
+
+        def trusted() -> bool:
+            return Reason.NODE_FLAPPING not in (judged() or {Reason.NODE_FLAPPING})
+
+        wait("every node to be Up again", judged, READY_S)
+        try:
+            wait("no node to be held back", trusted, HELD_BACK_S)
+        except LabError:
+            processes.send(self.processes("manager@controls"), signal.SIGKILL)
+            wait("restarted managers to call every node Up", trusted, READY_S)
+
+    def manager_state(self, machine: Machine) -> ManagerState | None:
+        """What the manager on a machine says in `/v1/state`; None if it says nothing."""
+        with suppress(LabError, MessageError):
+            return from_json(machine.run("curl", "-sf", "--max-time", "5", _STATE).stdout)
+        return None
+
     def mend(self) -> None:
         """Undo every fault. Raises LabError if the lab does not heal."""
-        self.heal()
-        for flood in self.floods:
-            flood.process.kill()
-            flood.process.communicate()
-        self.floods.clear()
-        processes.send(self.stopped, signal.SIGCONT)
-        self.stopped.clear()
-        for name, interface in sorted(self.down):
-            self.lab.machine(name).run("ip", "link", "set", interface, "up", check=False)
-        self.down.clear()
+        self._unblock()
         for machine in self.lab.machines:
             if not machine.alive:
                 self.lab.power_on(machine.name)
@@ -266,6 +306,21 @@ class Site:
             self.set_containers(of, containers)
         self.faked.clear()
         self.configure()
+
+    def _unblock(self) -> None:
+        """Undo what holds packets and processes up, of the API server too."""
+        self.heal()
+        for flood in self.floods:
+            flood.process.kill()
+            flood.process.communicate()
+        self.floods.clear()
+        processes.send(self.stopped, signal.SIGCONT)
+        self.stopped.clear()
+        for (name, interface), lost in sorted(self.down.items()):
+            machine = self.lab.machine(name)
+            if machine.alive:
+                links.up(machine, interface, lost)
+        self.down.clear()
 
     def set_containers(self, of: str, containers: list[Any]) -> None:
         """Write the containers of our managers or agents; returns when all pods are of them."""

@@ -13,8 +13,6 @@ from typing import Any, Final
 
 from lbctl.core import config, names
 from lbctl.core.config import Config
-from lbctl.core.state import ManagerState, from_json
-from lbctl.errors import LabError, MessageError
 from lbctl.kube import client as kube
 from lbctl.lab import processes, switch
 from lbctl.lab.drill.invariants import EipSeen, ServiceSeen, Snapshot
@@ -23,7 +21,6 @@ from lbctl.lab.machine import Machine
 
 SHARING: Final = "lbctl.io/allow-shared-ip"
 _ASKED: Final = 3  # requests to each EIP
-_STATE: Final = f"http://127.0.0.1:{names.MANAGER_HTTP_PORT}/v1/state"
 # Ranges are the pools themselves; the rate limiters' entries go by themselves after seconds.
 _NOT_ENTRIES: Final = re.compile(r"\tset (ranges|rate|ping_rate) \{.*?\n\t\}", re.DOTALL)
 _ADDRESS: Final = re.compile(r"[0-9a-f]+[.:][0-9a-f.:]+")
@@ -41,7 +38,7 @@ def take(site: Site, usual: dict[str, Counter[str]]) -> Snapshot:
         nodes=frozenset(node.name for node in site.lab.of_role("node")),
         services=tuple(_service(item) for item in found),
         eips=tuple(_eip(item) for item in site.api.all(kube.EIPS)),
-        managers={m.name: _state(m) for m in site.lab.of_role("control")},
+        managers={m.name: site.manager_state(m) for m in site.lab.of_role("control")},
         routes={
             m.name: {
                 prefix: hops
@@ -91,12 +88,6 @@ def _eip(item: dict[str, Any]) -> EipSeen:
     spec = item["spec"]
     members = (spec["owner"], *(spec.get("sharers") or ()))
     return EipSeen(spec["address"], spec["phase"], tuple(str(m["name"]) for m in members))
-
-
-def _state(machine: Machine) -> ManagerState | None:
-    with suppress(LabError, MessageError):
-        return from_json(machine.run("curl", "-sf", "--max-time", "5", _STATE).stdout)
-    return None
 
 
 def _table(machine: Machine, pools: Config) -> frozenset[str]:
