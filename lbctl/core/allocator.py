@@ -33,13 +33,13 @@ from lbctl.core.actions import (
     WriteStatus,
 )
 from lbctl.core.annotations import asked
-from lbctl.core.choosing import Chooser, Pick, without
-from lbctl.core.classes import class_rule, not_ours
+from lbctl.core.choosing import Chooser, Pick, one_family, without
+from lbctl.core.classes import class_rule, not_ours, was_ours
 from lbctl.core.config import Config
 from lbctl.core.holdings import Decision, Holdings, Record
 from lbctl.core.model import Address, Eip, ObjectRef, Phase, Service
 from lbctl.core.reasons import Reason
-from lbctl.core.supply import Forbidden, Supply
+from lbctl.core.supply import Forbidden, Free, Supply
 from lbctl.core.waiting import Key, Waiting
 
 _HOW_IT_CAME: Final = (Reason.ALLOCATED, Reason.RECREATED)
@@ -107,6 +107,7 @@ class Allocator:
         before = record.service
         record.service = service  # even if equal: its version may be newer
         if before is None or before != service:
+            record.asked = asked(service)
             self._mark(record)
             gone = before.cluster_ips if before is not None else ()
             if gone or service.cluster_ips:
@@ -222,7 +223,7 @@ class Allocator:
                     gone.append((record, why))
                     continue
                 here.append(record)
-                if _is_bare(record):
+                if record.claims:
                     claiming.append(record)
             for record, why in sorted(gone, key=lambda pair: self._key(pair[0])):
                 actions += self._take_back(record, record.service, why)
@@ -232,9 +233,7 @@ class Allocator:
                     self._mark(record)
                 return (*actions, *claims)
             for record in here:
-                service = record.service
-                assert service is not None
-                self._carry(record, service, self._chooser.picks(record, service), actions)
+                self._look(record, actions)
 
     def _claims(self, claiming: list[Record]) -> list[Action]:
         """What a status shows without an EIP comes first, everything else in the next plan: a
@@ -254,24 +253,35 @@ class Allocator:
         if service is None:
             return Reason.RELEASED
         why = not_ours(service, self._rule)
-        return None if why is Reason.OTHER_CLASS and self._was_ours(record, service) else why
+        return None if why is Reason.OTHER_CLASS and was_ours(service, record.eips) else why
 
-    def _was_ours(self, record: Record, service: Service) -> bool:
-        """Only the configuration can have changed: the class cannot, and a change of type clears
-        the status. What was given stays."""
-        return not service.deleting and any(
-            eip.phase is Phase.BOUND
-            and eip.uid_of(service.ref) == service.uid
-            and eip.address in service.ingress
-            for eip in record.eips
-        )
+    def _look(self, record: Record, todo: list[Action]) -> None:
+        service = record.service
+        assert service is not None
+        if record.is_plain and not self._supply.reserved:
+            found = self._supply.first(service, service.families[0])
+            if isinstance(found, Free):
+                self._give(record, service, found, todo)
+                return
+        self._carry(record, service, self._chooser.picks(record, service), todo)
+
+    def _give(self, record: Record, service: Service, free: Free, todo: list[Action]) -> None:
+        """What `_carry` would do, with less ado: most Services of a large batch are plain."""
+        ref, address = service.ref, free.address
+        eip, addresses = Eip(address, free.pool, ref, service.uid), (address,)
+        if mark := _to_mark(service, free.pool):
+            todo.append(AddFinalizer(ref, service, Reason.ALLOCATED, mark))
+        self._held.create(record, eip)
+        todo.append(CreateEip(ref, eip, Reason.ALLOCATED))
+        todo.append(WriteStatus(ref, service, addresses, Reason.ALLOCATED))
+        record.decision = Decision(ref, Reason.ALLOCATED, "", addresses)
 
     def _key(self, record: Record) -> Key:
         """Order of a batch: who is gone, who names an address or has one reserved, the others."""
         service, ref, reserved = record.service, record.ref, self._supply.reserved
         if service is None:
             return False, -1.0, ref.namespace, ref.name
-        named = asked(service).addresses or (reserved and ref in reserved)
+        named = record.asked.addresses or (reserved and ref in reserved)
         return not named, service.created_s, ref.namespace, ref.name
 
     def _wake(self) -> None:
@@ -454,7 +464,7 @@ class Allocator:
         if missing:
             self._refuse(record, service, missing)
         ref, before = service.ref, record.decision
-        if not missing or (addresses and not service.needs_both and _one_family(missing)):
+        if not missing or (addresses and not service.needs_both and one_family(missing)):
             reason = picks[0].reason if picks[0].eip is not None else Reason.ALLOCATED
             if before is not None and before.addresses == addresses and reason is Reason.RESTORED:
                 reason = before.reason if before.reason in _HOW_IT_CAME else reason
@@ -469,7 +479,7 @@ class Allocator:
         """It is looked at again as soon as it may get what it has not, told of it or not."""
         record.refused = True
         self._refused.add(record.ref)
-        if key := asked(service).sharing:
+        if key := record.asked.sharing:
             self._held.seekers.setdefault(key, set()).add(record.ref)
         lines = [line for pick in missing for line in pick.lines]
         self._waiting.enter(record.ref, self._key(record), lines)
@@ -478,22 +488,8 @@ class Allocator:
                 self._held.wishes.setdefault(pick.wish, set()).add(record.ref)
 
 
-def _is_bare(record: Record) -> bool:
-    """Whether the status shows an address without an EIP, and a family has none."""
-    service = record.service
-    if service is None or not service.ingress:
-        return False
-    bound = [eip.address for eip in record.eips if eip.phase is Phase.BOUND]
-    return len(bound) < len(service.families) and not set(service.ingress) <= set(bound)
-
-
 def _to_mark(service: Service, pools: str) -> str:
     """The pools to be written on a Service, "" if it has its finalizer and says so already."""
     if names.FINALIZER not in service.finalizers:
         return pools
     return pools if dict(service.annotations).get(names.ANNOTATION_POOL) != pools else ""
-
-
-def _one_family(missing: list[Pick]) -> bool:
-    """Dual stack where it is not a must, and the pools have one family only."""
-    return all(pick.reason is Reason.NO_POOL for pick in missing)

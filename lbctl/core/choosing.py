@@ -7,12 +7,13 @@ that it is giving back, else one that it can share, else a free one.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 from msgspec import Struct
 
 from lbctl.core import sharing, tenancy
-from lbctl.core.annotations import Asked, asked, value_of
+from lbctl.core.annotations import Asked, value_of
 from lbctl.core.config_pools import Pool
 from lbctl.core.holdings import Holdings, Record
 from lbctl.core.model import Address, Eip, ObjectRef, Phase, Service, Sharer
@@ -46,7 +47,7 @@ class Chooser:
     def picks(self, record: Record, service: Service, claims: bool = False) -> list[Pick]:
         """For each family its address. What the first one gets counts for the quota of the other.
         claims: only what it has, and what its status shows beside that."""
-        wanted, choose = asked(service), self._claimed if claims else self.pick
+        wanted, choose = record.asked, self._claimed if claims else self.pick
         found: list[Pick] = []
         for family in service.families:
             first = found[0].eip if found else None
@@ -418,6 +419,11 @@ def _no_family(service: Service, asked: Asked) -> str:
         if address.version not in service.families:
             return f"{address} is asked for, but the Service has no IPv{address.version} family"
     return ""
+
+
+def one_family(missing: Iterable[Pick]) -> bool:
+    """Dual stack where it is not a must, and the pools have one family only."""
+    return all(pick.reason is Reason.NO_POOL for pick in missing)
 
 
 def _with_uid(eip: Eip, service: Service) -> Eip:

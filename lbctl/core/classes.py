@@ -5,10 +5,11 @@ Rules: pure; `services` of the configuration says which classes.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Final
 
 from lbctl.core.config import Config, Services
-from lbctl.core.model import Service
+from lbctl.core.model import Eip, Phase, Service
 from lbctl.core.reasons import Reason
 
 ANY_CLASS_RULE: Final = Services()  # before there is a configuration
@@ -32,3 +33,14 @@ def not_ours(service: Service, rule: Services = ANY_CLASS_RULE) -> Reason | None
     if service.deleting:
         return Reason.RELEASING
     return None
+
+
+def was_ours(service: Service, eips: Iterable[Eip]) -> bool:
+    """Whether a Service of another class shows one of these EIPs as its own: only the configuration
+    can have changed, for the class cannot, and a change of type clears the status. It stays."""
+    return not service.deleting and any(
+        eip.phase is Phase.BOUND
+        and eip.uid_of(service.ref) == service.uid
+        and eip.address in service.ingress
+        for eip in eips
+    )

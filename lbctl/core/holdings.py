@@ -10,7 +10,8 @@ from collections.abc import Iterable, Mapping
 
 from msgspec import Struct
 
-from lbctl.core.model import Address, Eip, ObjectRef, Service
+from lbctl.core.annotations import NOTHING, Asked
+from lbctl.core.model import Address, Eip, ObjectRef, Phase, Service
 from lbctl.core.reasons import SENTENCE, Reason
 from lbctl.core.supply import Supply
 
@@ -33,17 +34,36 @@ class Decision(Struct, frozen=True, gc=False):
 
 
 class Record(Struct, eq=False, gc=False):
-    """What is known of one namespace/name. `eips` are sorted by address; `planned` are the
-    addresses whose EIP it is about to write, `new` those that have none yet and get one."""
+    """What is known of one namespace/name. `asked` is what its Service asks for; `eips` are sorted
+    by address; `planned` are the addresses whose EIP it is about to write, `new` those that have
+    none yet and get one."""
 
     ref: ObjectRef
     service: Service | None = None
+    asked: Asked = NOTHING
     eips: tuple[Eip, ...] = ()
     planned: tuple[Address, ...] = ()
     new: tuple[Address, ...] = ()
     decision: Decision | None = None
     refused: bool = False
     dirty: bool = False
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether its Service has one family, and asks for, has and waits for nothing."""
+        service = self.service
+        if service is None or len(service.families) > 1:
+            return False
+        return self.asked is NOTHING and not (self.eips or service.ingress or self.refused)
+
+    @property
+    def claims(self) -> bool:
+        """Whether the status shows an address without an EIP, and a family has none."""
+        if self.service is None or not self.service.ingress:
+            return False
+        bound = [eip.address for eip in self.eips if eip.phase is Phase.BOUND]
+        families = self.service.families
+        return len(bound) < len(families) and not set(self.service.ingress) <= set(bound)
 
     def add(self, eip: Eip) -> None:
         """One EIP more."""

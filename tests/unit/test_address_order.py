@@ -7,6 +7,9 @@ from typing import Any
 
 import pytest
 
+from lbctl.core import names
+from lbctl.core.actions import CreateEip
+from lbctl.core.allocator import plan
 from lbctl.core.model import Phase
 from lbctl.core.reasons import Reason
 from tests.unit.address_rules import World, config, ports, service, sharing
@@ -189,3 +192,16 @@ def test_who_waits_is_told_when_its_address_becomes_the_clusters_own() -> None:
     assert world.reason("web") is Reason.ADDRESS_RESERVED
     world.put(service("own", 2, is_load_balancer=False, cluster_ips=(ip_address("10.0.0.1"),)))
     assert world.reason("web") is Reason.ADDRESS_OUTSIDE_POOLS
+
+
+def test_the_short_way_for_plain_services_decides_as_the_long_one() -> None:
+    pools = "name: a, addresses: [10.0.0.0/31]", "name: b, addresses: [10.0.1.0/32], priority: 1"
+    many = [service(f"s{n}", -n) for n in range(4)]
+    marked = {"finalizers": (names.FINALIZER,), "annotations": {names.ANNOTATION_POOL: "a"}}
+    many.append(service("web/marked", -9, **marked))
+    short = plan(config(*pools), many, ())
+    unrelated = "name: c, addresses: [10.0.2.0/32], autoAssign: false"
+    unrelated += ", reserved: [{address: 10.0.2.0, owner: x/y}]"
+    assert short == plan(config(*pools, unrelated), many, ())  # who reserves, has no short way
+    given = [action for action in short if isinstance(action, CreateEip)]
+    assert [str(action.eip.address) for action in given] == ["10.0.1.0", "10.0.0.0", "10.0.0.1"]
