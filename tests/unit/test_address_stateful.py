@@ -1,5 +1,6 @@
 """The allocator against a slow model of its rules (`address_model`): whatever users, operators and
-time do, in whatever order, everybody has what docs/addresses.md says, and for that reason.
+time do, in whatever order, everybody has what docs/addresses.md says, and for that reason, whenever
+the leader, or who took over from it, rests. What holds before that, `test_allocator_stateful` says.
 
 CONTRIBUTING.md says how to search longer.
 """
@@ -125,7 +126,7 @@ THEMES = [
     Theme({"c": {}}, ({}, asks(key="k")), ((0, asks(key="k")),)),  # or by a key
     Theme({"a": {}}, ({**asks(key="k"), "ports": ports("80")},) * 2),  # ports clash
     Theme({"a": {"reserved": (("10.0.0.1", "y/s0"),)}}, (asks("10.0.0.1"),)),
-    Theme({"a": {"drain": True}, "b": {}}, ({}, {})),
+    Theme({"a": {"drain": True}, "b": {}}, ({}, asks("10.0.0.1"))),
     Theme({"a": {"requests": "none"}}, (asks("10.0.0.1"),)),
     Theme({"a": {}}, (asks(key="k"),), ((0, GOES), (1, asks(key="k")))),  # it rests
     Theme({"a": {"quota": 1}}, ({"families": (4, 6), "needs_both": True},)),
@@ -458,10 +459,11 @@ TestWorld = pytest.mark.timeout(900)(World.TestCase)
 
 @pytest.mark.parametrize("theme", THEMES)
 def test_each_theme_by_itself(theme: Theme) -> None:
-    """The draw above need not come to all of them, nor to what another controller gave there and
-    what comes back from rest."""
+    """The draw above need not come to all of them, nor to what another controller gave there,
+    who comes while it rests, and who comes back."""
     world = World()
     world.begin(theme=theme, twists=[], batch=[])
     world.take_over(texts=["10.0.0.1", "10.0.0.1", "10.9.9.9", "", "", ""])
-    for _ in range(2):
-        world.change_type(refs=set(REFS), of=None)
+    world.change_type(refs=set(REFS), of=None)
+    world.create([(REFS[3], asks(key="k"), {}, 9)], None)
+    world.change_type(refs=set(REFS[:3]), of=None)

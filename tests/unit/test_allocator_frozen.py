@@ -22,7 +22,6 @@ OTHER = ObjectRef("default", "s1")
 
 def check(world: World) -> None:
     """The invariants, which only hypothesis calls by itself."""
-    world.no_address_twice()
     world.what_is_shown_is_owned()
     world.none_moved()
 
