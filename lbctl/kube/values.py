@@ -57,7 +57,7 @@ class Key(IPv4Address):
     """An address that is the key of maps: it works out its hash once.
 
     The library's formats the number as text for each, and an EIP's is asked for a hundred times
-    while its table is made: a fifteenth of the processor time of a full load.
+    while its table is made: a twentieth of the processor time of a full load.
     """
 
     __slots__ = ("_hash",)
