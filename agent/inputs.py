@@ -65,7 +65,10 @@ def growing(inputs: Inputs, stage: int = STAGE) -> Iterator[Inputs]:
 
 
 class Watcher:
-    """Follows the API server; `on_change(inputs)` is called in the event loop, coalesced."""
+    """Follows the API server; `on_change(inputs)` is called in the event loop, coalesced.
+
+    But of one Service's endpoints each change is told.
+    """
 
     def __init__(self, client: Client, on_change: Callable[[Inputs], None]) -> None:
         self._report = on_change
@@ -76,6 +79,7 @@ class Watcher:
         self._touched_slices: set[ObjectRef] = set()  # by their Service
         self._touched_eips: dict[Address, Eip | None] = {}
         self._nodes_changed = True
+        self._following = False
         self._accepted = config_of(None)
         self._services = Cache(client, objects.SERVICE, on_change=self._service)
         self._nodes = Cache(client, objects.NODE, on_change=self._node)
@@ -104,6 +108,7 @@ class Watcher:
     async def _publish(self) -> None:
         for cache in self.caches:
             await cache.synced.wait()
+        self._following = True
         self._dirty.set()
         while True:
             await self._dirty.wait()
@@ -147,6 +152,10 @@ class Watcher:
         self._dirty.set()
 
     def _slice(self, _key: ObjectRef, old: Slice | None, new: Slice | None) -> None:
+        touched = {each.service for each in (old, new) if each is not None}
+        if self._following and not self._touched_slices.isdisjoint(touched):
+            # Another node may have the table between two changes of one Service.
+            self._report(self._snapshot())
         self._touched_slices.update(self._index.change(old, new))
         self._dirty.set()
 

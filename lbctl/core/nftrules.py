@@ -81,6 +81,7 @@ def skeleton(family: Family, timeouts: bool = True) -> str:
         _elsewhere(family),
         questions(family),
         pinning(family),
+        _handover(family),
         _chance(family),
         _delivery(family),
         _guards(family),
@@ -261,11 +262,11 @@ def _elsewhere(family: Family) -> str:
 """
 
 
-def _chance(family: Family) -> str:
-    """Flows that conntrack does not know here go to their last owner, but for new ones of TCP.
+def _handover(family: Family) -> str:
+    """Hand a flow to the node that is its mark, or pass on what was handed to us.
 
-    What was handed over has few hops left: of TCP it is looked up once more, by the last owner, who
-    does not note it for the flow: no packet circles. Our pod would reset what others take for ours.
+    What was handed over is looked up first, and only then goes by what the flow left in conntrack:
+    two nodes' notes may lead to each other.
     """
     ip, key = family.ip, family.key
     return f"""  chain handover {{
@@ -276,16 +277,33 @@ def _chance(family: Family) -> str:
     meta l4proto udp ct timeout set "handed_udp"
     counter name second_chance accept
   }}
-  chain lookup {{
+  chain passed {{
+    {key} vmap @past
+    meta mark set {key} . meta mark map @prev goto handover
+    ct mark & {MARK_MASK:#x} == {MARK_BASE:#x} meta mark set ct mark goto handover
+    counter name stray drop
+  }}
+"""
+
+
+def _chance(family: Family) -> str:
+    """Flows that conntrack does not know here go to their last owner, but for new ones of TCP.
+
+    What was handed over has few hops left: of TCP it is looked up once more, and then goes by notes
+    alone until no hops are left. Our pod would reset what another node takes for ours.
+    """
+    ip, key = family.ip, family.key
+    few = f"{{ {LAST_LOOKUP_TTL}, {HANDOVER_TTL} }}"
+    return f"""  chain lookup {{
+    {ip} {family.hops} {few} tcp flags & (syn|rst) == 0 goto passed
     ct mark & {MARK_MASK:#x} == {MARK_BASE:#x} meta mark set ct mark goto handover
     {ip} {family.hops} <= {HANDOVER_TTL} jump answer
     tcp flags & (syn|rst) != 0 accept
-    meta l4proto tcp {ip} {family.hops} < {LAST_LOOKUP_TTL} counter name stray drop
-    meta l4proto != tcp {ip} {family.hops} <= {HANDOVER_TTL} accept
+    meta l4proto tcp {ip} {family.hops} <= {HANDOVER_TTL} counter name stray drop
+    {ip} {family.hops} <= {HANDOVER_TTL} accept
     {key} vmap @past
     meta mark set {key} . meta mark map @prev goto handover
     meta mark set 0
-    {ip} {family.hops} <= {HANDOVER_TTL} counter name stray drop
   }}
   chain arrived {{
     ct state related ct mark & {MARK_MASK:#x} == {MARK_BASE:#x} meta mark set ct mark

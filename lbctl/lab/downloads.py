@@ -11,7 +11,7 @@ from lbctl.lab.asking import MAX_BODY, parse_answer, request, take_response
 
 SIZE: Final = 1 << 20  # bytes of one; small, so that new connections go where there is room
 BIN_S: Final = 0.5
-_STALLED_S: Final = 10.0
+_STALLED_S: Final = 20.0  # many at a narrow link: TCP backs off for 13 s after five losses
 
 
 @dataclass(slots=True)
