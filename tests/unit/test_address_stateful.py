@@ -389,9 +389,10 @@ class World(RuleBasedStateMachine):
             raise AssertionError("the allocator does not come to rest")
         if frozen is not self.leader:
             self.thaw(frozen)
+        self.model.settle()
         for ref in self.model.services.keys() - self.server.services.keys():
             del self.model.services[ref]  # nothing but its finalizer held it
-        self.model.settle()
+            self.model.settle()
         self.compare()
         if not self.model.adopting:  # what cannot be shown then is written anew at every start
             self.plan_anew()
