@@ -132,6 +132,7 @@ class Allocator:
             self._supply.forbid(address)
             self._mark_all(self._held.wishes.pop(address, ()))
         for address in before:
+            self._mark_all(self._held.wishes.pop(address, ()))
             if self._supply.allow(address):
                 self._mark_all(self._refused)
 

@@ -235,7 +235,7 @@ class Chooser:
             said = f"{wish} {why}, but it is in none of the accepted pools"
             if pool is not None:
                 said = f"{wish} {why}, but it belongs to the cluster itself"
-            return self._refuse(service, asked, have, Reason.ADDRESS_OUTSIDE_POOLS, said)
+            return self._refuse(service, asked, have, Reason.ADDRESS_OUTSIDE_POOLS, said, wish=wish)
         if asked.pool not in ("", pool.name):
             said = f"{wish} {why}, but it is not in pool {value_of(asked.pool)}, asked for as well"
             return self._refuse(service, asked, have, Reason.ADDRESS_OUTSIDE_POOLS, said)

@@ -205,3 +205,13 @@ def test_the_short_way_for_plain_services_decides_as_the_long_one() -> None:
     assert short == plan(config(*pools, unrelated), many, ())  # who reserves, has no short way
     given = [action for action in short if isinstance(action, CreateEip)]
     assert [str(action.eip.address) for action in given] == ["10.0.1.0", "10.0.0.0", "10.0.0.1"]
+
+
+def test_who_waits_is_told_when_its_address_is_the_clusters_own_no_more() -> None:
+    world = World(config(A))
+    world.put(service("has", 1, requested="10.0.0.1"))
+    own = service("own", 2, is_load_balancer=False, cluster_ips=(ip_address("10.0.0.1"),))
+    world.put(own, asking("web", 3, "10.0.0.1"))
+    assert world.reason("web") is Reason.ADDRESS_OUTSIDE_POOLS
+    world.vanish("own")
+    assert world.reason("web") is Reason.ADDRESS_TAKEN
