@@ -267,7 +267,7 @@ class Engine:
         """
         boots, numbers = not before.rules.generation, {**before.index, **index}
         for part in parts:
-            made = self._plan(before, part, [] if boots else between, down, index, boots=boots)
+            made = self._plan(before, part, between, down, index, boots=boots)
             gone = conntrack.left(before.table, made.table, self._node, numbers)
             before, self._planned = made, (made, gone)
             yield made.rules
@@ -284,11 +284,13 @@ class Engine:
     ) -> State:
         """Runs in a thread: pure, and at the cost of what differs from `before`."""
         sources = self._sources(inputs, down)
-        past = before.view
-        if boots:
-            past = self._others(before, forwarding.revise(before.table, sources), sources)
-        steps = [*(replace(sources, endpoints=each) for each in between), sources]
-        table, view = nodeview.live_through(past, before.table, steps, self._node)
+        if not boots:
+            steps = [*(replace(sources, endpoints=each) for each in between), sources]
+            table, view = nodeview.live_through(before.view, before.table, steps, self._node)
+        else:
+            table = forwarding.revise(before.table, sources)
+            past = self._others(before, table, sources)
+            view = nodeview.advance(past, table, self._node, before.table)
         view = nodeview.settle(view, self._settling.due(time.monotonic()))
         state = State(
             inputs,
