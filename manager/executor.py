@@ -116,7 +116,14 @@ class Executor:
         match action:
             case AddFinalizer() | RemoveFinalizer() | WriteStatus() | ClearStatus():
                 seen = self._newest(fresh.get(action.service, action.seen))
-                fresh[action.service] = await self._write_service(action, seen)
+                try:
+                    fresh[action.service] = await self._write_service(action, seen)
+                except errors.Conflict:
+                    # by a write that changed nothing that was decided on, as our own conditions do
+                    newer = await self._read_service(action.service)
+                    if newer is None or newer != seen:
+                        raise
+                    fresh[action.service] = await self._write_service(action, newer)
             case CreateEip():
                 body = objects.eip_body(action.eip)
                 self._check()

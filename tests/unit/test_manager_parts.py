@@ -10,18 +10,19 @@ from ipaddress import ip_address
 from types import SimpleNamespace
 from typing import Any, cast
 
+import msgspec
 import pytest
 
 from lbctl import errors
 from lbctl.core import config, names
-from lbctl.core.actions import CreateEip, RemoveFinalizer
+from lbctl.core.actions import Action, CreateEip, RemoveFinalizer, WriteStatus
 from lbctl.core.holdings import Decision
 from lbctl.core.model import Eip, NodeState, NodeView, ObjectRef, Service
 from lbctl.core.reasons import Reason
 from lbctl.kube.cache import Cache
 from lbctl.kube.client import MERGE, Client
 from lbctl.kube.events import EventRecorder
-from lbctl.kube.objects import DataObject
+from lbctl.kube.objects import DataObject, to_service
 from manager import keys
 from manager.conditions import Conditions
 from manager.configuration import Accepted
@@ -144,6 +145,38 @@ async def test_a_service_that_is_let_go_keeps_no_mark_of_a_pool() -> None:
     body = client.patches.get_nowait()
     assert body["metadata"]["finalizers"] == ["other/one"]
     assert body["metadata"]["annotations"] == {names.ANNOTATION_POOL: None}
+
+
+class Touched(Client):
+    """Has one Service that was just written; a guarded write has to name its version."""
+
+    def __init__(self, **spec: Any) -> None:
+        self.meta = {"name": "web", "namespace": "default", "uid": "u", "resourceVersion": "2"}
+        self.held: dict[str, Any] = {"metadata": self.meta, "spec": spec}
+
+    async def get(self, path: str, params: Any = None, headers: Any = None) -> Any:
+        return self.held
+
+    async def patch(self, path: str, body: Any, content_type: str = MERGE) -> Any:
+        if body["metadata"]["resourceVersion"] != self.meta["resourceVersion"]:
+            raise errors.Conflict("409")
+        return {**self.held, "status": body["status"]}
+
+
+@pytest.mark.parametrize("kind", ["LoadBalancer", "ClusterIP"])
+async def test_a_status_is_written_upon_a_newer_version_of_the_same_service(kind: str) -> None:
+    client, told, seen = Touched(type=kind), list[Action](), list[Service]()
+    sink = replace(HEARD, service=seen.append, written=told.append)
+    executor = Executor(client, lambda: True, sink, Metrics(), lambda _: None)
+    web = to_service(msgspec.json.encode({"metadata": client.meta, "spec": {"type": kind}}))
+    stale = replace(web, is_load_balancer=True, version="1")
+    address = ip_address("198.51.100.1")
+    write = WriteStatus(stale.ref, stale, (address,), Reason.ALLOCATED)
+    left = await executor.carry_out([write])
+    if kind == "LoadBalancer":  # our own condition made it newer: nothing is planned again
+        assert (told, seen[-1].ingress, not left) == ([write], (address,), True)
+    else:  # it is not what was decided on
+        assert (told, seen[-1].ingress, list(left)) == ([], (), [write])
 
 
 async def test_a_condition_says_what_holds_now_and_when_its_status_changed() -> None:
