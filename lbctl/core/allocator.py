@@ -423,8 +423,7 @@ class Allocator:
         if first is not None:
             if len(addresses) != len(shown) or set(addresses) != set(shown):
                 todo.append(WriteStatus(ref, service, addresses, first.reason))
-                if shown:
-                    self._tell(record, service, todo)
+                self._tell(record, service, todo)
             return
         # An address of ours without an EIP object behind it may be another Service's by now.
         # One that is in no pool was written by somebody else: leave it.
@@ -435,18 +434,7 @@ class Allocator:
 
     def _tell(self, record: Record, service: Service, todo: list[Action]) -> None:
         """A status that showed what the Service does not have is replaced, and not silently."""
-        mine = {eip.address: eip for eip in record.eips}
-        for address in service.ingress:
-            if address in mine:
-                if not self._chooser.released(mine[address]):
-                    continue
-                reason, said = Reason.POOL_RELEASED, f"its pool gave up {address}"
-            elif (holder := self._held.eips.get(address)) is not None:
-                reason = Reason.CLAIM_LOST
-                said = f"its status showed {address}, which Service {holder.owner} has"
-            else:
-                reason = Reason.STATUS_OVERWRITTEN
-                said = f"its status showed {address}, which it does not have"
+        for reason, said in self._chooser.lost(record, service):
             todo.append(Told(record.ref, service, reason, f"Service {record.ref}: {said}"))
 
     def _decide(

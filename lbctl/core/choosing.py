@@ -7,7 +7,7 @@ that it is giving back, else one that it can share, else a free one.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from msgspec import Struct
@@ -139,14 +139,31 @@ class Chooser:
         announce: a frozen leader's, made by a configuration that is no longer in force."""
         if self._supply.config is None or self._supply.pool_of(eip.address) is not None:
             return True
-        return eip.address in service.ingress and not self.released(eip)
+        return eip.address in service.ingress and not self._released(eip)
 
-    def released(self, eip: Eip) -> bool:
+    def _released(self, eip: Eip) -> bool:
         """Whether its pool gave it up."""
         config = self._supply.config
         if config is None or self._supply.pool_of(eip.address) is not None:
             return False
         return config.lets_go(eip.pool)
+
+    def lost(self, record: Record, service: Service) -> Iterator[tuple[Reason, str]]:
+        """What a status shows that its Service does not have, each with the reason and in words."""
+        mine = {eip.address: eip for eip in record.eips}
+        for address in service.ingress:
+            if address in mine:
+                if self._released(mine[address]):
+                    yield Reason.POOL_RELEASED, f"its pool gave up {address}"
+            elif (holder := self._held.eips.get(address)) is not None:
+                said = f"its status showed {address}, which Service {holder.owner} has"
+                yield Reason.CLAIM_LOST, said
+            else:
+                said = f"its status showed {address}, which it does not have"
+                yield Reason.STATUS_OVERWRITTEN, said
+        for name in service.host_names:
+            said = f"its status showed host name {value_of(name)}, which it does not have"
+            yield Reason.STATUS_OVERWRITTEN, said
 
     def _elsewhere(self, asked: Asked, address: Address) -> bool:
         """Whether another pool is asked for."""

@@ -50,9 +50,9 @@ class Record(Struct, eq=False, gc=False):
 
     @property
     def is_plain(self) -> bool:
-        """Whether its Service has one family, and asks for, has and waits for nothing."""
+        """Whether its Service has one family, and asks for, has, shows and waits for nothing."""
         service = self.service
-        if service is None or len(service.families) > 1:
+        if service is None or len(service.families) > 1 or service.host_names:
             return False
         return self.asked is NOTHING and not (self.eips or service.ingress or self.refused)
 

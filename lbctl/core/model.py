@@ -86,7 +86,8 @@ class ServicePort:
 class Service:
     """A Service as far as load balancing goes.
 
-    `created_s` is creationTimestamp. `ingress` are the addresses now in status.loadBalancer.
+    `created_s` is creationTimestamp. `ingress` are the addresses now in status.loadBalancer;
+    `host_names` are in there too, but never of ours.
     `affinity_s` is the ClientIP timeout, None without affinity.
     """
 
@@ -103,6 +104,7 @@ class Service:
     deleting: bool = False
     finalizers: tuple[str, ...] = ()
     ingress: tuple[Address, ...] = ()
+    host_names: tuple[str, ...] = ()
     annotations: tuple[tuple[str, str], ...] = ()
     requested: str | None = None  # spec.loadBalancerIP, unparsed: a user wrote it
     cluster_ips: tuple[Address, ...] = ()

@@ -98,6 +98,7 @@ class _ServiceSpec(msgspec.Struct):
 
 class _Ingress(msgspec.Struct):
     ip: str | None = None
+    hostname: str | None = None
 
 
 class _LoadBalancer(msgspec.Struct):
@@ -288,7 +289,7 @@ def to_service(raw: bytes | msgspec.Raw) -> Service:
         ServicePort(p.name or "", values.protocol(p.protocol), p.port) for p in spec.ports or ()
     ]
     balancer = found.status.loadBalancer if found.status else None
-    ingress = [values.address(i.ip) for i in (balancer.ingress if balancer else None) or () if i.ip]
+    shown = (balancer.ingress if balancer else None) or ()
     affinity = None
     if spec.sessionAffinity == "ClientIP":
         config = spec.sessionAffinityConfig
@@ -308,7 +309,8 @@ def to_service(raw: bytes | msgspec.Raw) -> Service:
         source_ranges=tuple(values.network(text) for text in spec.loadBalancerSourceRanges or ()),
         deleting=meta.deletionTimestamp is not None,
         finalizers=tuple(meta.finalizers or ()),
-        ingress=tuple(ingress),
+        ingress=tuple(values.address(one.ip) for one in shown if one.ip),
+        host_names=tuple(one.hostname for one in shown if one.hostname),
         annotations=values.pairs(meta.annotations),
         requested=spec.loadBalancerIP or None,
         cluster_ips=_cluster_ips(spec),

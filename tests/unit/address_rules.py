@@ -151,9 +151,9 @@ class World:
             case RemoveFinalizer(service=ref):
                 self._change(ref, finalizers=())
             case WriteStatus(service=ref, addresses=addresses):
-                self._change(ref, ingress=addresses)
+                self._change(ref, ingress=addresses, host_names=())
             case ClearStatus(service=ref):
-                self._change(ref, ingress=())
+                self._change(ref, ingress=(), host_names=())
 
     def _store(self, eip: Eip) -> None:
         self.eips[str(eip.address)] = eip

@@ -393,6 +393,21 @@ def test_a_status_written_by_someone_else_is_put_right_and_said() -> None:
     assert list(world.eips) == ["10.0.0.0"]
 
 
+def test_a_host_name_in_the_status_is_put_right_and_said_as_well() -> None:
+    world = World(config(A))
+    world.put(service("new", host_names=("lb.example.com",)), service("web"))
+    web = replace(world.services[service("web").ref], ingress=(), host_names=("lb.example.com",))
+    world.services[web.ref] = web
+    world.allocator.set_service(web)
+    world.settle()
+    assert world.addresses() == {"new": "10.0.0.0", "web": "10.0.0.1"}
+    why = 'its status showed host name "lb.example.com", which it does not have'
+    assert world.said == [
+        (name, Reason.STATUS_OVERWRITTEN, f"Service default/{name}: {why}")
+        for name in ("new", "web")
+    ]
+
+
 def test_two_services_claim_one_address_and_the_older_keeps_it() -> None:
     world = World(config(A))
     shown = {"ingress": ["10.0.0.5"]}

@@ -78,6 +78,7 @@ def test_service_with_everything() -> None:
         deleting=True,
         finalizers=(names.FINALIZER,),
         ingress=(ip_address("198.51.100.7"),),
+        host_names=("x",),
         annotations=(("a", "1"), ("b", "2")),
         requested="198.51.100.7",
     )
