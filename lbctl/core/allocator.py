@@ -388,12 +388,14 @@ class Allocator:
     def _set_aside(
         self, record: Record, service: Service, picks: list[Pick], todo: list[Action]
     ) -> None:
-        """While it waits in one family, nobody younger gets its new address of the other."""
+        """While it waits in one family, nobody younger gets what it comes to have in the other."""
         for pick in picks:
-            if pick.eip is not None and pick.seen is None:
-                if mark := _to_mark(service, pick.eip.pool):
-                    todo.append(AddFinalizer(service.ref, service, pick.reason, mark))
-                self._bind(record, service, pick.eip, pick, todo)
+            eip, seen = pick.eip, pick.seen
+            if eip is None or eip == seen or (seen and self._busy(service, eip, seen, pick)):
+                continue
+            if names.FINALIZER not in service.finalizers:
+                todo.append(AddFinalizer(service.ref, service, pick.reason, eip.pool))
+            self._bind(record, service, eip, pick, todo)
 
     def _bind(
         self, record: Record, service: Service, eip: Eip, pick: Pick, todo: list[Action]

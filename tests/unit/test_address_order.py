@@ -79,6 +79,18 @@ def test_who_waits_to_share_is_not_overtaken_in_the_other_family() -> None:
     assert world.shown("web") == ["10.0.0.1", "2001:db8::1"]
 
 
+def test_who_waits_to_share_is_not_overtaken_where_it_shares_in_the_other_family() -> None:
+    world = World(config("name: a, addresses: [10.0.0.0/30, '2001:db8::/127']"))
+    world.put(sharing("six", 0, "k", ports=ports("66"), families=(6,)))
+    world.put(
+        sharing("one", 1, "k", ports=ports("81")),
+        sharing("older", 2, "k", families=(4, 6)),
+        sharing("web", 3, "k", families=(6,)),
+    )
+    assert world.shown("older") == ["10.0.0.0", "2001:db8::"]
+    assert world.shown("web") == ["2001:db8::1"]
+
+
 def test_a_claim_in_one_family_comes_first_with_an_eip_in_the_other() -> None:
     """One of two EIP objects was lost."""
     world = World(config("name: a, addresses: [10.0.0.0/32, '2001:db8::/127']"))
