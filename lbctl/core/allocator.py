@@ -224,7 +224,7 @@ class Allocator:
                     gone.append((record, why))
                     continue
                 here.append(record)
-                if record.claims:
+                if record.claims or (record.eips and record.differs):
                     claiming.append(record)
             for record, why in sorted(gone, key=lambda pair: self._key(pair[0])):
                 actions += self._take_back(record, record.service, why)
@@ -237,15 +237,16 @@ class Allocator:
                 self._look(record, actions)
 
     def _claims(self, claiming: list[Record]) -> list[Action]:
-        """What a status shows without an EIP comes first, everything else in the next plan: a
-        younger one must not get what an older one that claims has yet to be given."""
+        """What a status shows without an EIP, and a changed key, come first, everything else in the
+        next plan: nobody gets what one that claims has yet to be given, or what could be shared."""
         claims: list[Action] = []
         for record in sorted(claiming, key=lambda r: self._key(r)[1:]):
             service = record.service
             assert service is not None
             picks = [pick for pick in self._chooser.picks(record, service, True) if pick.eip]
             if any(pick.eip is not pick.seen for pick in picks):
-                self._carry(record, service, picks, claims)
+                carry = self._carry if record.claims else self._set_aside
+                carry(record, service, picks, claims)
         return claims
 
     def _not_ours(self, record: Record) -> Reason | None:

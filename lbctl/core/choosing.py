@@ -46,7 +46,7 @@ class Chooser:
 
     def picks(self, record: Record, service: Service, claims: bool = False) -> list[Pick]:
         """For each family its address. What the first one gets counts for the quota of the other.
-        claims: only what it has, and what its status shows beside that."""
+        claims: only what it has, by its key, and what its status shows beside that."""
         wanted, choose = record.asked, self._claimed if claims else self.pick
         found: list[Pick] = []
         for family in service.families:
@@ -60,7 +60,9 @@ class Chooser:
 
     def _claimed(self, record: Record, service: Service, asked: Asked, family: int) -> Pick:
         have = self._have(record, service, family)
-        return Pick(have, have) if have is not None else self.claim(record, service, asked, family)
+        if have is None:
+            return self.claim(record, service, asked, family)
+        return Pick(self._own(service, have, None if asked.problem else asked), have)
 
     def pick(self, record: Record, service: Service, asked: Asked, family: int) -> Pick:
         """The address of one family."""

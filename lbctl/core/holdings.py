@@ -65,6 +65,15 @@ class Record(Struct, eq=False, gc=False):
         families = self.service.families
         return len(bound) < len(families) and not set(self.service.ingress) <= set(bound)
 
+    @property
+    def differs(self) -> bool:
+        """Whether it has an address alone under another key than it asks for."""
+        key = self.asked.sharing
+        return self.asked.problem is None and any(
+            eip.sharing_key != key and not eip.sharers and eip.phase is Phase.BOUND
+            for eip in self.eips
+        )
+
     def add(self, eip: Eip) -> None:
         """One EIP more."""
         mine = (*self.eips, eip)

@@ -171,10 +171,14 @@ class Rules:
                     self.leave(ref, address)
 
     def claim(self) -> None:
-        """What exists is restored before anything new is given."""
+        """What exists is restored, and keys count, before anything new is given."""
         for service in self.by_age():
             wish = replace(wish_of(service), pool="")
             for family in service.families:
+                for held in [self.held[address] for address in self.has(service.ref, family)]:
+                    alone = held.members == [service.ref] and not wish.error
+                    if alone and held.key != wish.key:
+                        held.key, self.moved = wish.key, True
                 shown = sorted((a for a in service.ingress if a.version == family), key=int)
                 for address in shown[:1] if self.adopting else shown:
                     why = self.refusal(service, wish, address, "claimed")
@@ -187,9 +191,6 @@ class Rules:
         """Give it what it should have; why it has not all of that."""
         wish = wish_of(service)
         for address in self.has(service.ref):
-            held = self.held[address]
-            if held.members == [service.ref] and not wish.error and held.key != wish.key:
-                held.key, self.moved = wish.key, True
             if address.version not in service.families:
                 self.leave(service.ref, address)
         found = [self.serve_family(service, wish, family) for family in service.families]

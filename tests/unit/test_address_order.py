@@ -184,6 +184,19 @@ def test_what_is_reserved_is_given_to_who_asks_for_its_pool_too(pool: str, addre
     assert world.addresses() == {"db": address}
 
 
+@pytest.mark.parametrize("young, expected", [("k", "10.0.0.0"), ("", "10.0.0.1")])
+def test_a_changed_key_counts_before_the_older_is_served(young: str, expected: str) -> None:
+    """Whoever has an address alone says who may come onto it, whatever the order of a batch."""
+    world = World(config("name: a, addresses: [10.0.0.0/30]"))
+    world.put(sharing("young", 9, "" if young else "k"))
+    world.put(
+        sharing("old", 1, "k", ports=ports("81")),
+        sharing("young", 9, young),
+        sharing("third", 2, "k", ports=ports("82")),
+    )
+    assert world.addresses() == {"young": "10.0.0.0", "old": expected, "third": expected}
+
+
 def test_who_is_no_longer_ours_leaves_before_who_is_older_comes() -> None:
     world = World(config("name: a, addresses: [10.0.0.0-10.0.0.1]"))
     world.put(sharing("going", 2, "k"))
