@@ -349,6 +349,7 @@ class Allocator:
         """Everything for one Service that is ours, in an order that is safe to stop in."""
         if record.refused:
             self._settle(record)
+        record.joins = ()
         pools: list[str] = []
         addresses: tuple[Address, ...] = ()
         first: Pick | None = None
@@ -356,7 +357,7 @@ class Allocator:
             eip, seen = pick.eip, pick.seen
             if eip is None:
                 continue
-            if seen is not None and self._busy(service, eip, seen, pick):
+            if seen is not None and self._busy(record, service, eip, pick):
                 self._set_aside(record, service, picks, todo)
                 return
             first = first or pick
@@ -375,15 +376,16 @@ class Allocator:
                 todo += self._give_up(record, eip, service)
         self._decide(record, service, picks, addresses, todo)
 
-    def _busy(self, service: Service, eip: Eip, seen: Eip, pick: Pick) -> bool:
+    def _busy(self, record: Record, service: Service, eip: Eip, pick: Pick) -> bool:
         """Whether another Service is about to write the EIP: that comes first."""
-        if eip == seen and seen.address in service.ingress:
+        if eip == pick.seen and eip.address in service.ingress:
             return False
         if pick.busy:
             self._supply.expect(eip)
-        elif not self._held.busy(seen.address, service.ref):
+            record.joins = (*record.joins, eip.address)
+        elif not self._held.busy(eip.address, service.ref):
             return False
-        self._held.wishes.setdefault(seen.address, set()).add(service.ref)
+        self._held.wishes.setdefault(eip.address, set()).add(service.ref)
         return True
 
     def _set_aside(
@@ -392,7 +394,7 @@ class Allocator:
         """While it waits in one family, nobody younger gets what it comes to have in the other."""
         for pick in picks:
             eip, seen = pick.eip, pick.seen
-            if eip is None or eip == seen or (seen and self._busy(service, eip, seen, pick)):
+            if eip is None or eip == seen or (seen and self._busy(record, service, eip, pick)):
                 continue
             if names.FINALIZER not in service.finalizers:
                 todo.append(AddFinalizer(service.ref, service, pick.reason, eip.pool))

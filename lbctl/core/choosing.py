@@ -340,7 +340,8 @@ class Chooser:
     def _shared(self, service: Service, asked: Asked, family: int) -> Pick | tuple[Line, ...]:
         """One that it can share, or the quotas that it has to wait for."""
         lines: list[Line] = []
-        for eip in self._held.shared(asked.sharing):
+        joins = self._held.record(service.ref).joins  # chosen in its turn, before younger ones came
+        for eip in sorted(self._held.shared(asked.sharing), key=lambda e: e.address not in joins):
             address = eip.address
             if self._elsewhere(asked, address) or self._supply.is_forbidden(address):
                 continue

@@ -36,7 +36,7 @@ class Decision(Struct, frozen=True, gc=False):
 class Record(Struct, eq=False, gc=False):
     """What is known of one namespace/name. `asked` is what its Service asks for; `eips` are sorted
     by address; `planned` are the addresses whose EIP it is about to write, `new` those that have
-    none yet and get one."""
+    none yet and get one, `joins` those that it comes onto once another's write is done."""
 
     ref: ObjectRef
     service: Service | None = None
@@ -44,6 +44,7 @@ class Record(Struct, eq=False, gc=False):
     eips: tuple[Eip, ...] = ()
     planned: tuple[Address, ...] = ()
     new: tuple[Address, ...] = ()
+    joins: tuple[Address, ...] = ()
     decision: Decision | None = None
     refused: bool = False
     dirty: bool = False

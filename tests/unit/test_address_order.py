@@ -184,6 +184,18 @@ def test_what_is_reserved_is_given_to_who_asks_for_its_pool_too(pool: str, addre
     assert world.addresses() == {"db": address}
 
 
+def test_who_waits_to_share_comes_where_it_would_have_come_by_its_age() -> None:
+    """Meanwhile one that cannot be there got a lower address, which could be shared too."""
+    world = World(config("name: a, addresses: [10.0.0.0/30]"))
+    key = {"lbctl.io/allow-shared-ip": "k"}
+    world.put(
+        service("one", 1, requested="10.0.0.3", annotations=key, ports=ports("80")),
+        sharing("older", 2, "k", ports=ports("81")),
+        sharing("young", 3, "k", ports=ports("80")),
+    )
+    assert world.addresses() == {"one": "10.0.0.3", "older": "10.0.0.3", "young": "10.0.0.0"}
+
+
 @pytest.mark.parametrize("young, expected", [("k", "10.0.0.0"), ("", "10.0.0.1")])
 def test_a_changed_key_counts_before_the_older_is_served(young: str, expected: str) -> None:
     """Whoever has an address alone says who may come onto it, whatever the order of a batch."""
