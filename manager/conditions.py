@@ -69,8 +69,8 @@ class Conditions:
             uid, warning = action.seen.uid, action.reason is not Reason.OBSERVING
             self._say(action.service, uid, action.reason, action.sentence, warning)
         elif isinstance(action, CreateEip | RebindEip):
-            eip = action.eip
-            text = f"{eip.address} of pool {eip.pool}: {SENTENCE[action.reason]}"
+            eip, apart = action.eip, action.apart if isinstance(action, CreateEip) else ""
+            text = f"{eip.address} of pool {eip.pool}: {apart or SENTENCE[action.reason]}"
             self._say(action.service, eip.uid_of(action.service) or "", action.reason, text)
         self.mark(action.service)
 

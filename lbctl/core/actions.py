@@ -44,11 +44,15 @@ class RemoveFinalizer(Struct, frozen=True, gc=False):
 
 
 class CreateEip(Struct, frozen=True, gc=False):
-    """Create the EIP object. 409 means that someone else has the address."""
+    """Create the EIP object. 409 means that someone else has the address.
+
+    apart: why it is one of its own in spite of a sharing key, "" if there is nothing to say.
+    """
 
     service: ObjectRef
     eip: Eip
     reason: Reason
+    apart: str = ""
 
 
 class RebindEip(Struct, frozen=True, gc=False):

@@ -407,7 +407,7 @@ class Allocator:
         if seen is None:
             if eip.address not in record.new:
                 self._held.create(record, eip)
-                todo.append(CreateEip(service.ref, eip, pick.reason))
+                todo.append(CreateEip(service.ref, eip, pick.reason, pick.apart))
         elif eip.address not in record.new and (eip != seen or eip.address not in service.ingress):
             # one that is not shown yet is bound anew first: see `core.actions`
             self._held.expect(record, eip)
@@ -460,9 +460,11 @@ class Allocator:
         ref, before = service.ref, record.decision
         if not missing or (addresses and not service.needs_both and one_family(missing)):
             reason = picks[0].reason if picks[0].eip is not None else Reason.ALLOCATED
-            if before is not None and before.addresses == addresses and reason is Reason.RESTORED:
-                reason = before.reason if before.reason in _HOW_IT_CAME else reason
-            record.decision = Decision(ref, reason, "", addresses)
+            apart = "; ".join(p.apart for p in picks if p.apart) if record.asked.sharing else ""
+            kept = before if before and before.addresses == addresses else None
+            if kept and reason is Reason.RESTORED and kept.reason in _HOW_IT_CAME:
+                reason, apart = kept.reason, kept.apart if record.asked.sharing else ""
+            record.decision = Decision(ref, reason, "", addresses, apart)
             return
         sentence = "; ".join(dict.fromkeys(pick.refusal for pick in missing))
         record.decision = Decision(ref, missing[0].reason, sentence, addresses)

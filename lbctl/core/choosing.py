@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from lbctl.core import sharing, tenancy
 from lbctl.core.annotations import Asked, value_of
@@ -26,6 +26,7 @@ class Pick(Struct, frozen=True, gc=False):
 
     refusal: why it is not what the Service asks for. lines, wish: what may change that. busy:
     another Service's write to this address has to come first, `eip` is then what follows it.
+    apart: why it is a new one of its own, though another has the sharing key.
     """
 
     eip: Eip | None
@@ -35,6 +36,7 @@ class Pick(Struct, frozen=True, gc=False):
     lines: tuple[Line, ...] = ()
     wish: Address | None = None
     busy: Address | None = None
+    apart: str = ""
 
 
 class Chooser:
@@ -301,8 +303,7 @@ class Chooser:
         if eip.sharing_key != asked.sharing:
             return Reason.SHARING_REFUSED, "it is shared under another key"
         space, shown = service.ref.namespace, eip.address in service.ingress
-        apart = [name for name in eip.namespaces if name != space]
-        if apart and not {space, *apart} <= set(pool.share_across_namespaces):
+        if not _may_share(pool, {space, *eip.namespaces}):
             said = f"pool {pool.name} does not let namespace {space} share with others"
             return Reason.SHARING_REFUSED, said
         if said := sharing.clash(self._held.members(eip), service):
@@ -322,24 +323,30 @@ class Chooser:
         """One that it can share, else a free one of the pool asked for, or of the pools that give
         by themselves."""
         lines: tuple[Line, ...] = ()
+        apart = ""
         if asked.sharing:
             joined = self._shared(service, asked, family)
             if isinstance(joined, Pick):
                 return joined
-            lines = joined
+            lines, apart = joined
         if self._supply.config is None:
             return self._refuse(service, asked, have, Reason.WAITING_FOR_CONFIG, "")
         if asked.pool and (denial := self._pool_denied(service, asked.pool, family)):
             return self._refuse(service, asked, have, *denial, lines)
         found = self._supply.first(service, family, asked.pool)
         if isinstance(found, Free):
-            return self._new(service, asked, found.address, pool=found.pool)
+            new = self._new(service, asked, found.address, pool=found.pool)
+            return structs.replace(new, apart=apart) if apart else new
         reason, said = self._none_free(service, family, found)
         return self._refuse(service, asked, have, reason, said, found + lines)
 
-    def _shared(self, service: Service, asked: Asked, family: int) -> Pick | tuple[Line, ...]:
-        """One that it can share, or the quotas that it has to wait for."""
+    def _shared(
+        self, service: Service, asked: Asked, family: int
+    ) -> Pick | tuple[tuple[Line, ...], str]:
+        """One that it can share; or the quotas that it has to wait for, and in what it differs from
+        the first of the key that it might share else, "" if there is none."""
         lines: list[Line] = []
+        apart = ""
         joins = self._held.record(service.ref).joins  # chosen in its turn, before younger ones came
         for eip in sorted(self._held.shared(asked.sharing), key=lambda e: e.address not in joins):
             address = eip.address
@@ -349,9 +356,14 @@ class Chooser:
                 joined = self._join(service, asked, eip)
                 if isinstance(joined, Pick):
                     return joined
-                if joined[0] is Reason.QUOTA_EXCEEDED:
+                reason, said = joined
+                if reason is Reason.QUOTA_EXCEEDED:
                     lines.append((eip.pool, service.ref.namespace))
-        return tuple(lines)
+                elif reason is Reason.SHARING_REFUSED and not apart:
+                    pool = self._supply.pool_of(address)
+                    if _may_share(pool, {service.ref.namespace, *eip.namespaces}):
+                        apart = f"an address of its own, as it could not share {address}: {said}"
+        return tuple(lines), apart
 
     def _pool_denied(self, service: Service, name: str, family: int) -> tenancy.Denial | None:
         config = self._supply.config
@@ -431,6 +443,12 @@ class Chooser:
         kept = self._own(service, have, asked) if have is not None else None
         sentence = f"Service {service.ref}: {said or SENTENCE[reason]}"
         return Pick(kept, have, reason, sentence, lines, wish)
+
+
+def _may_share(pool: Pool | None, namespaces: set[str]) -> bool:
+    """Whether Services of these namespaces may be on one address of a pool."""
+    across = pool.share_across_namespaces if pool is not None else ()
+    return len(namespaces) == 1 or namespaces <= set(across)
 
 
 def _no_family(service: Service, asked: Asked) -> str:

@@ -17,12 +17,14 @@ from lbctl.core.supply import Supply
 
 
 class Decision(Struct, frozen=True, gc=False):
-    """What was decided about a Service; `said` is "" where the reason says it all."""
+    """What was decided about a Service; `said` is why it lacks what it asks for. apart: why its
+    address is one of its own in spite of a sharing key. Both are "" if there is no such thing."""
 
     ref: ObjectRef
     reason: Reason
     said: str = ""
     addresses: tuple[Address, ...] = ()
+    apart: str = ""
 
     @property
     def sentence(self) -> str:
@@ -30,7 +32,7 @@ class Decision(Struct, frozen=True, gc=False):
         if self.said or not self.addresses:
             return self.said or f"Service {self.ref}: {SENTENCE[self.reason]}"
         had = ", ".join(str(address) for address in self.addresses)
-        return f"Service {self.ref} has {had}: {SENTENCE[self.reason]}"
+        return f"Service {self.ref} has {had}: {self.apart or SENTENCE[self.reason]}"
 
 
 class Record(Struct, eq=False, gc=False):

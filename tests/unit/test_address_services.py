@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from lbctl.core import names
+from lbctl.core.actions import CreateEip
 from lbctl.core.annotations import SHARING_KEY_LIMIT, TABLE, Kind, asked
 from lbctl.core.model import Phase, TrafficPolicy
 from lbctl.core.reasons import SENTENCE, Reason
@@ -257,6 +258,42 @@ def test_sharing_needs_the_same_pods_if_local_and_the_same_sources(
     assert (world.shown("two") == ["10.0.0.0"]) is joined
     world.put(sharing("asks", 3, "k", ports=ports("8080"), requested="10.0.0.0", **two))
     assert world.reason("asks") is (Reason.SHARED if joined else Reason.SHARING_REFUSED)
+
+
+@pytest.mark.parametrize(
+    ("ref", "changes", "cause"),
+    [
+        ("two", {}, "default/one has port TCP 80 already"),
+        (
+            "two",
+            {"ports": ports("443"), "policy": TrafficPolicy.LOCAL},
+            "its externalTrafficPolicy is Local, that of default/one Cluster",
+        ),
+        ("shop/two", {}, "default/one has port TCP 80 already"),
+        ("web/two", {}, ""),
+    ],
+)
+def test_a_key_that_could_not_be_honoured_is_said(
+    ref: str, changes: dict[str, Any], cause: str
+) -> None:
+    world = World(config(A + ", shareAcrossNamespaces: [default, shop]"))
+    world.put(sharing("one", 1, "k"))
+    two = sharing(ref, 2, "k", **changes)
+    world.services[two.ref] = two
+    world.allocator.set_service(two)
+    actions = world.allocator.plan()
+    (made,) = [action for action in actions if isinstance(action, CreateEip)]
+    why = f"an address of its own, as it could not share 10.0.0.0: {cause}" if cause else ""
+    assert (made.reason, made.apart) == (Reason.ALLOCATED, why)
+    for action in actions:
+        world.do(action)
+    world.settle()
+    said = f"Service {two.ref} has 10.0.0.1: {why or SENTENCE[Reason.ALLOCATED]}"
+    decision = world.allocator.decision(two.ref)
+    assert decision is not None and (decision.reason, decision.sentence) == (made.reason, said)
+    world.put(replace(world.services[two.ref], annotations=()))
+    decision = world.allocator.decision(two.ref)
+    assert decision is not None and "share" not in decision.sentence, "it wants to share no more"
 
 
 def test_sharing_across_namespaces_that_the_pool_lists() -> None:

@@ -21,7 +21,7 @@ from lbctl.core.model import Eip, NodeState, NodeView, ObjectRef, Service
 from lbctl.core.reasons import Reason
 from lbctl.kube.cache import Cache
 from lbctl.kube.client import MERGE, Client
-from lbctl.kube.events import EventRecorder
+from lbctl.kube.events import EventRecorder, Subject
 from lbctl.kube.objects import DataObject, to_service
 from manager import keys
 from manager.conditions import Conditions
@@ -177,6 +177,31 @@ async def test_a_status_is_written_upon_a_newer_version_of_the_same_service(kind
         assert (told, seen[-1].ingress, not left) == ([write], (address,), True)
     else:  # it is not what was decided on
         assert (told, seen[-1].ingress, list(left)) == ([], (), [write])
+
+
+class Recorder(EventRecorder):
+    """Keeps what is said."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def emit(self, subject: Subject, reason: str, message: str, warning: bool = False) -> None:
+        self.said.append(f"{subject.ref} {reason}: {message}")
+
+
+def test_the_event_of_an_allocation_says_why_a_sharing_key_was_not_honoured() -> None:
+    events, cache = Recorder(), cast(Cache[Service], SimpleNamespace(items={}, get={}.get))
+    conditions = Conditions(
+        Fake(), cache, events, lambda: True, lambda _: None, lambda _: Reason.NO_NEXT_HOP
+    )
+    web = ObjectRef("default", "web")
+    eip = Eip(ip_address("198.51.100.1"), "p", web, "u")
+    for apart in ("", "an address of its own"):
+        conditions.written(CreateEip(web, eip, Reason.ALLOCATED, apart))
+    assert events.said == [
+        "default/web Allocated: 198.51.100.1 of pool p: an address was given from a pool",
+        "default/web Allocated: 198.51.100.1 of pool p: an address of its own",
+    ]
 
 
 async def test_a_condition_says_what_holds_now_and_when_its_status_changed() -> None:
