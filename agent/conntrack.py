@@ -8,6 +8,8 @@ A TCP connection that nobody could end stays for days, and swallows each new one
 client port: its SYN follows the entry to where nobody is. So those go too, but for what a SYN
 replaces of its own accord (TIME_WAIT, CLOSE). On a node that others call down its pods may live on:
 there TCP is left alone.
+And so do notes of flows that were handed to a node with no pod of theirs any more: a new connection
+from the same client port would go there as long as it is tried.
 Rule: only entries whose original destination is one of our EIP:ports are touched. pyroute2 does the
 same at 2.6 ms an entry; a pod that answers DNS has thousands.
 
@@ -94,9 +96,9 @@ def _targets(table: Table, address: Address, me: str, index: Mapping[str, int]) 
         if port.protocol in _NUMBER:
             pods = ((h.address, h.port) for h in port.members if h.node == me)
             found |= {Target(*own, *pod, protocol=port.protocol) for pod in pods}
-        if port.protocol is Protocol.UDP:
-            others = {h.node for h in port.endpoints} & index.keys()
-            found |= {Target(*own, *own, MARK_BASE + index[name]) for name in others}
+            keepers = port.members if port.protocol is Protocol.TCP else port.endpoints
+            others = {h.node for h in keepers} & index.keys()
+            found |= {Target(*own, *own, MARK_BASE + index[n], port.protocol) for n in others}
     return found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from agent.conntrack import left
 from lbctl.core.forwarding import Table
 from lbctl.core.model import Protocol
+from lbctl.core.names import MARK_BASE
 
 from .forwarding_cases import EIP, INDEX, pod, service, table
 
@@ -38,3 +39,18 @@ def test_pods_of_a_node_that_is_called_down_may_live_on() -> None:
     before = table(HERE, AWAY, of=BOTH)
     now = table(HERE, AWAY, of=BOTH, down=frozenset({"n1"}))
     assert gone(before, now) == {(UDP, "10.244.1.1")}
+
+
+def notes(before: Table, now: Table) -> set[tuple[Protocol, int]]:
+    return {(t.protocol, t.mark - MARK_BASE) for t in left(before, now, "n1", INDEX) if t.mark}
+
+
+def test_notes_of_flows_handed_to_a_node_go_with_its_last_pod() -> None:
+    """Else a new connection from the same client port would be handed to who is not there."""
+    before, n2 = table(HERE, AWAY, pod(2, 2), of=BOTH), frozenset({"n2"})
+    assert notes(before, table(HERE, AWAY, of=BOTH)) == set()
+    both = {(TCP, INDEX["n2"]), (UDP, INDEX["n2"])}
+    assert notes(before, table(HERE, of=BOTH)) == both
+    falls = table(HERE, AWAY, of=BOTH, down=n2, fallen=n2)
+    assert notes(before, falls) == {(UDP, INDEX["n2"])}, "TCP is kept for its return"
+    assert notes(falls, table(HERE, AWAY, of=BOTH, down=n2)) == {(TCP, INDEX["n2"])}
