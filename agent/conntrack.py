@@ -5,9 +5,9 @@ pod that is no more. So when a local endpoint leaves, the entries of its EIP tha
 deleted (kube-proxy does the same for ClusterIPs), and the flow's next packet chooses anew. The same
 is done with flows that were handed over to a node, when none of its endpoints takes flows any more.
 A TCP connection that nobody could end stays for days, and swallows each new one from the same
-client port: its SYN follows the entry to where nobody is. So those go too, but for what a SYN
-replaces of its own accord (TIME_WAIT, CLOSE). On a node that others call down its pods may live on:
-there TCP is left alone.
+client port: its SYN follows the entry to where nobody is. So those go too, and even those that are
+over (TIME_WAIT): a SYN would replace them, but a connection that comes here when its bucket moves
+sends none. On a node that others call down its pods may live on: there TCP is left alone.
 And so do notes of flows that were handed to a node with no pod of theirs any more: a new connection
 from the same client port would go there as long as it is tried.
 Rule: only entries whose original destination is one of our EIP:ports are touched. pyroute2 does the
@@ -46,8 +46,6 @@ _CONNTRACK: Final = 1 << 8
 _GET, _DELETE = 1, 2
 _ACK: Final = 0x4
 _ORIG, _REPLY, _MARK, _FILTER = 1, 2, 8, 25  # CTA_TUPLE_ORIG, …_REPLY, CTA_MARK, CTA_FILTER
-_PROTOCOL_INFO, _TCP_INFO, _TCP_STATE = 4, 1, 1
-_TIME_WAIT: Final = 7  # and CLOSE after it: enum tcp_conntrack
 _NUMBER: Final = {Protocol.TCP: socket.IPPROTO_TCP, Protocol.UDP: socket.IPPROTO_UDP}
 _BY_PROTOCOL, _BY_PORT = 1 << 3, 1 << 4  # CTA_FILTER_F_CTA_…
 _LIMIT_S: Final = 5.0
@@ -167,14 +165,8 @@ def _flows(link: socket.socket, asked: _Question, group: _Group) -> Iterator[byt
             pod, _ = _end(found[_REPLY], source, 2)
             marks = group.get((eip or b"", int.from_bytes(port or b"", "big"), pod or b""), ())
             mark = int.from_bytes(found.get(_MARK, b""), "big")
-            if (0 in marks or mark in marks) and not _over(found):
+            if 0 in marks or mark in marks:
                 yield found[_ORIG]
-
-
-def _over(found: Mapping[int, bytes]) -> bool:
-    """Whether it is a TCP connection that a new SYN replaces."""
-    tcp = dict(nested(found.get(_PROTOCOL_INFO, b""))).get(_TCP_INFO, b"")
-    return dict(nested(tcp)).get(_TCP_STATE, b"\0")[0] >= _TIME_WAIT
 
 
 def _end(flow: bytes, address: int, port: int) -> tuple[bytes | None, bytes | None]:
