@@ -35,7 +35,7 @@ sockets = [socket.socket(family, socket.SOCK_DGRAM) for _ in range(count)]
 for port in (53, 54):
     for one in sockets:
         one.sendto(b"x", (eip, port))
-with socket.create_server((pod, 8080), family=family) as server:  # TCP: one of two ends in peace
+with socket.create_server((pod, 8080), family=family) as server:  # TCP: one of two is over, and in TIME_WAIT
     clients = [socket.create_connection((eip, 80)) for _ in range(2)]
     accepted = [server.accept()[0] for _ in clients]
 clients[0].close()
@@ -79,4 +79,4 @@ def test_only_the_flows_of_the_pod_are_forgotten(
     sh(*inside, "nft", "-f", "-", text=text)
     command = (sys.executable, "-c", SCRIPT, eip, pod, "40")
     said = sh(*inside, "env", f"PYTHONPATH={ROOT}", *command)
-    assert json.loads(said) == [[40, 40, 2], 41, [0, 40, 1], 0]
+    assert json.loads(said) == [[40, 40, 2], 42, [0, 40, 0], 0]
