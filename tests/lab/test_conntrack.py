@@ -35,7 +35,7 @@ sockets = [socket.socket(family, socket.SOCK_DGRAM) for _ in range(count)]
 for port in (53, 54):
     for one in sockets:
         one.sendto(b"x", (eip, port))
-with socket.create_server((pod, 8080), family=family) as server:  # TCP: one of two is over, and in TIME_WAIT
+with socket.create_server((pod, 8080), family=family) as server:  # one of two is over
     clients = [socket.create_connection((eip, 80)) for _ in range(2)]
     accepted = [server.accept()[0] for _ in clients]
 clients[0].close()
