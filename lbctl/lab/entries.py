@@ -46,8 +46,8 @@ def watch(lab: Lab, eips: Iterable[str]) -> None:
             node.run("nft", "-f", "-", input=text)
 
 
-def seen(lab: Lab) -> dict[tuple[str, int], str]:
-    """Node by EIP and client port, as far as noted."""
+def take(lab: Lab) -> dict[tuple[str, int], str]:
+    """Node by EIP and client port, as far as noted; the tables are gone then."""
     found: dict[tuple[str, int], str] = {}
     for node in lab.of_role("node"):
         if node.alive:
@@ -56,11 +56,5 @@ def seen(lab: Lab) -> dict[tuple[str, int], str]:
                 for entry in item.get("set", {}).get("elem", ()):
                     eip, port = entry["concat"]
                     found[str(eip), int(port)] = node.name
-    return found
-
-
-def forget(lab: Lab) -> None:
-    """Take the tables away."""
-    for node in lab.of_role("node"):
-        if node.alive:
             node.run("nft", "delete", "table", "inet", "lbctl-entries")
+    return found

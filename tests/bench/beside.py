@@ -127,7 +127,7 @@ class Rig:
                 )
                 for side, target in self.targets.items()
             }
-            entered = entries.seen(system.lab)
+            entered = entries.take(system.lab)
             act()
             end = time.monotonic() + AFTER_S
             wait("the traffic after the fault", lambda: time.monotonic() > end)

@@ -89,21 +89,18 @@ def _classify(
     pods: list[str],
 ) -> Classes:
     """Open connections, and find by which node each went in and on which node its pod is."""
-    entries.watch(system.lab, targets.values())
     classes: Classes = {name: [] for name in _names()}
     for pod in pods:
         classes[DIRECT] += [port for port, _ in client.ask("open", host=pod, port=8080, count=4)]
     for side, word in (("ours", "ours"), ("theirs", "kube-proxy")):
+        entries.watch(system.lab, [targets[side]])
         opened = client.ask("open", host=targets[side], port=80, count=OPENED)
-        entered = entries.seen(system.lab)
+        entered = entries.take(system.lab)
         on = system.api.pod_nodes(apps[side])
         for port, pod in opened:
             here = entered[targets[side], port] == on[pod]
             far = "steered" if side == "ours" else "elsewhere"
             classes[f"{word}, {'here' if here else far}"].append(port)
-    for side in targets:
-        for node in system.lab.of_role("node"):
-            node.run("nft", "delete", "table", "ip", f"watch_{side}")
     wait("connections of each class", lambda: all(len(p) >= KEPT for p in classes.values()), 1)
     return {name: ports[:KEPT] for name, ports in classes.items()}
 

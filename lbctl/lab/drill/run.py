@@ -101,8 +101,7 @@ def run(site: Site, drill: Drill, sabotaged: bool, show: Show) -> Evidence:
         begin_s = time.monotonic() + drill.before_s
         eyes = stack.enter_context(watched(site, begin_s))
         pass_time(begin_s, begin_s, "traffic runs", loads, eyes, show)
-        entered = entries.seen(site.lab)
-        entries.forget(site.lab)
+        entered = entries.take(site.lab)
         leader = _leader(site)
         done = _timeline(site, drill, sabotaged, begin_s, loads, eyes, show)
         reports = [(traffic, load.stop()) for traffic, load in loads]

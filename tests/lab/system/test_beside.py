@@ -152,7 +152,7 @@ def test_open_connections_are_never_invalid_to_kube_proxy(beside: Beside) -> Non
     with Load.start(
         system.lab.machine("client"), eip, 80, flows=80, probes_per_s=20, timeout_s=5
     ) as load:
-        entered = entries.seen(system.lab)
+        entered = entries.take(system.lab)
         at = load.mark("grow")
         system.api.scale(APP, 3)
         system.wait_pods(APP, 3)

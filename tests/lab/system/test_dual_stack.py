@@ -81,7 +81,7 @@ def test_node_power_cut_breaks_no_connection_to_a_living_pod_in_either_family(
         Load.start(client, four, 80, flows=100) as old,
         Load.start(client, six, 80, flows=100, probes_per_s=20, timeout_s=0.8) as new,
     ):
-        entered = entries.seen(system.lab)
+        entered = entries.take(system.lab)
         old.mark("cut")
         at = new.mark("cut")
         system.lab.power_cut("node-1")

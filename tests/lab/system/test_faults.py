@@ -89,7 +89,7 @@ def test_node_power_cut_with_200_connections(system: System) -> None:
     with Load.start(
         system.lab.machine("client"), eip, 80, flows=200, probes_per_s=30, timeout_s=0.8
     ) as load:
-        entered = entries.seen(system.lab)
+        entered = entries.take(system.lab)
         at = load.mark("cut")
         system.lab.power_cut("node-3")
         report = drive_on(load, at)

@@ -175,7 +175,7 @@ def cut_a_node_under_load(fabric: System, eip: str, on: dict[str, str]) -> None:
     entries.watch(fabric.lab, [eip])
     client = fabric.lab.machine("client")
     with Load.start(client, eip, 80, flows=240, probes_per_s=20, timeout_s=0.8) as load:
-        entered = entries.seen(fabric.lab)
+        entered = entries.take(fabric.lab)
         at = load.mark("cut")
         fabric.lab.power_cut("node-1")
         report = drive_on(load, at)
