@@ -81,6 +81,16 @@ def left(before: Table, now: Table, me: str, index: Mapping[str, int]) -> tuple[
     return tuple(sorted(gone, key=_order))
 
 
+def without(
+    targets: Iterable[Target], now: Table, me: str, index: Mapping[str, int]
+) -> tuple[Target, ...]:
+    """Those of the targets that `now` does not have, sorted. Costs what they are."""
+    wanted = set(targets)
+    for address in {target.eip for target in wanted}:
+        wanted -= _targets(now, address, me, index)
+    return tuple(sorted(wanted, key=_order))
+
+
 def _order(target: Target) -> tuple[int | str, ...]:
     numbers = (int(target.eip), target.port, int(target.pod), target.pod_port, target.mark)
     return (*numbers, target.protocol.value)

@@ -23,6 +23,7 @@ import structlog
 from agent import conntrack, settings
 from agent.clash import Lookout
 from agent.dataplane import Dataplane
+from agent.forgetting import Forgetting
 from agent.inputs import Inputs, growing
 from agent.reach import Reach
 from agent.rendering import State, render
@@ -80,6 +81,7 @@ class Engine:
         self._dataplane = dataplane
         self._reach = Reach(node, routes)
         self._lookout = Lookout(routes, lambda: self._reach.numbers)
+        self._forgetting = Forgetting(self._still_gone)
         self._programmed = asyncio.Event()
         self._on_confirmed = on_confirmed
         self._on_state = on_state
@@ -98,7 +100,7 @@ class Engine:
         self._known_problems: tuple[str, ...] = ()
         self.confirmed = Confirmed()
         self.repairs = {"nftables": 0, "routes": 0, "interfaces": 0}
-        self.failures = 0
+        self._failures = 0
         self.turned_s = time.monotonic()
 
     # -- in ------------------------------------------------------------------------------------
@@ -141,6 +143,11 @@ class Engine:
         return self._down
 
     @property
+    def failures(self) -> int:
+        """Attempts that failed."""
+        return self._failures + self._forgetting.failures
+
+    @property
     def problems(self) -> tuple[str, ...]:
         """What is wrong with this node's kernel settings and tunnel, in words."""
         return self._known_problems
@@ -164,6 +171,7 @@ class Engine:
             group.create_task(self._check(), name="check")
             group.create_task(self._neighbours(), name="neighbours")
             group.create_task(self._fall_back(), name="fall-back")
+            group.create_task(self._forgetting.run(), name="forget")
             group.create_task(self._lookout.run(self._programmed), name="lookout")
 
     async def _fall_back(self) -> None:
@@ -186,7 +194,7 @@ class Engine:
                     await _finished(self._pass(self._inputs, between, self._down))
                 failed = 0
             except DataplaneError as error:
-                self.failures += 1
+                self._failures += 1
                 _log.error("apply_failed", error=str(error))
                 await asyncio.sleep(RETRY_S[min(failed, len(RETRY_S) - 1)])
                 failed += 1
@@ -208,13 +216,13 @@ class Engine:
         written = await self._dataplane.set(self._stages(before, parts, between, down, index))
         planned, gone = self._planned
         await reach.prune()
-        await self._forget(gone)
         if not written:
             # Nothing of the kernel's differs, so neither does its generation.
             planned = replace(
                 planned, rules=replace(planned.rules, generation=before.rules.generation)
             )
         self._take_over(replace(planned, shape=self._dataplane.shape))
+        self._forgetting.add(gone)
         if written:
             _log.info(
                 "table_applied",
@@ -224,6 +232,9 @@ class Engine:
                 whole=whole,
                 took_s=round(time.monotonic() - started, 4),
             )
+
+    def _still_gone(self, gone: Iterable[conntrack.Target]) -> tuple[conntrack.Target, ...]:
+        return conntrack.without(gone, self._state.table, self._node, self._state.index)
 
     def _take_over(self, state: State) -> None:
         """The kernel has it."""
@@ -241,17 +252,6 @@ class Engine:
         if not known or self._macs is not before.macs:
             self._macs = current_macs(self._macs, self._node, nodes)
         return before.index if known else assign(before.index, self._node, nodes)
-
-    async def _forget(self, gone: tuple[conntrack.Target, ...]) -> None:
-        """End what conntrack knows of flows to pods that left; after the tables know it."""
-        if gone:
-            try:
-                count = await asyncio.to_thread(conntrack.forget, gone)
-            except DataplaneError as error:  # the tables are right all the same
-                self.failures += 1
-                _log.error("flows_kept", error=str(error))
-            else:
-                _log.info("flows_forgotten", count=count, targets=len(gone))
 
     def _stages(
         self,
@@ -348,7 +348,7 @@ class Engine:
             try:
                 await self._look()
             except DataplaneError as error:
-                self.failures += 1
+                self._failures += 1
                 _log.error("check_failed", error=str(error))
 
     async def _look(self) -> None:

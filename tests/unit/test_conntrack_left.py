@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from agent.conntrack import left
+from agent.conntrack import left, without
 from lbctl.core.forwarding import Table
 from lbctl.core.model import Protocol
 from lbctl.core.names import MARK_BASE
@@ -54,3 +54,14 @@ def test_notes_of_flows_handed_to_a_node_go_with_its_last_pod() -> None:
     falls = table(HERE, AWAY, of=BOTH, down=n2, fallen=n2)
     assert notes(before, falls) == {(UDP, INDEX["n2"])}, "TCP is kept for its return"
     assert notes(falls, table(HERE, AWAY, of=BOTH, down=n2)) == {(TCP, INDEX["n2"])}
+
+
+def test_what_came_back_before_it_was_forgotten_is_left_alone() -> None:
+    before, now = table(HERE, AWAY, of=BOTH), table(of=BOTH)
+    others = {name: number for name, number in INDEX.items() if name != "n1"}
+    targets = left(before, now, "n1", others)
+    assert {bool(target.mark) for target in targets} == {True, False}
+    assert without(targets, now, "n1", others) == targets
+    assert without(targets, before, "n1", others) == ()
+    again = without(targets, table(HERE, of=BOTH), "n1", others)
+    assert again == tuple(target for target in targets if target.mark)
