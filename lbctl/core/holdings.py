@@ -101,7 +101,10 @@ class Holdings:
 
     def record(self, ref: ObjectRef) -> Record:
         """The record of a namespace/name, made if there is none."""
-        return self.records.setdefault(ref, Record(ref))
+        found = self.records.get(ref)
+        if found is None:
+            found = self.records[ref] = Record(ref)
+        return found
 
     def service(self, ref: ObjectRef) -> Service | None:
         """A Service, None if it is gone."""

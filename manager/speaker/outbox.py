@@ -140,6 +140,7 @@ class Outbox:
         self._section: dict[Kind, dict[bytes, Section]] = {}  # of each waiting route
         self._refresh: dict[Family, bool] = {}  # asked for again; whether its ends are marked
         self._came_s: dict[bytes, float] = {}  # by address of ours: when a path was new
+        self._latest_s = 0.0  # after this nothing that waits is held back
 
     def announce(self, group: Group, routes: Iterable[bytes]) -> None:
         """Hold these routes and send them, but for those that the peer has been given just so."""
@@ -167,7 +168,9 @@ class Outbox:
 
     def _later(self) -> dict[bytes, tuple[bytes, float]]:
         """By address: what is not to be sent yet, and until when."""
-        now_s = self._clock() if self._waiting else 0.0
+        now_s = self._clock() if self._latest_s else 0.0
+        if now_s >= self._latest_s:
+            return {}
         return {
             _address(section.kind, route): (route, section.due_s)
             for section in self._waiting
@@ -178,6 +181,7 @@ class Outbox:
     def _queue(
         self, kind: Kind, group: Group | None, routes: Iterable[bytes], due_s: float = 0.0
     ) -> None:
+        self._latest_s = max(self._latest_s, due_s)
         last = self._waiting[-1] if self._waiting else None
         if last is None or (last.kind, last.group, last.due_s) != (kind, group, due_s):
             last = Section(kind, group, due_s)
