@@ -133,7 +133,8 @@ def _timeouts(family: Family) -> str:
     A SYN that met a pod that had just gone is chosen for anew when the client repeats it, 1 s later
     at the earliest (RFC 6298).
     So does the memory of a flow that was handed over and says no more: a new connection from the
-    same client port would follow it. A flow that goes on renews it.
+    same client port would follow it. A flow that goes on renews it. What was only passed on has no
+    note, so that a new connection would end here: it is forgotten at once.
     """
     return f"""  ct timeout brief_tcp {{
     protocol tcp; l3proto {family.ip};
@@ -142,6 +143,10 @@ def _timeouts(family: Family) -> str:
   ct timeout handed_tcp {{
     protocol tcp; l3proto {family.ip};
     policy = {{ established : 30, unack : 30, fin_wait : 5, last_ack : 5, close : 1 }};
+  }}
+  ct timeout passed_tcp {{
+    protocol tcp; l3proto {family.ip};
+    policy = {{ established : 1, unack : 1, fin_wait : 1, last_ack : 1, close : 1 }};
   }}
   ct timeout brief_udp {{
     protocol udp; l3proto {family.ip};
@@ -271,10 +276,15 @@ def _handover(family: Family) -> str:
     ip, key = family.ip, family.key
     return f"""  chain handover {{
     {ip} {family.hops} < 2 counter name stray drop
-    {ip} {family.hops} > {HANDOVER_TTL} ct mark set meta mark
-    {ip} {family.hops} > {HANDOVER_TTL} {ip} {family.hops} set {HANDOVER_TTL}
+    {ip} {family.hops} <= {HANDOVER_TTL} goto handed_on
+    ct mark set meta mark
+    {ip} {family.hops} set {HANDOVER_TTL}
     meta l4proto tcp ct timeout set "handed_tcp"
     meta l4proto udp ct timeout set "handed_udp"
+    counter name second_chance accept
+  }}
+  chain handed_on {{
+    meta l4proto tcp ct timeout set "passed_tcp"
     counter name second_chance accept
   }}
   chain passed {{

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from typing import Final
 
 MAX_BODY: Final = 1 << 16
@@ -44,20 +45,21 @@ def request(host: str, number: int) -> bytes:
     return f"GET /n/{number} HTTP/1.1\r\nHost: {name}\r\n\r\n".encode()
 
 
-async def ask_once(host: str, port: int) -> str:
-    """One new connection with one request; the pod's name. Raises OSError, ValueError, EOFError."""
-    reader, writer = await asyncio.open_connection(host, port)
-    try:
-        writer.write(request(host, 1))
-        buffer = bytearray()
-        while (body := take_response(buffer)) is None:
-            data = await reader.read(MAX_BODY)
-            if not data:
-                raise EOFError("closed without an answer")
-            buffer += data
-        pod, _, payload = parse_answer(body)
-        if payload != "/n/1":
-            raise ValueError(f"wrong answer {body[:60]!r}")
-        return pod
-    finally:
-        writer.close()
+async def ask_once(socket_: socket.socket, host: str, port: int) -> str:
+    """One request on a new connection of a socket that does not block; the pod's name.
+
+    Raises OSError, ValueError, EOFError. The socket stays the caller's: he can tell its port.
+    """
+    loop = asyncio.get_running_loop()
+    await loop.sock_connect(socket_, (host, port))
+    await loop.sock_sendall(socket_, request(host, 1))
+    buffer = bytearray()
+    while (body := take_response(buffer)) is None:
+        data = await loop.sock_recv(socket_, MAX_BODY)
+        if not data:
+            raise EOFError("closed without an answer")
+        buffer += data
+    pod, _, payload = parse_answer(body)
+    if payload != "/n/1":
+        raise ValueError(f"wrong answer {body[:60]!r}")
+    return pod

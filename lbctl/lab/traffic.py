@@ -22,6 +22,7 @@ import argparse
 import asyncio
 import json
 import signal
+import socket
 import sys
 import time
 from contextlib import suppress
@@ -352,14 +353,16 @@ class Driver:
 
     async def _probe_once(self) -> None:
         start = time.monotonic()
-        pod, error = "", ""
-        try:
-            async with asyncio.timeout(self.options.timeout_s):
-                pod = await ask_once(self.options.host, self.options.port)
-        except TimeoutError:
-            error = "timed out"
-        except (OSError, ValueError, EOFError) as problem:
-            error = str(problem) or type(problem).__name__
+        host, pod, error = self.options.host, "", ""
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as asking:
+            asking.setblocking(False)
+            try:
+                async with asyncio.timeout(self.options.timeout_s):
+                    pod = await ask_once(asking, host, self.options.port)
+            except TimeoutError:
+                error = f"timed out from port {asking.getsockname()[1]}"
+            except (OSError, ValueError, EOFError) as problem:
+                error = str(problem) or type(problem).__name__
         self.results.probes.append((start, time.monotonic() - start, pod, error))
 
     async def _drain(self) -> None:

@@ -20,22 +20,33 @@ VRRP = {"tor-a": {10: "Master", 20: "Master"}, "tor-b": {10: "Backup", 20: "Back
 EIP = "198.51.100.7"
 
 
-def poll(what: str, look: Callable[[], bool], limit_s: float = 90.0) -> None:
-    """Wait until `look` is true; fails with what was waited for."""
+def poll(
+    what: str, look: Callable[[], bool], limit_s: float = 90.0, seen: Callable[[], object] = str
+) -> None:
+    """Wait until `look` is true; fails with what was waited for, and what `seen` says then."""
     deadline = time.monotonic() + limit_s
     while not look():
-        assert time.monotonic() < deadline, f"waited {limit_s:.0f} s for {what}"
+        assert time.monotonic() < deadline, f"waited {limit_s:.0f} s for {what} {seen()}"
         time.sleep(0.02)
 
 
 def vrrp(lab: Lab) -> dict[str, dict[int, str]]:
     """VRRP states of the switches that have power."""
-    return {m.name: switch.vrrp_states(m) for m in lab.of_role("switch") if m.alive}
+    return {m.name: switch.vrrp_states(m) for m in pair(lab)}
+
+
+def pair(lab: Lab) -> list[Machine]:
+    """The switches that have power."""
+    return [m for m in lab.of_role("switch") if m.alive]
 
 
 def settled(lab: Lab) -> Lab:
     """Wait until the VRRP pair has chosen: tor-a masters both groups."""
-    poll("tor-a to be VRRP master and tor-b backup", lambda: vrrp(lab) == VRRP)
+    poll(
+        "tor-a to be VRRP master and tor-b backup:",
+        lambda: vrrp(lab) == VRRP,
+        seen=lambda: (vrrp(lab), [m.run("vtysh", "-c", "show vrrp").stdout for m in pair(lab)]),
+    )
     return lab
 
 

@@ -135,3 +135,21 @@ def test_each_hands_over_to_the_other(net: RulesNet, version: int) -> None:
     assert sum(found["steered"]) == 0 and sum(found["stray"]) == PACKETS
     # By the first, passed on by the other, and once more because the first has noted it.
     assert found["second_chance"] == (2 * PACKETS, PACKETS)
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_what_was_passed_on_does_not_swallow_a_new_connection(net: RulesNet, version: int) -> None:
+    """A dead node's clients repeat themselves, by way of others; then their ports are used again.
+
+    A flow with a note is remembered for 30 s: so long would `connect` wait in vain.
+    """
+    first, lost = next(SOURCES), table((1,), unready=(2,))
+    past = nodeview.advance(nodeview.advance({}, table((2,), unready=(1,)), "n1"), lost, "n1")
+    net.load(1, *nft.full(rules(lost, 1, view=past)))
+    handed = nodeview.advance(nodeview.advance({}, lost, "n2"), table((2,), unready=(1,)), "n2")
+    net.load(2, *nft.full(rules(table((2,), unready=(1,)), 2, view=handed)))
+    assert sent(net, 1, version, frames.ACK)["second_chance"][1] == PACKETS
+    net.load(2, *nft.full(rules(table((2,)), 2)))
+    net.enter(2)
+    for source in range(first + 1, first + 9):
+        net.connect(version, source=source).close()
