@@ -82,20 +82,30 @@ class Dataplane:
     @property
     def shape(self) -> str:
         """What tells this incarnation of the table from any other, to be kept for `adopt`."""
-        return repr(self._shape)
+        return f"{nft.form()} {self._shape!r}"
 
     def adopt(self, rules: Ruleset, shape: str) -> bool:
         """Take the kernel's table for `rules`, from before a restart, if it bears its generation.
 
         shape: as it was then. Returns False if the table is another one, changed, or gone; `set`
-        then writes it anew.
+        then writes it anew. The chains of another version are written anew here, with all elements
+        left as they are.
         """
         wanted = rules.generation & 0xFFFFFFFF
         if any(self._netlink.marker(family.version) != wanted for family in FAMILIES):
             return False
         found = self._fingerprints()
-        if not self._fits(found, rules) or repr(_shape(found)) != shape:
+        form, _, seen = shape.partition(" ")
+        if not self._fits(found, rules) or repr(_shape(found)) != seen:
             return False
+        if form != nft.form():
+            try:
+                run_nft(nft.renewed(rules))
+            except DataplaneError as error:
+                _log.warning("chains_not_renewed", error=str(error))
+                return False
+            _log.info("chains_renewed")
+            found = self._fingerprints()
         self._kernel, self._shape = rules, _shape(found)
         return True
 

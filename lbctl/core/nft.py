@@ -21,6 +21,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
+from hashlib import blake2b
 from ipaddress import IPv4Address, IPv6Address
 from typing import Final, TypeAlias
 
@@ -30,7 +32,7 @@ from lbctl.core.model import Address, Network
 from lbctl.core.names import MARK_BASE
 from lbctl.core.nfbatch import PIECE, Batch
 from lbctl.core.nftfamily import BUCKET_BASE, FAMILIES, Family, family_of
-from lbctl.core.nftrules import refusals, skeleton
+from lbctl.core.nftrules import limiter, refusals, skeleton
 from lbctl.core.nftsets import Policy, interface, replaced
 from lbctl.core.nodeview import PortElements
 from lbctl.core.pmap import changed
@@ -105,6 +107,8 @@ def _address(family: Family, value: int) -> Address:
     return IPv4Address(value) if family.version == 4 else IPv6Address(value)
 
 
+_CHAIN: Final = re.compile(r"^  chain (\w+) \{$", re.MULTILINE)
+_TIMEOUT: Final = re.compile(r"^  ct timeout (\w+) \{$", re.MULTILINE)
 Step: TypeAlias = str | Batch  # a transaction: text for nft, or messages
 
 
@@ -200,6 +204,31 @@ def recounted(counts: Mapping[SetKey, int], old: Ruleset, new: Ruleset) -> dict[
         whole = {"gen": 1, "uplinks": len(new.uplinks), "peers": len(new.peers)}
         made |= {(family.version, name): number for name, number in whole.items()}
     return made
+
+
+def renewed(rules: Ruleset) -> str:
+    """Return the transaction that gives tables with these elements this version's chains.
+
+    All is declared first, so that what is new has its place; then what an older version wrote is
+    emptied and written anew. Elements and counters stay, and chains that are no more, unused. nft
+    refuses all of it if a set is not what it was.
+    """
+    text = ""
+    for family in FAMILIES:
+        declared = skeleton(family)
+        text += declared
+        for name in _CHAIN.findall(declared):
+            text += f"flush chain {family.table} {name}\n"
+        for name in _TIMEOUT.findall(declared):
+            text += f"delete ct timeout {family.table} {name}\n"
+        text += declared + limiter(family, rules.policy.new_flows) + refusals(family)
+    return text
+
+
+@cache
+def form() -> str:
+    """Return what tells this version's tables, without elements, from another's."""
+    return blake2b(renewed(Ruleset()).encode(), digest_size=8).hexdigest()
 
 
 def removal() -> str:

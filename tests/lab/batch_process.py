@@ -12,8 +12,10 @@ import sys
 from dataclasses import replace
 from ipaddress import ip_address, ip_network
 
+import structlog
+
 from agent.dataplane import Dataplane
-from agent.nfnetlink import BatchWriter
+from agent.nfnetlink import BatchWriter, Nfnetlink
 from lbctl.core import nfbatch, nft
 from lbctl.core.elements import WHOLE, Delta, PortKey
 from lbctl.core.model import Address, Protocol
@@ -21,6 +23,7 @@ from lbctl.core.nodeview import PortElements, Target
 from lbctl.core.sticky import sticky
 from lbctl.errors import DataplaneError
 
+OLDER = -2
 FOUR, SIX = ip_address("198.51.100.1"), ip_address("2001:db8:100::1")
 
 
@@ -80,9 +83,21 @@ def stages(number: int) -> list[nft.Ruleset]:
     return [replace(wanted, ports=half, sources={}), wanted] if number == 0 else [wanted]
 
 
+def adopt_from_older() -> None:
+    """What an agent does that was upgraded: it finds the first state, with other chains."""
+    wanted = states()[0]
+    seen = tuple(one.shape() if (one := Nfnetlink().fingerprint(v)) else None for v in (4, 6))
+    upgraded = Dataplane()
+    assert upgraded.adopt(wanted, f"0123 {seen!r}")
+    assert not upgraded.damaged()
+    assert Dataplane().adopt(wanted, upgraded.shape)
+
+
 async def take(dataplane: Dataplane, number: int) -> None:
-    """Set a state; -1 adds one element and deletes another that is not there."""
-    if number < 0:
+    """Set a state; -1 adds one element and deletes another that is not there, OLDER: see there."""
+    if number == OLDER:
+        adopt_from_older()
+    elif number < 0:
         key = (FOUR, "TCP", 4711)
         (batch,) = nfbatch.pieces([[Delta(key, "svc", [], [WHOLE], b"\0", ["flow64"])]])
         batch.deleted = next(nfbatch.pieces([[Delta(key, "steer", [3])]])).deleted
@@ -94,6 +109,7 @@ async def take(dataplane: Dataplane, number: int) -> None:
 
 def main() -> None:
     """Take each state, and say what went wrong."""
+    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
     dataplane = Dataplane()
     for line in sys.stdin:
         said = ""

@@ -13,7 +13,7 @@ import pytest
 from lbctl.core import nft
 
 from .agentnet import ROOT, sh
-from .batch_process import states
+from .batch_process import OLDER, states
 
 
 @pytest.fixture
@@ -110,4 +110,17 @@ def test_a_refused_batch_changes_nothing_and_is_named(
     before = held(space)
     said = writer.write(-1)
     assert said == "nftables refused: delete element ip lbctl steer: No such file or directory"
+    assert held(space) == before
+
+
+def test_an_upgraded_agent_writes_its_own_chains_and_leaves_the_elements(
+    spaces: tuple[str, str], writer: Writer
+) -> None:
+    space = spaces[1]
+    assert writer.write(0) == ""
+    before = held(space)
+    older = ("flush chain ip lbctl arrived", "add rule ip6 lbctl handover counter drop")
+    load(space, [*older, "flush chain ip lbctl cleanup\ndelete chain ip lbctl cleanup"])
+    assert held(space) != before
+    assert writer.write(OLDER) == ""
     assert held(space) == before
