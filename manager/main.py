@@ -21,6 +21,7 @@ import structlog
 
 from lbctl import errors, log
 from lbctl.core import names, state
+from lbctl.core.config import HOLD_TIME_S
 from lbctl.core.health import Limits
 from lbctl.core.keys import Keys
 from lbctl.core.model import Address, NodeState, ObjectRef
@@ -276,8 +277,7 @@ class Manager:
 
     def _hold_time_s(self) -> float:
         current = self.configuration.current
-        peers = current.config.bgp.peers if current is not None else ()
-        return max((peer.hold_time_s for peer in peers), default=9)
+        return current.config.bgp.keep_s if current is not None else HOLD_TIME_S
 
     # What runs
 

@@ -70,6 +70,7 @@ class Neighbours:
             router_id=peer.router_id or self._router_id,
             multihop=peer.multihop,
             password=password,
+            graceful_restart_s=peer.graceful_restart_s,
         )
 
     def _password(self, name: str) -> str | None:

@@ -20,6 +20,8 @@ asks `take()` what to send. Rules:
   changed; `plan` looks at some of them at a time, always at the newest desired state, and at those
   that lose a path first. Until these are all planned no announce is sent: a node that goes
   overtakes a load in progress, whatever of it is not in flight yet.
+- End-of-RIB (RFC 4724) is due to each session once, when the desired state that it found is on its
+  wire: before the first `want` there is none, and a refused route holds it back.
 - `settled` is the greatest number whose routes are acknowledged and, by a later barrier, on the
   wire of every established session.
 """
@@ -137,6 +139,7 @@ class Announcer:
         self._next_id = 1
         self._barrier: tuple[int, int] | None = None  # (id, number that was acknowledged then)
         self._flushed = 0
+        self._complete: list[str] = []
 
     @property
     def state(self) -> LinkState:
@@ -330,6 +333,7 @@ class Announcer:
 
     def _learn(self, table: Table, ledger: Iterable[Held]) -> None:
         """Plan for a peer of which exactly this is known."""
+        table.due = self._number
         for entry in ledger:
             routes = [Route(entry.attributes, prefix) for prefix in entry.prefixes]
             table.learn(entry.attributes, routes, entry.sure)
@@ -353,6 +357,7 @@ class Announcer:
         if (table := self._tables.get(peer)) is not None:
             table.up = up
             if up:
+                table.due = self._number
                 self._unflush()
                 self._barrier = None if self._barrier is None else (self._barrier[0], 0)
 
@@ -402,6 +407,9 @@ class Announcer:
         for table in self._tables.values():
             done = not table.up or flushed.get(table.peer, True)
             complete = complete and done
+            if done and table.up and table.modes is not None and 0 < table.due <= number:
+                table.due = 0
+                self._complete.append(table.peer)
             if done and table.blocked and not table.stray():
                 table.blocked = False
         if complete:
@@ -409,6 +417,11 @@ class Announcer:
         return complete
 
     # what to send
+
+    def completed(self) -> tuple[str, ...]:
+        """The peers to which End-of-RIB became due since this was last asked."""
+        complete, self._complete = tuple(self._complete), []
+        return complete
 
     def _acknowledged(self) -> int:
         """The greatest number of which nothing is pending."""

@@ -37,6 +37,7 @@ class Table:
     peer: str
     modes: Mapping[int, bool] | None = None  # by family: ADD-PATH agreed; None: never negotiated
     up: bool = False
+    due: int = 0  # End-of-RIB, when this number is on the wire; 0: it was sent
     blocked: bool = False  # the modes changed: no announce until the old kind is gone
     wanted: dict[str, Texts] = field(default_factory=dict)  # by prefix, as far as it is planned
     held: set[Route] = field(default_factory=set)

@@ -39,6 +39,7 @@ from lbctl.errors import ConfigError
 
 VERSION: Final = 1
 MAX_PROBLEMS: Final = 200
+HOLD_TIME_S: Final = 9  # a peer's default
 
 
 class PeerConfig(Model):
@@ -49,7 +50,7 @@ class PeerConfig(Model):
     asn: Asn
     port: int = Field(default=179, ge=1, le=65535)
     hold_time_s: Annotated[int, BeforeValidator(values.parse_hold_time)] = Field(
-        default=9, validation_alias="holdTime"
+        default=HOLD_TIME_S, validation_alias="holdTime"
     )
     local_address: Unicast | None = Field(default=None, validation_alias="localAddress")
     router_id: Annotated[IPv4Address, BeforeValidator(values.parse_router_id)] | None = Field(
@@ -59,6 +60,9 @@ class PeerConfig(Model):
         default=None, validation_alias="passwordSecret"
     )
     multihop: int | None = Field(default=None, ge=1, le=255)
+    graceful_restart_s: Annotated[int, BeforeValidator(values.parse_restart_time)] | None = Field(
+        default=None, validation_alias="gracefulRestart"
+    )
 
 
 class Bgp(Model):
@@ -66,6 +70,16 @@ class Bgp(Model):
 
     asn: Asn
     peers: tuple[PeerConfig, ...]
+
+    @property
+    def keep_s(self) -> int:
+        """How long a switch may keep the routes of a manager that vanished, at most, in seconds.
+
+        A session that goes silent ends at the hold time, and its routes with it; one whose process
+        died is restarting for the restart time.
+        """
+        asked = (max(peer.hold_time_s, peer.graceful_restart_s or 0) for peer in self.peers)
+        return max(asked, default=HOLD_TIME_S)
 
 
 class Announce(Model):
@@ -348,7 +362,8 @@ def _is_place(document: Document, loc: Loc, part: str | int) -> bool:
 
 
 def _is_duration(loc: Loc) -> bool:
-    return loc[-1] in ("drainTime", "reuseAfter", "interval", "agentGrace", "holdTime")
+    times = ("drainTime", "reuseAfter", "interval", "agentGrace", "holdTime", "gracefulRestart")
+    return loc[-1] in times
 
 
 def _unknown_key(loc: Loc) -> str:

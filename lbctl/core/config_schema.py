@@ -27,6 +27,7 @@ _VALUES: Final[dict[str, JsonSchemaValue]] = {
     "parse_router_id": {"type": "string", "format": "ipv4"},
     "parse_duration": {"anyOf": [{"type": "number", "minimum": 0}, _DURATION]},
     "parse_hold_time": {"anyOf": [{"type": "integer", "minimum": 3, "maximum": 65535}, _DURATION]},
+    "parse_restart_time": {"anyOf": [{"type": "integer", "minimum": 1, "maximum": 120}, _DURATION]},
     "parse_secret_name": {"type": "string", "maxLength": 253},
     "parse_interface": {"type": "string", "minLength": 1, "maxLength": 15},
     "parse_range": _ADDRESSES,

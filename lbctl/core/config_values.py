@@ -199,6 +199,20 @@ def parse_hold_time(value: object) -> int:
     return int(seconds)
 
 
+def parse_restart_time(value: object) -> int:
+    """BGP restart time: 1 to 120 whole seconds (RFC 4724, 3, has 12 bits for it).
+
+    Nobody withdraws a dead node meanwhile; 120 s are the first restarts of a container that fails,
+    with kubelet's pauses between them, and what FRR asks for itself.
+    """
+    seconds = parse_duration(value)
+    if seconds != int(seconds):
+        raise ValueError("a restart time is whole seconds")
+    if not 1 <= seconds <= 120:
+        raise ValueError("a restart time is 1s to 120s (a dead node stays a next hop so long)")
+    return int(seconds)
+
+
 def parse_asn(value: object) -> int:
     """An AS number, 1 to 4294967294, none of the reserved ones."""
     if not isinstance(value, int) or isinstance(value, bool):

@@ -22,10 +22,12 @@ from lbctl.core.model import Address, Agreed, Network, Path, Peer
 from lbctl.errors import MessageError, SpeakerError
 
 PROCESS: Final = "lbctl"
-BARRIER: Final = "lbctl-barrier"  # the API command that manager.speaker.runner adds
+BARRIER: Final = "lbctl-barrier"  # the API commands that manager.speaker.runner adds
+END_OF_RIB: Final = "lbctl-end-of-rib"
 MAX_PREFIXES: Final = 200
 MAX_U32: Final = 2**32 - 1
 MAX_PASSWORD: Final = 80  # RFC 2385 as Linux and FRR take it
+MAX_RESTART_S: Final = 2**12 - 1  # RFC 4724
 _FAMILIES: Final = {"ipv4 unicast": 4, "ipv6 unicast": 6}
 
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
@@ -131,6 +133,8 @@ def check_peer(peer: Peer) -> Peer:
         raise SpeakerError(where + "router id must be an IPv4 address")
     if peer.multihop is not None:
         _integer(peer.multihop, 1, 255, where + "multihop")
+    if peer.graceful_restart_s is not None:
+        _integer(peer.graceful_restart_s, 1, MAX_RESTART_S, where + "restart time")
     _check_password(peer.password, where)
     return peer
 
@@ -272,6 +276,12 @@ def render_barrier(nonce: str) -> str:
     return f"{BARRIER} {nonce}"
 
 
+def render_end_of_rib(peers: tuple[str, ...]) -> str:
+    """Tell these that they have all: what is left from before a restart goes (RFC 4724)."""
+    checked = [checked_address(ip_address(peer), "peer") for peer in peers]
+    return f"{END_OF_RIB} {' '.join(checked)}"
+
+
 def render_teardown(peer: str) -> str:
     """Close a session with Cease, Administrative Shutdown (RFC 4486)."""
     return f"neighbor {checked_address(ip_address(peer), 'peer')} teardown 2"
@@ -315,9 +325,13 @@ def _neighbor(peer: Peer, local: Address | None) -> str:
     if peer.password is not None:
         encoded = base64.b64encode(peer.password.encode("ascii")).decode("ascii")
         lines += [f'md5-password "{encoded}";', "md5-base64 true;"]
+    restart = "disable"
+    if peer.graceful_restart_s is not None:
+        restart = str(peer.graceful_restart_s)
+        lines.append("manual-eor true;")
     lines += [
         "family { ipv4 unicast; ipv6 unicast; }",
-        "capability { add-path send; route-refresh enable; graceful-restart disable; }",
+        f"capability {{ add-path send; route-refresh enable; graceful-restart {restart}; }}",
         f"api {{ processes [ {PROCESS} ]; neighbor-changes; negotiated; }}",
     ]
     body = "".join(f"\t{line}\n" for line in lines)

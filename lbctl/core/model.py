@@ -263,7 +263,11 @@ def host_route(address: Address) -> Network:
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """One BGP neighbour, validated. `password` is the secret's value, kept out of repr."""
+    """One BGP neighbour, validated. `password` is the secret's value, kept out of repr.
+
+    graceful_restart_s: how long it is asked to keep our routes while all of us restarts (RFC 4724);
+    None: not at all.
+    """
 
     name: str
     address: Address
@@ -275,6 +279,7 @@ class Peer:
     router_id: IPv4Address | None = None
     multihop: int | None = None
     password: str | None = field(default=None, repr=False)
+    graceful_restart_s: int | None = None
 
 
 @dataclass(frozen=True, slots=True, order=True)

@@ -51,8 +51,8 @@ class Facts:
     gone: ids of managers whose Pods vanished, and when (seconds, the clock of `now_s`). Keep an
     entry for at least the hold time.
     confirming: for an address, the names of the Up nodes whose agents still confirm it.
-    hold_time_s: the longest of the peers'. drain_time_s, reuse_after_s, rule (which classes are
-    ours): from the configuration.
+    hold_time_s: how long a switch keeps the routes of a manager that vanished (`Bgp.keep_s`).
+    drain_time_s, reuse_after_s, rule (which classes are ours): from the configuration.
     """
 
     living: Collection[str]

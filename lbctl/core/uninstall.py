@@ -8,7 +8,7 @@ is let go even if a node cannot be cleaned.
 | stage        | why it comes here                                                              |
 |--------------|--------------------------------------------------------------------------------|
 | StopManagers | their sessions end, and with them every route; nobody writes to Services after |
-| AwaitRoutes  | a switch that did not hear the end drops them at the hold time; then drainTime |
+| AwaitRoutes  | a switch that did not hear the end drops them at last (keep_s); then drainTime |
 | CleanNodes   | no packet for an EIP comes any more                                            |
 | LetGo        | nothing forwards; whoever waits for a Service's deletion gets it               |
 | Undrain      | the annotation of `lbctl node drain`                                           |
@@ -22,11 +22,10 @@ from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
 from lbctl.core import names
-from lbctl.core.config import Config, Services
+from lbctl.core.config import HOLD_TIME_S, Config, Services
 from lbctl.core.model import Address, Eip, Node, ObjectRef, Service
 
-HOLD_TIME_S: Final = 9.0  # the defaults, where no configuration can be read
-DRAIN_TIME_S: Final = 2.0
+DRAIN_TIME_S: Final = 2.0  # the default, where no configuration can be read
 _AGENT: Final = "agent"  # the container
 UNINSTALL: Final = ("--uninstall", "--stay")
 
@@ -187,8 +186,7 @@ def silence_s(config: Config | None) -> float:
     """How long after the managers' end no switch has a route and no connection drains any more."""
     if config is None:
         return HOLD_TIME_S + DRAIN_TIME_S
-    hold_s = max((peer.hold_time_s for peer in config.bgp.peers), default=HOLD_TIME_S)
-    return hold_s + config.announce.drain_time_s
+    return config.bgp.keep_s + config.announce.drain_time_s
 
 
 def _let_go(found: Found) -> Iterable[LetGo]:

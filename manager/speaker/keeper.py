@@ -46,7 +46,7 @@ class Keeper:
         self.last_word_s = 0.0
         self.changed = asyncio.Event()  # peers or silence: look again what shall run
         self.synced = asyncio.Event()  # a link to ExaBGP works
-        self.quiet = asyncio.Event()  # no session is up
+        self.ended_one = asyncio.Event()  # a session ended
         self.link: Link | None = None
         self._ledger = Ledger()
         self._sessions: dict[str, SessionState] = {}
@@ -140,6 +140,8 @@ class Keeper:
                 self._command(message)
             case messages.Flush():
                 self._flush(message)
+            case messages.EndOfRib():
+                self._end_of_rib(message)
             case messages.Peers():
                 self._set_peers(message)
             case messages.Keys():
@@ -191,6 +193,17 @@ class Keeper:
                 self.send(messages.Flushed(message.id, dict(future.result().flushed)))
 
         self.link.barrier().add_done_callback(answered)
+
+    def _end_of_rib(self, message: messages.EndOfRib) -> None:
+        if message.generation != self._generation or self.link is None or not self.link.synced:
+            return  # as for a command; the manager says it again for what it is being told
+        # To the others ExaBGP sends it by itself.
+        if due := sorted(self._graceful() & set(message.peers)):
+            self.link.end_of_rib(tuple(due))
+
+    def _graceful(self) -> set[str]:
+        """Addresses of the peers that keep our routes when ExaBGP dies."""
+        return {str(peer.address) for peer in self.peers if peer.graceful_restart_s is not None}
 
     def send(self, message: Message) -> None:
         """To the manager, if there is one."""
@@ -265,14 +278,20 @@ class Keeper:
             return
         self._sessions[event.peer] = new
         self.send(new)
-        if not self.established():
-            self.quiet.set()
+        if not new.up:
+            self.ended_one.set()
         if new.up != old.up:
             log.info("session", peer=event.peer, up=event.up, detail=event.detail)
 
     def established(self) -> list[str]:
         """Addresses of peers whose session is up."""
         return sorted(peer for peer, session in self._sessions.items() if session.up)
+
+    def leaving(self) -> list[str]:
+        """Peers that hear Cease when the speaker is told to end: all if another manager announces,
+        else those that would keep our routes."""
+        graceful = self._graceful()
+        return [peer for peer in self.established() if self.others or peer in graceful]
 
     def ended(self, why: str) -> None:
         """ExaBGP is gone, and all that it held with it."""

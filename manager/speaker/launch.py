@@ -3,7 +3,9 @@
 It listens for the manager and for ExaBGP's relay on unix sockets in its directory, keeps ExaBGP
 running with the manager's peers, reloads it when they change (SIGUSR1, other sessions stay), kills
 it when it hangs, and starts it again. On SIGTERM it closes the sessions with Cease if its manager
-said that another replica announces, and ends.
+said that another replica announces, and in any case those with graceful restart (whoever ends on
+purpose takes the routes along: it may be for good, and nobody would withdraw a dead node), and
+ends.
 
 Usage: lbctl-speaker [--directory DIR] [--peer-port PORT]
 """
@@ -68,7 +70,7 @@ class Launcher:
                 tasks.create_task(self._follow(), name="follow")
                 tasks.create_task(self._watch(), name="watch")
         finally:
-            await self._farewell(self.keeper.others)
+            await self._farewell(self.keeper.leaving())
             if self._process is not None:
                 await self._process.wait()
             for server in servers:
@@ -128,7 +130,7 @@ class Launcher:
                 continue
             self.keeper.changed.clear()
             if not self.keeper.wanted:
-                await self._farewell(True)
+                await self._farewell(self.keeper.established())
             elif len(self.keeper.established()) < len(self.keeper.peers) or self._is_stale():
                 await self._reload()
 
@@ -171,17 +173,17 @@ class Launcher:
                 await asyncio.sleep(TICK_S / 10)
         raise SpeakerError("ExaBGP is gone")
 
-    async def _farewell(self, cease: bool) -> None:
-        """End ExaBGP, with Cease on its sessions if so asked."""
+    async def _farewell(self, peers: list[str]) -> None:
+        """End ExaBGP, with Cease on the sessions with these peers."""
         link = self.keeper.link
-        if cease and link is not None and link.synced:
-            for peer in self.keeper.established():
+        if link is not None and link.synced:
+            for peer in peers:
                 link.teardown(peer)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(FAREWELL_S):
-                    while self.keeper.established():
-                        self.keeper.quiet.clear()
-                        await self.keeper.quiet.wait()
+                    while not set(peers).isdisjoint(self.keeper.established()):
+                        self.keeper.ended_one.clear()
+                        await self.keeper.ended_one.wait()
         if self._process is not None:
             self._process.kill()
 

@@ -64,6 +64,10 @@ class Link:
         """Send a barrier; SpeakerError in the future when the link ends before the answer."""
         return self._barrier(secrets.token_hex(8))
 
+    def end_of_rib(self, peers: tuple[str, ...]) -> None:
+        """Send End-of-RIB to these."""
+        self._send(exabgp.render_end_of_rib(peers), Waiting(_now()))
+
     def teardown(self, peer: str) -> None:
         """Close one session with Cease."""
         self._send(exabgp.render_teardown(peer), Waiting(_now()))

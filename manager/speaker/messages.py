@@ -18,7 +18,7 @@ from lbctl.core.exabgp import Command, Verb
 from lbctl.core.model import Peer
 from lbctl.errors import MessageError, SpeakerError
 
-VERSION: Final = 2
+VERSION: Final = 3
 MAX_LINE: Final = 1 << 20
 MANAGER_SOCKET: Final = "manager.sock"
 RELAY_SOCKET: Final = "relay.sock"
@@ -54,6 +54,7 @@ class PeerEntry(msgspec.Struct, frozen=True):
     router_id: str | None
     multihop: int | None
     password: str | None
+    graceful_restart_s: int | None
 
 
 class Peers(Message, frozen=True, tag="peers"):
@@ -77,6 +78,13 @@ class Flush(Message, frozen=True, tag="flush"):
     """Manager: a barrier."""
 
     id: int
+
+
+class EndOfRib(Message, frozen=True, tag="end"):
+    """Manager: these peers (addresses) have all that is wanted, on the wire."""
+
+    generation: int  # as in `Run`
+    peers: list[str]
 
 
 class Ping(Message, frozen=True, tag="ping"):
@@ -135,7 +143,7 @@ class Problems(Message, frozen=True, tag="problems"):
     problems: dict[str, str]
 
 
-FromManager = Hello | Keys | Peers | Run | Flush | Ping
+FromManager = Hello | Keys | Peers | Run | Flush | EndOfRib | Ping
 FromSpeaker = HeldPart | Paused | Done | Flushed | SessionState | Problems
 
 _encoder = msgspec.json.Encoder()
@@ -178,6 +186,7 @@ def from_peer(peer: Peer) -> PeerEntry:
         None if peer.router_id is None else str(peer.router_id),
         peer.multihop,
         peer.password,
+        peer.graceful_restart_s,
     )
 
 
@@ -214,6 +223,7 @@ def to_peer(entry: PeerEntry) -> Peer:
                 None if entry.router_id is None else IPv4Address(entry.router_id),
                 entry.multihop,
                 entry.password,
+                entry.graceful_restart_s,
             )
         )
     except (ValueError, SpeakerError) as error:

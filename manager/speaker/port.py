@@ -220,6 +220,8 @@ class ExabgpSpeaker:
             case messages.Flushed():
                 if not self._announcer.barrier(message.id, message.peers):
                     asyncio.get_running_loop().call_later(FLUSH_AGAIN_S, self._schedule)
+                if complete := self._announcer.completed():
+                    self._send(messages.EndOfRib(self._generation, list(complete)))
             case messages.HeldPart():
                 self._held(message)
             case messages.Paused():

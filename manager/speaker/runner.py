@@ -6,6 +6,11 @@ it still behaves:
 - The API command `lbctl-barrier NONCE`: answered in order with the other commands, it says for each
   neighbour whether it is up and whether all is on the wire (`done` says only "in the RIB"), and
   counts reloads (ExaBGP forgets a SIGUSR1 that comes while updates wait).
+- The API command `lbctl-end-of-rib ADDRESS…` ends a restart (RFC 4724) for neighbours that have all
+  on the wire, in all their families. ExaBGP's own is answered out of order when it fails.
+- A session that is ended by command, by its peer's removal or by a change of it ends with Cease,
+  with graceful restart too, where ExaBGP is silent: the switch would keep the routes. What was
+  ended by command is not dialled again.
 - Routes are kept and sent by `manager.speaker.outbox`. ExaBGP keeps four objects per route and
   neighbour, and sends two changes of one route by when their *attributes* were first seen: the
   older may win on the wire.
@@ -32,7 +37,7 @@ from functools import partial
 from importlib.metadata import version
 from typing import Any, Final
 
-from lbctl.core.exabgp import BARRIER
+from lbctl.core.exabgp import BARRIER, END_OF_RIB
 from manager.speaker.outbox import Group, Outbox
 
 EXABGP_VERSION: Final = "5.0.15"
@@ -45,6 +50,7 @@ DIAL_MS: Final = 20  # a socket that is connecting is not polled for: look so of
 MAX_GROUPS: Final = 4096
 MAX_ATTRIBUTES: Final = 1500  # letters; packed they are at most twice as many octets
 PR_SET_PDEATHSIG: Final = 1
+PEER_DECONFIGURED: Final = 3  # Cease's subcode, RFC 4486
 
 
 def _session(peer: Any, told: set[str]) -> dict[str, Any]:
@@ -101,6 +107,55 @@ def add_barrier() -> None:
 
     Reactor.reload, Processes.up, Processes.down = reload, tell_up, tell_down
     Command.register(BARRIER, False)(barrier)
+
+
+def add_end_of_rib() -> None:
+    """Register the command that sends it."""
+    from exabgp.bgp.fsm import FSM
+    from exabgp.protocol.family import AFI, SAFI, Family
+    from exabgp.reactor.api.command.command import Command
+
+    def end(self: Any, reactor: Any, service: str, line: str, use_json: bool) -> bool:
+        def answer() -> Iterator[bool]:
+            named = line.split(" ")[1:]
+            for peer in reactor._peers.values():
+                neighbor = peer.neighbor
+                whole = peer.fsm == FSM.ESTABLISHED and neighbor.rib.outgoing.flushed
+                if whole and str(neighbor["peer-address"]) in named:
+                    neighbor.eor.append(Family(AFI.undefined, SAFI.undefined))
+            reactor.processes.answer_done(service)
+            yield True
+
+        reactor.asynchronous.schedule(service, line, answer())
+        return True
+
+    Command.register(END_OF_RIB, False)(end)
+
+
+def say_cease() -> None:
+    """End no session silently, and dial none that was ended by command."""
+    from exabgp.bgp.fsm import FSM
+    from exabgp.bgp.message.open.capability import Capability
+    from exabgp.reactor.peer import Peer
+
+    main, teardown, remove = Peer._main, Peer.teardown, Peer.remove
+
+    def _main(self: Any) -> Iterator[Any]:
+        # What was agreed is kept elsewhere: from here on this says only how the session is to end.
+        self.proto.negotiated.sent_open.capabilities.pop(Capability.CODE.GRACEFUL_RESTART, None)
+        yield from main(self)
+
+    def _teardown(self: Any, code: int, restart: bool = True) -> None:
+        teardown(self, code, False)
+
+    def _remove(self: Any) -> None:
+        if self.fsm == FSM.ESTABLISHED and self.neighbor["capability"]["graceful-restart"]:
+            teardown(self, PEER_DECONFIGURED, False)
+            self.neighbor.rib.uncache()
+        else:
+            remove(self)
+
+    Peer._main, Peer.teardown, Peer.remove = _main, _teardown, _remove
 
 
 class Changes:
@@ -257,6 +312,8 @@ def repair() -> None:
     if version("exabgp") != EXABGP_VERSION:
         sys.exit(f"the speaker needs exabgp {EXABGP_VERSION}, not {version('exabgp')}")
     add_barrier()
+    add_end_of_rib()
+    say_cease()
     keep_routes_packed()
     forgive_helpers()
     reconnect_soon()

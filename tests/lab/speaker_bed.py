@@ -76,7 +76,16 @@ router bgp {SWITCH_ASN}
 class Bed:
     """Two namespaces joined by a veth pair; FRR in `switch`, the speaker in `speaker`."""
 
-    def __init__(self, directory: FilePath) -> None:
+    def __init__(self, directory: FilePath, frr_root: FilePath | None = None) -> None:
+        """frr_root: a tree with another FRR to run, in place of this machine's."""
+        self.frr_prefix: tuple[str, ...] = ()
+        if frr_root is not None:
+            script = f"""set -e
+            mount --bind /run {frr_root}/run
+            mount --bind /proc {frr_root}/proc
+            exec chroot {frr_root} "$@"
+            """
+            self.frr_prefix = ("unshare", "--mount", "sh", "-c", script, "sh")
         self.name = f"lbsp{os.getpid()}{secrets.token_hex(2)}"
         self.directory = directory
         self.switch, self.speaker = f"{self.name}-sw", f"{self.name}-sp"
@@ -143,6 +152,7 @@ class Bed:
             self._spawn(
                 daemon,
                 self.switch,
+                *self.frr_prefix,
                 str(FRR / daemon),
                 *(
                     "-N",
@@ -164,7 +174,10 @@ class Bed:
     def vtysh(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Run vtysh against this bed's FRR."""
         return subprocess.run(
-            ["vtysh", "-N", self.name, *arguments], check=False, capture_output=True, text=True
+            [*self.frr_prefix, "vtysh", "-N", self.name, *arguments],
+            check=False,
+            capture_output=True,
+            text=True,
         )
 
     def start_speaker(self) -> None:
@@ -225,6 +238,8 @@ class Bed:
         data: dict[str, Any] = json.loads(done.stdout)
         seen = set()
         for prefix, entries in data.get("routes", {}).items():
+            if isinstance(entries, dict):  # FRR 10
+                entries = entries["paths"]
             for entry in entries:
                 if "nexthops" not in entry:  # FRR 8.4 puts a header first
                     continue

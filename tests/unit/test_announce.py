@@ -355,6 +355,46 @@ def test_settled_needs_the_wire_of_every_established_session() -> None:
     assert announcer.settled == number
 
 
+def test_end_of_rib_waits_for_all_that_is_wanted() -> None:
+    """Not before the first `want`, not while a route is refused; to each session once."""
+    announcer, model = ready()
+    model.drain(announcer)
+    assert announcer.completed() == (), "nobody has said what is wanted"
+    announcer.want((A, B), frozenset({path(1), path(2, tag=1)}))
+    model.pull(announcer)
+    model.step(announcer, ok=False)
+    model.drain(announcer)
+    assert announcer.completed() == (), "a route is refused"
+    announcer.retry()
+    model.drain(announcer)
+    assert announcer.completed() == (A, B)
+    announcer.want((A, B), frozenset({path(1)}))
+    model.drain(announcer)
+    assert announcer.completed() == (), "these sessions have had theirs"
+
+
+def test_end_of_rib_is_due_to_each_new_session() -> None:
+    """When its own wire is empty; again after a doubt, for then it may have been lost."""
+    announcer, model = ready()
+    announcer.want((A, B), frozenset({path()}))
+    model.drain(announcer)
+    announcer.completed()
+    for peer in (A, B):
+        announcer.established(peer, False)
+        announcer.established(peer, True)
+    (barrier,) = announcer.take()
+    assert not announcer.barrier(barrier.id, {A: True, B: False})
+    assert announcer.completed() == (A,)
+    model.drain(announcer)
+    assert announcer.completed() == (B,)
+    announcer.established(B, False)
+    announcer.paused()
+    model.queue.clear()
+    announcer.held(model.ledger(sure=True))
+    model.drain(announcer)
+    assert announcer.completed() == (A,), "B has no session"
+
+
 def test_an_old_number_settles_while_new_ones_keep_coming() -> None:
     """Nobody waits for ever because others are busy."""
     announcer, model = ready(A)

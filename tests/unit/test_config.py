@@ -329,6 +329,10 @@ def test_overlaps_are_found_whatever_the_order(networks: list[object]) -> None:
         ({"holdTime": "20h"}, "a hold time is 3s to 65535s"),
         ({"holdTime": "-9"}, "a duration cannot be negative"),
         ({"holdTime": "9 s"}, "must be a duration such as 50ms, 9s or 5m"),
+        ({"gracefulRestart": 0}, "a restart time is 1s to 120s (a dead node stays"),
+        ({"gracefulRestart": "3m"}, "a restart time is 1s to 120s"),
+        ({"gracefulRestart": "1500ms"}, "a restart time is whole seconds"),
+        ({"gracefulRestart": "true"}, "must be a duration such as"),
         ({"multihop": 0}, "must be at least 1"),
         ({"multihop": 256}, "must be at most 255"),
         ({"routerId": "0.0.0.0"}, "must look like an IPv4 address other than 0.0.0.0"),
@@ -350,6 +354,13 @@ def test_bad_peers(fields: dict[str, object], said: str) -> None:
 @pytest.mark.parametrize("hold, seconds", [("3", 3), ("90s", 90), ("1m", 60)])
 def test_hold_times(hold: str, seconds: int) -> None:
     assert parse(with_peer(holdTime=hold)).bgp.peers[0].hold_time_s == seconds
+
+
+@pytest.mark.parametrize("written, asked, kept", [(None, None, 9), ("20s", 20, 20), ("2s", 2, 9)])
+def test_graceful_restart(written: str | None, asked: int | None, kept: int) -> None:
+    """Off unless asked for; a manager's routes count for as long as a switch may keep them."""
+    bgp = parse(with_peer(**({} if written is None else {"gracefulRestart": written}))).bgp
+    assert (bgp.peers[0].graceful_restart_s, bgp.keep_s) == (asked, kept)
 
 
 def test_peers_must_differ_from_each_other_and_from_the_pools() -> None:

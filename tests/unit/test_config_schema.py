@@ -24,7 +24,8 @@ pools:
     quota: {shop: 3, "*": 1}
 bgp:
   asn: 64512
-  peers: [{name: tor-a, address: 192.0.2.1, asn: 64500, holdTime: 9s, multihop: 2}]
+  peers: [{name: tor-a, address: 192.0.2.1, asn: 64500, holdTime: 9s, multihop: 2,
+    gracefulRestart: 20s}]
 announce: {drainTime: 100ms, reuseAfter: 30}
 probe:
 forwarding: {interfaces: [eth0], steering: auto}

@@ -20,6 +20,7 @@ from lbctl.errors import MessageError, SpeakerError
 from manager.speaker.process import environment
 
 GOLDEN = FilePath(__file__).parent / "golden"
+GOLDEN_NAMES = ("exabgp-one.conf", "exabgp-three.conf", "exabgp-restart.conf")
 RELAY = ("/bin/true", "-m", "manager.speaker.relay", "/run/lbctl-speaker/relay.sock")
 
 TOR_A = Peer("tor-a", IPv4Address("192.0.2.1"), 64500, 64512)
@@ -35,6 +36,7 @@ FULL = Peer(
     multihop=3,
     password="it's; a \"}\\ password #1",
 )
+RESTARTING = dataclasses.replace(TOR_A, graceful_restart_s=20)
 BARE6 = Peer("tor-c", IPv6Address("2001:db8::3"), 64501, 64512)
 PATH = Path(ip_network("198.51.100.1/32"), ip_address("192.0.2.21"), 17, "node-1")
 
@@ -48,16 +50,17 @@ def rendered() -> dict[str, str]:
     return {
         "exabgp-one.conf": exabgp.render_config((TOR_A,), local, RELAY),
         "exabgp-three.conf": exabgp.render_config((FULL, BARE6, TOR_A), local, RELAY),
+        "exabgp-restart.conf": exabgp.render_config((RESTARTING,), local, RELAY),
     }
 
 
-@pytest.mark.parametrize("name", ["exabgp-one.conf", "exabgp-three.conf"])
+@pytest.mark.parametrize("name", GOLDEN_NAMES)
 def test_configuration_is_the_golden_one(name: str) -> None:
     """Any change of the text is seen in review."""
     assert rendered()[name] == (GOLDEN / name).read_text()
 
 
-@pytest.mark.parametrize("name", ["exabgp-one.conf", "exabgp-three.conf"])
+@pytest.mark.parametrize("name", GOLDEN_NAMES)
 def test_real_exabgp_takes_the_golden_files(name: str) -> None:
     """`exabgp validate` itself, and what it understood of the neighbour."""
     done = subprocess.run(
@@ -116,6 +119,9 @@ def test_real_exabgp_refuses_a_broken_file(tmp_path: FilePath) -> None:
         {"password": "new\nline"},
         {"password": "grün"},
         {"password": b"bytes"},
+        {"graceful_restart_s": 0},
+        {"graceful_restart_s": 4096},
+        {"graceful_restart_s": 20.5},
     ],
 )
 def test_a_peer_with_a_bad_value_is_refused(changes: dict[str, Any]) -> None:
@@ -269,6 +275,14 @@ def test_answers() -> None:
         exabgp.parse_line(json.dumps(barrier | {"peers": {"192.0.2.1": True}}))
     with pytest.raises(SpeakerError):
         exabgp.render_barrier("a b")
+
+
+def test_end_of_rib_names_addresses_only() -> None:
+    """One line, with nothing in it that ExaBGP could read as more."""
+    said = exabgp.render_end_of_rib(("192.0.2.1", "2001:db8::1"))
+    assert said == f"{exabgp.END_OF_RIB} 192.0.2.1 2001:db8::1"
+    with pytest.raises(ValueError, match="does not appear to be"):
+        exabgp.render_end_of_rib(("192.0.2.1\nshutdown",))
 
 
 def event(kind: str, **content: object) -> str:

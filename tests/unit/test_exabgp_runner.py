@@ -15,6 +15,7 @@ from manager.speaker.runner import EXABGP_VERSION
 
 # What the runner replaces parts of, or stands in for, as ExaBGP 5.0.15 has it.
 READ = {
+    "bgp/message/open/capability/capabilities.py": "a4fadbac10b5b001",
     "bgp/message/update/__init__.py": "437c91aab7bd04c5",
     "reactor/api/command/announce.py": "c5dbde71fff5bf58",
     "reactor/api/command/limit.py": "ed3ac4c991e0027f",
@@ -119,6 +120,35 @@ print(*sent(), answers, sep=chr(10))
         "",
         "['done', 'done', 'done', 'done', 'error', 'error', 'error']",
     ]
+
+
+def test_end_of_rib_goes_to_whole_sessions_only() -> None:
+    """Answered in its turn, for all families that a session has; nobody else hears it."""
+    code = """
+from collections import deque
+from exabgp.bgp.fsm import FSM
+from exabgp.reactor.asynchronous import ASYNC
+def peer(address, state=FSM.ESTABLISHED, flushed=True):
+    class Neighbor(dict):
+        rib, eor = SimpleNamespace(outgoing=SimpleNamespace(flushed=flushed)), deque()
+    neighbor = Neighbor({"peer-address": address})
+    return SimpleNamespace(fsm=state, neighbor=neighbor)
+peers = [peer("10.0.0.1"), peer("10.0.0.2", FSM.OPENCONFIRM), peer("10.0.0.3", flushed=False)]
+peers += [peer("10.0.0.4")]
+answers, queue = [], ASYNC()
+reactor = SimpleNamespace(
+    _peers=dict(enumerate(peers)),
+    asynchronous=queue,
+    processes=SimpleNamespace(answer_done=lambda service: answers.append("done")),
+)
+api.response(reactor, "lbctl", "lbctl-end-of-rib 10.0.0.1 10.0.0.2 10.0.0.3", False)
+print(answers)
+while queue.run():
+    pass
+due = [(one.afi, one.safi) for one in peers[0].neighbor.eor]
+print(answers, [len(peer.neighbor.eor) for peer in peers], due == [(AFI.undefined, SAFI.undefined)])
+"""
+    assert run(code).splitlines() == ["[]", "['done'] [1, 0, 0, 0] True"]
 
 
 def test_commands_run_in_order_and_a_failed_one_is_an_error() -> None:

@@ -38,7 +38,8 @@ bgp:
   asn: 64512
   peers:
     - {name: a, address: 192.0.2.1, asn: 64500}
-    - {name: b, address: 192.0.2.2, asn: 64501, passwordSecret: tor, port: 1179, holdTime: 12s}
+    - {name: b, address: 192.0.2.2, asn: 64501, passwordSecret: tor, port: 1179, holdTime: 12s,
+       gracefulRestart: 20s}
 """
 
 
@@ -62,6 +63,7 @@ def test_peers_get_their_passwords_and_keep_them() -> None:
     a, b = made.peers(now)
     assert not made.missing and (a.password, b.password) == (None, "s3cret")
     assert (b.asn, b.local_asn, b.port, b.hold_time_s) == (64501, 64512, 1179, 12)
+    assert (a.graceful_restart_s, b.graceful_restart_s) == (None, 20)
     assert str(a.router_id) == "192.0.2.11" and "s3cret" not in repr(b)
     secrets.clear()
     assert made.peers(now)[1].password == "s3cret", "a password that is known must not be lost"

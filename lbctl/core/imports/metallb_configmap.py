@@ -23,7 +23,8 @@ PEER_WHY: Final = {
     "connect_time": "a session is tried again after at most 5 s",
     "node_selectors": "sessions are the managers', two for the whole cluster, not the nodes'",
     "bfd_profile": "no BFD: the managers' own probes see a dead node in a fraction of a second",
-    "enable_graceful_restart": "a second manager announces while one restarts",
+    "enable_graceful_restart": "a second manager announces while one restarts; not every switch "
+    "is good for gracefulRestart (docs/operations.md)",
     "vrf": "sessions are made in the host's main routing table",
     "dynamic_asn": "say which AS the switch has, under asn",
     "interface": "sessions need an address",
