@@ -41,7 +41,7 @@ from lbctl.core.model import (
 )
 from lbctl.core.pmap import PMap
 from lbctl.core.reasons import Reason
-from lbctl.core.routes import EipSelection, PathIds, Rules, select
+from lbctl.core.routes import EipSelection, PathIds, Rules, Verdicts, select
 from lbctl.core.virtual import Levels
 from lbctl.kube import client as api
 from lbctl.kube.client import Client
@@ -114,11 +114,13 @@ class Announcing:
         self._owned: dict[ObjectRef, set[Address]] = {}
         self._nodes: dict[str, Node] = {}
         self._locator: Locator | None = None  # of these
+        self._verdicts: Verdicts | None = None  # on these
         self._ids, self._levels = PathIds(), Levels()
         self._paths: PMap[Network, frozenset[Path]] = PMap()
         self._hops: Counter[str] = Counter()  # EIPs by node
         self._counts: tuple[Counter[int], Counter[int]] = Counter(), Counter()  # by family
         self._all, self._touched = True, set[Address]()
+        self._moved: set[str] = set()  # nodes that are judged anew since the last round
         self._wake, self._leaving = asyncio.Event(), asyncio.Event()
         self.selections: dict[Address, EipSelection] = {}
         self.number: int | None = None  # of the last set; None before the first
@@ -150,6 +152,7 @@ class Announcing:
                 continue
             self._touch(self._confirmations.take(name, before, after))
             if before is None or after is None or _judgement(before) != _judgement(after):
+                self._moved.add(name)
                 self._touch_all()
 
     def poke(self) -> None:
@@ -161,7 +164,7 @@ class Announcing:
         self._wake.set()
 
     def _touch_all(self) -> None:
-        self._all = True
+        self._all, self._verdicts = True, None
         self._wake.set()
 
     def _eip_changed(self, _key: ObjectRef, old: Eip | None, new: Eip | None) -> None:
@@ -192,8 +195,10 @@ class Announcing:
     def _node_changed(self, _key: ObjectRef, old: Node | None, new: Node | None) -> None:
         if new is not None:
             self._nodes[new.name] = new
+            self._moved.add(new.name)
         elif old is not None:
             self._nodes.pop(old.name, None)
+            self._moved.add(old.name)
         self._locator = None
         self._touch_all()
 
@@ -234,9 +239,8 @@ class Announcing:
         touched, self._touched = self._touched, set()
         if everything:
             touched = self._eips.keys() | self.selections.keys()
-        rules = Rules(accepted.config, self._me, self._managers)
-        # What has a route may have to lose it.
-        ordered = sorted(touched, key=lambda a: (self._hopless(a), a.version, int(a)))
+        moved, self._moved = self._moved, set()
+        ordered = sorted(touched, key=lambda a: (self._order(a, moved), a.version, int(a)))
         size = self._chunk()
         for start in range(0, len(ordered), size):
             first = self.number is None
@@ -247,13 +251,20 @@ class Announcing:
             chunk = ordered[start : start + size]
             if self._all and self._hopless(chunk[0]) and not first:
                 break  # all are looked at again, those with routes first
-            self._select(rules, [*self._changed_meanwhile(), *chunk])
+            self._select(accepted, [*self._changed_meanwhile(), *chunk])
         self._announce(accepted)
         self._metrics.select_seconds.observe(time.perf_counter() - started)
         self._leaving.set()
 
     def _chunk(self) -> int:
         return max(1, min(CHUNK, _PAIRS // max(1, len(self._nodes))))
+
+    def _order(self, address: Address, moved: set[str]) -> int:
+        """First what goes through a node that moved, and may lose a path; what has none last."""
+        found = self.selections.get(address)
+        if found is None or not found.paths:
+            return 2
+        return int(moved.isdisjoint([hop.node for hop in found.hops]))
 
     def _hopless(self, address: Address) -> bool:
         found = self.selections.get(address)
@@ -266,7 +277,15 @@ class Announcing:
         touched, self._touched = self._touched, set()
         return sorted(touched, key=lambda a: (a.version, int(a)))
 
-    def _select(self, rules: Rules, touched: Sequence[Address]) -> None:
+    def _judged(self, accepted: Accepted) -> Verdicts:
+        if self._verdicts is None or self._verdicts.rules.config is not accepted.config:
+            self._locator = self._locator or Locator(self._nodes.values())
+            rules = Rules(accepted.config, self._me, self._managers)
+            known = (self._nodes, self._views, self._ids, self._locator)
+            self._verdicts = Verdicts(rules, *known)
+        return self._verdicts
+
+    def _select(self, accepted: Accepted, touched: Sequence[Address]) -> None:
         eips = [self._eips[address] for address in touched if address in self._eips]
         services: dict[ObjectRef, Service] = {}
         endpoints: dict[ObjectRef, ServiceEndpoints] = {}
@@ -275,29 +294,19 @@ class Announcing:
             if service is not None:
                 services[ref] = service
                 endpoints[ref] = self._inputs.index.of(ref)
-        self._locator = self._locator or Locator(self._nodes.values())
-        found = select(
-            rules,
-            eips,
-            services,
-            endpoints,
-            self._nodes,
-            self._views,
-            self._ids,
-            None,
-            self._confirmations,
-            self._locator,
-        )
+        verdicts = self._judged(accepted)
+        found = select(verdicts, eips, services, endpoints, self._confirmations, self.selections)
         changed = []
         for address in touched:
-            old, new = self.selections.pop(address, None), found.eips.get(address)
+            old, new = self.selections.pop(address, None), found.get(address)
             if new is not None:
                 self.selections[address] = new
             before, after = old.paths if old else _NONE, new.paths if new else _NONE
+            moved = before is not after and before != after
             hops = [selection.hop if selection else None for selection in (old, new)]
-            if before != after or hops[0] is not hops[1]:
+            if moved or hops[0] is not hops[1]:
                 changed.append((address, after, hops[1]))
-            if before != after:
+            if moved:
                 self._hops.subtract(path.node for path in before - after)
                 self._hops.update(path.node for path in after - before)
             if new is not None and (old is None or old.reason is not new.reason):

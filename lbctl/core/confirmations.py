@@ -6,45 +6,50 @@ nodes that confirm one after another cost a thousand, not its square.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Set
 from typing import Final
 
 from lbctl.core.model import Address, NodeView
 from lbctl.core.pmap import differing
 
 _NOBODY: Final[frozenset[str]] = frozenset()
+_KEPT: Final = 256  # sets that are looked among for one that is alike
 
 
 class _Names:
-    """Sets of node names by EIP, changed name by name; sets that are alike are one object."""
+    """Sets of node names by EIP. Those that are alike are one object: EIPs are many, sets few."""
 
     def __init__(self) -> None:
-        self._sets: dict[Address, set[str]] = {}
-        self._frozen: dict[Address, frozenset[str]] = {}  # of those asked for since they changed
-        self._same: dict[frozenset[str], frozenset[str]] = {}  # few distinct ones are kept
+        self._of: dict[Address, frozenset[str]] = {}
+        self._same: dict[frozenset[str], frozenset[str]] = {}
 
-    def put(self, address: Address, name: str, there: bool) -> None:
-        """The name is in the EIP's set, or not."""
-        names = self._sets.setdefault(address, set())
-        (names.add if there else names.discard)(name)
-        if not names:
-            del self._sets[address]
-        self._frozen.pop(address, None)
+    def put(self, name: str, there: Set[Address], addresses: Iterable[Address]) -> None:
+        """The name is in the sets of those addresses that are `there`, and in none of the rest."""
+        made: dict[tuple[frozenset[str], bool], frozenset[str]] = {}
+        for address in addresses:
+            step = self._of.get(address, _NOBODY), address in there
+            after = made.get(step)
+            if after is None:
+                after = made[step] = self._one(step[0] | {name} if step[1] else step[0] - {name})
+            if after:
+                self._of[address] = after
+            else:
+                self._of.pop(address, None)
+
+    def _one(self, names: frozenset[str]) -> frozenset[str]:
+        if len(self._same) >= _KEPT:
+            self._same.clear()
+        return self._same.setdefault(names, names)
 
     def of(self, address: Address) -> frozenset[str]:
         """The EIP's set."""
-        found = self._frozen.get(address)
-        if found is None:
-            if len(self._same) > 4096:
-                self._same.clear()
-            made = frozenset(self._sets.get(address, _NOBODY))
-            found = self._frozen[address] = self._same.setdefault(made, made)
-        return found
+        return self._of.get(address, _NOBODY)
 
 
 class Confirmations:
     """By EIP: the nodes that confirmed it with endpoints, those that have a ready one themselves.
 
-    `take` costs what differs between two views of a node; an instance is a `routes.Evidence`.
+    `take` costs what differs between two views of a node.
     """
 
     def __init__(self) -> None:
@@ -60,8 +65,7 @@ class Confirmations:
             (self._of[2], old.local_ready, new.local_ready),
         ):
             touched = differing(was, now)
-            for address in touched:
-                known.put(address, name, address in now)
+            known.put(name, now, touched)
             found |= touched
         return found
 

@@ -208,7 +208,7 @@ def differing(one: Set[K], other: Set[K]) -> set[K]:
         return set()
     if isinstance(one, PSet) and isinstance(other, PSet):
         return changed(one._map, other._map)
-    return set(one ^ other)
+    return set(one).symmetric_difference(other)
 
 
 def persistent(items: Mapping[K, V]) -> PMap[K, V]:

@@ -1,30 +1,31 @@
 """Which nodes are announced as next hops of which EIP, and why (not).
 
-Pure and incremental: `select` remembers, through `previous`, what did not change. Rules:
+Pure. What is alike for many EIPs is worked out once, in `Verdicts`; what an EIP went through
+before is repaired for the nodes that moved. Rules:
 - Only Bound EIPs inside the accepted pools whose Service has something behind it
-  (`lbctl.core.serving`) have paths. The
-  pool check is made here on its own, whatever the allocator believes.
+  (`lbctl.core.serving`) have paths. The pool check is made here on its own, whatever the
+  allocator believes.
 - A next hop is a node that is Up (or AgentSilent, or held by panic) and has confirmed the EIP, with
   an address of the EIP's family, neither excluded, out of service nor draining; with policy Local
   it has a ready endpoint, and says so itself.
 - If nobody is left: nodes that flap or lag; after those, the node that became Suspect last. Down is
   the only state that takes the last next hop away.
-- Of more than `max_paths` a stable subset by rendezvous hashing. `perManager`: each living manager
-  announces another one of that ranking.
+- Of more than `max_paths` a stable subset by rendezvous hashing (`lbctl.core.ranking`).
+  `perManager`: each living manager announces another one of that ranking.
 - With `nextHop: recursive` EIPs that the same nodes have confirmed share a virtual next hop, and
   the ranking is that of its address (`lbctl.core.virtual`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
 from hashlib import blake2b
-from heapq import nsmallest
-from typing import NamedTuple, TypeAlias
+from typing import Final, NamedTuple
 
 from lbctl.core.config import Config
+from lbctl.core.confirmations import Confirmations
 from lbctl.core.forwarding import Locator
 from lbctl.core.health import AT_ONCE_S
 from lbctl.core.model import (
@@ -41,9 +42,12 @@ from lbctl.core.model import (
     TrafficPolicy,
     host_route,
 )
+from lbctl.core.ranking import Ranking, ranked
 from lbctl.core.reasons import Reason
 from lbctl.core.serving import serving
 from lbctl.core.virtual import VirtualHop, virtual_address
+
+_MANY: Final = 256  # sets of nodes whose judgement is kept; usually all EIPs have the same few
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,34 +55,24 @@ class EipSelection:
     """The paths of one EIP. `reason`: of the EIP as a whole; `reasons`: per node, sorted by name.
 
     A node whose path is announced in spite of something has that as its reason: AGENT_SILENT,
-    HELD_BY_PANIC or LAST_NEXT_HOP. `hop`: what may be announced in place of the paths.
+    HELD_BY_PANIC or LAST_NEXT_HOP. `hop`: what may be announced in place of the paths. `hops`,
+    `ranking`: how it came to its paths, for the next time.
     """
 
     paths: frozenset[Path]
     reason: Reason
     reasons: Mapping[str, Reason]
     hop: VirtualHop | None = None
+    hops: tuple[Hop, ...] = field(default=(), repr=False)
+    ranking: Ranking | None = field(default=None, repr=False, compare=False)
 
 
-@dataclass(frozen=True, slots=True)
-class Selection:
-    """Each EIP's part. `facts` is what it was made from, for the next time."""
+class Hop(NamedTuple):
+    """A node as next hop of one family."""
 
-    eips: Mapping[Address, EipSelection]
-    facts: Mapping[Address, tuple[object, ...]] = field(default_factory=dict, repr=False)
-
-    @property
-    def paths(self) -> frozenset[Path]:
-        """All paths."""
-        return frozenset().union(*(selection.paths for selection in self.eips.values()))
-
-    def reasons(self) -> dict[tuple[Address, str], Reason]:
-        """Return the reason of every (EIP, node)."""
-        return {
-            (address, node): reason
-            for address, selection in self.eips.items()
-            for node, reason in selection.reasons.items()
-        }
+    node: str
+    address: Address
+    path_id: int
 
 
 class PathIds:
@@ -142,13 +136,13 @@ class _Tier(IntEnum):
 class _Verdict:
     """What holds for a node whatever the EIP. `reason` is that of announcing or not.
 
-    hops: next hop and path id, for IPv4 and for IPv6.
+    hops: for IPv4 and for IPv6.
     """
 
     tier: _Tier
     reason: Reason
     since_s: float
-    hops: tuple[tuple[Address, int] | None, tuple[Address, int] | None]
+    hops: tuple[Hop | None, Hop | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,54 +157,25 @@ class Rules:
     managers: tuple[str, ...] = ()
 
 
-Evidence: TypeAlias = Callable[[Address], tuple[frozenset[str], frozenset[str]]]
-
-
-def _asked(nodes: Iterable[str], views: Mapping[str, NodeView]) -> Evidence:
-    known = [(name, views[name]) for name in nodes if name in views]
-    return lambda address: (
-        frozenset(n for n, v in known if address in v.confirmed and address not in v.empty),
-        frozenset(name for name, view in known if address in view.local_ready),
-    )
-
-
 def select(
-    rules: Rules,
+    verdicts: Verdicts,
     eips: Iterable[Eip],
     services: Mapping[ObjectRef, Service],
     endpoints: Mapping[ObjectRef, ServiceEndpoints],
-    nodes: Mapping[str, Node],
-    views: Mapping[str, NodeView],
-    ids: PathIds,
-    previous: Selection | None = None,
-    evidence: Evidence | None = None,
-    locator: Locator | None = None,
-) -> Selection:
-    """Select the paths of all EIPs; one whose facts are those of `previous` costs a comparison.
+    confirmations: Confirmations,
+    previous: Mapping[Address, EipSelection],
+) -> dict[Address, EipSelection]:
+    """Select the paths of these EIPs.
 
-    evidence: what the views say of each EIP, and locator: of these nodes, if somebody keeps them.
+    previous: what was selected for them last; it decides what this costs, and nothing else.
     """
-    verdicts = {name: _verdict(nodes[name], views.get(name), ids) for name in sorted(nodes)}
-    locator = locator or Locator(nodes.values())
-    common = (rules, tuple(verdicts.items()), locator.key)
-    if previous is not None and previous.facts:
-        # Tuples compare by identity first: one comparison here makes all those below cheap.
-        old = next(iter(previous.facts.values()))[0]
-        common = old if old == common else common
-    evidence = evidence if evidence is not None else _asked(verdicts, views)
-    judge = _Judge(rules, verdicts, locator)
     selections: dict[Address, EipSelection] = {}
-    facts: dict[Address, tuple[object, ...]] = {}
-    for eip in sorted(eips, key=lambda eip: (eip.address.version, eip.address)):
-        service, behind = standing(eip, services, endpoints)
-        confirmed, local = evidence(eip.address)
-        fact = (common, eip, service, behind, confirmed, local)
-        facts[eip.address] = fact
-        if previous is not None and previous.facts.get(eip.address) == fact:
-            selections[eip.address] = previous.eips[eip.address]
-            continue
-        selections[eip.address] = _select(rules, eip, service, behind, (confirmed, local), judge)
-    return Selection(selections, facts)
+    for eip in eips:
+        behind = standing(eip, services, endpoints)
+        evidence = confirmations(eip.address)
+        old = previous.get(eip.address)
+        selections[eip.address] = _select(verdicts, eip, *behind, evidence, old)
+    return selections
 
 
 def standing(
@@ -231,46 +196,43 @@ def standing(
     return here[0] if here else None, ServiceEndpoints(eip.owner, ports)
 
 
-def select_eip(
-    rules: Rules,
-    eip: Eip,
-    service: Service | None,
-    endpoints: ServiceEndpoints | None,
-    nodes: Mapping[str, Node],
-    views: Mapping[str, NodeView],
-    ids: PathIds,
-) -> EipSelection:
-    """Select the paths of one EIP."""
-    services = {eip.owner: service} if service else {}
-    behind = {eip.owner: endpoints} if endpoints else {}
-    return select(rules, (eip,), services, behind, nodes, views, ids).eips[eip.address]
-
-
 class _Judged(NamedTuple):
-    """Whom EIPs with the same evidence go through, before the ranking; why the others not.
+    """What EIPs with the same evidence have in common.
 
-    hop: their virtual next hop, if there is one.
+    names: of whom they go through, before the ranking. hops: through whom they all go, None if each
+    has a ranking of its own. virtual: their virtual next hop, if there is one.
     """
 
-    chosen: tuple[str, ...]
-    reasons: Mapping[str, Reason]
-    hop: VirtualHop | None
+    names: frozenset[str]
+    hops: tuple[Hop, ...] | None
+    virtual: VirtualHop | None
 
 
-class _Judge:
-    """The nodes in view of one EIP after another; what is alike for many is worked out once."""
+class Verdicts:
+    """The nodes in view of all EIPs; what is alike for many of these is worked out once.
 
-    def __init__(self, rules: Rules, verdicts: Mapping[str, _Verdict], locator: Locator) -> None:
+    To be made anew when something of it changes. locator: of these nodes.
+    """
+
+    def __init__(
+        self,
+        rules: Rules,
+        nodes: Mapping[str, Node],
+        views: Mapping[str, NodeView],
+        ids: PathIds,
+        locator: Locator,
+    ) -> None:
         self.rules = rules
-        self.verdicts = verdicts
         self.locator = locator
+        self.nodes = {name: _verdict(nodes[name], views.get(name), ids) for name in sorted(nodes)}
+        self._by_family = [
+            {hop.node: hop for verdict in self.nodes.values() if (hop := verdict.hops[family])}
+            for family in (0, 1)
+        ]
         self._known: dict[object, _Judged] = {}
 
-    def __call__(
-        self,
-        version: int,
-        confirmed: frozenset[str],
-        only: frozenset[str] | None,
+    def judged(
+        self, version: int, confirmed: frozenset[str], only: frozenset[str] | None
     ) -> _Judged:
         """confirmed: the nodes that have endpoints for it; only: with policy Local.
 
@@ -280,77 +242,110 @@ class _Judge:
         key = version, confirmed, only
         judged = self._known.get(key)
         if judged is None:
+            if len(self._known) >= _MANY:
+                self._known.clear()
             judged = self._known[key] = self._judge(version, confirmed, only)
         return judged
+
+    def first(self, version: int, ranking: Ranking) -> tuple[Hop, ...]:
+        """Through whom something with this ranking goes."""
+        announce = self.rules.config.announce
+        best = ranking.best[: announce.max_paths]
+        if announce.paths == "perManager" and best:
+            managers = sorted({*self.rules.managers, self.rules.me})
+            best = (best[managers.index(self.rules.me) % len(best)],)
+        return self._hops(version, best)
+
+    def _hops(self, version: int, names: Iterable[str]) -> tuple[Hop, ...]:
+        hops = self._by_family[version == 6]
+        return tuple([hops[name] for name in names])
 
     def _judge(
         self, version: int, confirmed: frozenset[str], only: frozenset[str] | None
     ) -> _Judged:
-        reasons: dict[str, Reason] = {}
         tiers: dict[_Tier, list[str]] = {tier: [] for tier in _Tier}
-        for name, verdict in self.verdicts.items():
-            tier, reasons[name] = verdict.tier, verdict.reason
-            obstacle = _obstacle(name, version, verdict, confirmed, only)
-            if obstacle is None:
-                tiers[tier].append(name)
-            elif tier not in (_Tier.NEVER, _Tier.SUSPECT):
-                reasons[name] = obstacle
+        able = confirmed if only is None else confirmed & only
+        for name in sorted(able):
+            verdict = self.nodes.get(name)
+            if verdict is not None and verdict.hops[version == 6] is not None:
+                tiers[verdict.tier].append(name)
         group = frozenset(name for names in tiers.values() for name in names)
-        chosen = tuple(_chosen(tiers, self.verdicts, reasons))
-        return _Judged(chosen, reasons, self._hop(version, group, chosen))
-
-    def _hop(self, version: int, group: frozenset[str], chosen: Sequence[str]) -> VirtualHop | None:
+        chosen = _chosen(tiers, self.nodes)
         announce = self.rules.config.announce
         ranges = announce.virtual_next_hops if announce.next_hop == "recursive" else ()
         address = virtual_address(ranges, version, group)
-        if address is None:
-            return None
-        keep = _ranked(self.rules, address, chosen)
-        return VirtualHop(address, group, _paths(address, keep, self.verdicts))
+        if address is not None:
+            ranking = ranked(address, frozenset(chosen), announce.max_paths)
+            hops = self.first(version, ranking)
+            virtual = VirtualHop(address, group, _paths(address, hops))
+            return _Judged(ranking.names, hops, virtual)
+        few = announce.paths == "addPath" and len(chosen) <= announce.max_paths
+        return _Judged(frozenset(chosen), self._hops(version, chosen) if few else None, None)
 
 
-class _Beyond(Mapping[str, Reason]):
-    """The reasons of an EIP that has more nodes than paths: those of all but the left out."""
+class _Reasons(Mapping[str, Reason]):
+    """The reasons of one EIP, worked out for those who ask: thousands of EIPs have them."""
 
-    def __init__(self, judged: _Judged, keep: Iterable[str]) -> None:
-        self._reasons = judged.reasons
-        self._left_out = frozenset(judged.chosen).difference(keep)
+    def __init__(
+        self,
+        verdicts: Mapping[str, _Verdict],
+        version: int,
+        evidence: tuple[frozenset[str], frozenset[str] | None],
+        chosen: frozenset[str],
+        hops: Iterable[Hop],
+    ) -> None:
+        self._verdicts = verdicts
+        self._version = version
+        self._evidence = evidence
+        self._chosen = chosen
+        self._hops = hops
 
     def __getitem__(self, name: str) -> Reason:
-        return Reason.OVER_MAX_PATHS if name in self._left_out else self._reasons[name]
+        verdict = self._verdicts[name]
+        if name in self._chosen:
+            if all(hop.node != name for hop in self._hops):
+                return Reason.OVER_MAX_PATHS
+            return verdict.reason if verdict.tier is _Tier.GOOD else Reason.LAST_NEXT_HOP
+        if verdict.tier in (_Tier.NEVER, _Tier.SUSPECT):
+            return verdict.reason
+        return _obstacle(name, self._version, verdict, *self._evidence) or verdict.reason
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._reasons)
+        return iter(self._verdicts)
 
     def __len__(self) -> int:
-        return len(self._reasons)
+        return len(self._verdicts)
 
 
 def _select(
-    rules: Rules,
+    verdicts: Verdicts,
     eip: Eip,
     service: Service | None,
     endpoints: ServiceEndpoints | None,
     evidence: tuple[frozenset[str], frozenset[str]],
-    judge: _Judge,
+    old: EipSelection | None,
 ) -> EipSelection:
+    rules, version = verdicts.rules, eip.address.version
     refusal = _refusal(rules.config, eip, service)
     if refusal is not None or service is None:
         return EipSelection(frozenset(), refusal or Reason.NO_ENDPOINTS, {})
-    external = rules.config.endpoints.external
     alone = None if eip.sharers else service
-    behind = serving(alone, endpoints, eip.address.version, judge.locator, external)
+    behind = serving(alone, endpoints, version, verdicts.locator, rules.config.endpoints.external)
     if behind.reason is not None:
         return EipSelection(frozenset(), behind.reason, {})
     (confirmed, local), only = evidence, None
     if service.policy is TrafficPolicy.LOCAL:
         confirmed, only = confirmed & local, behind.nodes
-    judged = judge(eip.address.version, confirmed, only)
-    hop = judged.hop
-    keep = _ranked(rules, hop.address if hop else eip.address, judged.chosen)
-    reasons = judged.reasons if len(keep) == len(judged.chosen) else _Beyond(judged, keep)
-    paths = _paths(eip.address, keep, judge.verdicts)
-    return EipSelection(paths, Reason.ANNOUNCED if paths else Reason.NO_NEXT_HOP, reasons, hop)
+    judged, ranking = verdicts.judged(version, confirmed, only), None
+    hops = judged.hops
+    if hops is None:
+        most = rules.config.announce.max_paths
+        ranking = ranked(eip.address, judged.names, most, old.ranking if old else None)
+        hops = verdicts.first(version, ranking)
+    paths = _paths(eip.address, hops, old)
+    reasons = _Reasons(verdicts.nodes, version, (confirmed, only), judged.names, hops)
+    reason = Reason.ANNOUNCED if paths else Reason.NO_NEXT_HOP
+    return EipSelection(paths, reason, reasons, judged.virtual, hops, ranking)
 
 
 def _refusal(config: Config, eip: Eip, service: Service | None) -> Reason | None:
@@ -362,10 +357,10 @@ def _refusal(config: Config, eip: Eip, service: Service | None) -> Reason | None
 
 
 def _verdict(node: Node, view: NodeView | None, ids: PathIds) -> _Verdict:
-    def hop(version: int) -> tuple[Address, int] | None:
+    def hop(version: int) -> Hop | None:
         found = (a for a in (*node.next_hops, *node.addresses) if a.version == version)
         address = next(found, None)
-        return None if address is None else (address, ids.get(node.name, address))
+        return None if address is None else Hop(node.name, address, ids.get(node.name, address))
 
     tier, reason = _tier(node, view or NodeView(node.name))
     since_s = view.since_s if view and tier is _Tier.SUSPECT else 0.0
@@ -413,48 +408,23 @@ def _obstacle(
     return None
 
 
-def _chosen(
-    tiers: Mapping[_Tier, list[str]],
-    verdicts: Mapping[str, _Verdict],
-    reasons: dict[str, Reason],
-) -> list[str]:
+def _chosen(tiers: Mapping[_Tier, list[str]], verdicts: Mapping[str, _Verdict]) -> list[str]:
     """The best tier that has nodes. Of the Suspects, those that fell last stay."""
-    if tiers[_Tier.GOOD]:
-        return tiers[_Tier.GOOD]
-    chosen = tiers[_Tier.DOUBTFUL]
+    chosen = tiers[_Tier.GOOD] or tiers[_Tier.DOUBTFUL]
     if not chosen and tiers[_Tier.SUSPECT]:
         last_s = max(verdicts[name].since_s for name in tiers[_Tier.SUSPECT])
         chosen = [n for n in tiers[_Tier.SUSPECT] if verdicts[n].since_s > last_s - AT_ONCE_S]
-    reasons.update(dict.fromkeys(chosen, Reason.LAST_NEXT_HOP))
     return chosen
 
 
-def _ranked(rules: Rules, eip: Address, names: Sequence[str]) -> Sequence[str]:
-    announce = rules.config.announce
-    if announce.paths == "addPath" and len(names) <= announce.max_paths:
-        return names
-    ranking = ranked(eip, names, announce.max_paths)
-    if announce.paths == "addPath" or not ranking:
-        return ranking
-    managers = sorted({*rules.managers, rules.me})
-    return [ranking[managers.index(rules.me) % len(ranking)]]
-
-
-def ranked(eip: Address, names: Iterable[str], count: int) -> list[str]:
-    """The first nodes of an EIP's rendezvous ranking (Thaler and Ravishankar, 1998): few EIPs have
-    others when a node comes or goes.
-    """
-    start = blake2b(f"{eip}|".encode(), digest_size=8)
-
-    def score(name: str) -> tuple[bytes, str]:
-        own = start.copy()
-        own.update(name.encode())
-        return own.digest(), name
-
-    return nsmallest(count, names, key=score)
-
-
-def _paths(eip: Address, names: Iterable[str], verdicts: Mapping[str, _Verdict]) -> frozenset[Path]:
+def _paths(eip: Address, hops: tuple[Hop, ...], old: EipSelection | None = None) -> frozenset[Path]:
+    """A path for each. What stays of the old is not hashed again, which is most of the work."""
+    if old is not None and old.hops == hops:
+        return old.paths
+    left = {hop.node: hop for hop in old.hops} if old is not None else {}
+    fresh = [hop for hop in hops if left.pop(hop.node, None) != hop]
+    left.update((hop.node, hop) for hop in fresh)
+    stay = old.paths if old is not None else frozenset[Path]()
+    stay = stay.difference([path for path in stay if path.node in left])
     prefix = host_route(eip)
-    hops = ((name, verdicts[name].hops[eip.version == 6]) for name in names)
-    return frozenset(Path(prefix, hop[0], hop[1], name) for name, hop in hops if hop is not None)
+    return stay.union([Path(prefix, hop.address, hop.path_id, hop.node) for hop in fresh])

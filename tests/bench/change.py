@@ -19,16 +19,17 @@ from lbctl.core.announce import Announcer
 from lbctl.core.changelog import ChangeLog
 from lbctl.core.confirmations import Confirmations
 from lbctl.core.forwarding import Locator, Sources
-from lbctl.core.model import Network, NodeState, Path, host_route
+from lbctl.core.model import Address, Network, NodeState, Path, host_route
 from lbctl.core.nfbatch import Batch, framed
 from lbctl.core.nft import Ruleset
 from lbctl.core.pmap import PMap
-from lbctl.core.routes import PathIds, Rules, select
+from lbctl.core.routes import EipSelection, PathIds, Rules, Verdicts, select
 
-from .cluster import CONFIG, NODES, Cluster
+from .cluster import CONFIG, NODES, PODS, Cluster
 from .timing import Measured, timed
 
 SIZES = (1_000, 10_000)
+MANY_NODES = 1_000
 _PEERS = ("192.0.2.1", "192.0.2.2")
 
 
@@ -43,6 +44,9 @@ class ManagerSide:
         self.confirmations = Confirmations()
         for name, view in self.views.items():
             self.confirmations.take(name, None, view)
+        self.selections: dict[Address, EipSelection] = {}
+        self.locator = Locator(cluster.nodes)
+        self.verdicts = self._verdicts()
         self.paths: PMap[Network, frozenset[Path]] = PMap()
         self.announcer = Announcer()
         self.announcer.connected()
@@ -51,6 +55,9 @@ class ManagerSide:
             self.announcer.negotiated(peer, ((4, True), (6, True)))
             self.announcer.established(peer, True)
 
+    def _verdicts(self) -> Verdicts:
+        return Verdicts(Rules(CONFIG), self.nodes, self.views, self.ids, self.locator)
+
     def select(self, numbers: range) -> None:
         """Select these EIPs again."""
         c = self.cluster
@@ -58,9 +65,10 @@ class ManagerSide:
         refs = [eip.owner for eip in eips]
         services = {ref: c.services[ref] for ref in refs}
         behind = {ref: c.endpoints[ref] for ref in refs}
-        known = (self.nodes, self.views, self.ids, None, self.confirmations)
-        found = select(Rules(CONFIG), eips, services, behind, *known)
-        put = {host_route(a): chosen.paths for a, chosen in found.eips.items()}
+        known = (self.confirmations, self.selections)
+        found = select(self.verdicts, eips, services, behind, *known)
+        self.selections.update(found)
+        put = {host_route(a): chosen.paths for a, chosen in found.items()}
         kept = {prefix: paths for prefix, paths in put.items() if paths}
         self.paths = self.paths.updated(kept, put.keys() - kept.keys())
 
@@ -86,8 +94,9 @@ class ManagerSide:
 
     def lose(self, state: NodeState) -> None:
         """The last node's state changes: all EIPs are selected again."""
-        name = f"n{NODES - 1}"
+        name = f"n{self.cluster.size - 1}"
         self.views = {**self.views, name: replace(self.views[name], state=state)}
+        self.verdicts = self._verdicts()
         self.select(range(len(self.cluster.refs)))
 
 
@@ -176,11 +185,30 @@ def measure(runs: int) -> Iterator[Measured]:
 
         yield f"{beside}: agent plan + messages", timed(_each(one), runs * 20), "ms"
     yield from _lost(manager, agent, runs)
+    yield from _lost_of_many(runs)
 
 
 def _each(change: Callable[[int], None]) -> Callable[[], None]:
     numbers = iter(range(1, SIZES[0], 3))
     return lambda: change(next(numbers))
+
+
+def _lost_of_many(runs: int) -> Iterator[Measured]:
+    where = f"{SIZES[0]:,} EIPs × {MANY_NODES:,} nodes"
+    c = Cluster(SIZES[0], MANY_NODES, first="192.168.0.1")
+    manager = ManagerSide(c)
+    ranked = timed(lambda: manager.select(range(SIZES[0])), 1)
+    yield f"all ranked for the first time, {where}: selection", ranked, "ms"
+
+    def one(number: int) -> None:
+        c.endpoints[c.refs[number]] = c.behind(number, PODS - 1)
+        manager.select(range(number, number + 1))
+
+    yield f"one Service changed, {where}: selection", timed(_each(one), runs * 20), "ms"
+    states = iter([NodeState.DOWN, NodeState.UP] * runs)
+    moved = timed(lambda: manager.lose(next(states)), 2 * runs)
+    yield f"one node lost, {where}: selection", moved[::2], "ms"
+    yield f"one node back, {where}: selection", moved[1::2], "ms"
 
 
 def _lost(manager: ManagerSide, agent: AgentSide, runs: int) -> Iterator[Measured]:

@@ -61,13 +61,9 @@ class Cluster:
             )
             for n in range(nodes)
         )
+        every = PSet(self.addresses)
         self.views = {
-            node.name: NodeView(
-                node.name,
-                NodeState.UP,
-                confirmed=PSet(self.addresses),
-                local_ready=PSet(self.addresses),
-            )
+            node.name: NodeView(node.name, NodeState.UP, confirmed=every, local_ready=every)
             for node in self.nodes
         }
 
