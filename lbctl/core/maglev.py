@@ -18,13 +18,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from hashlib import blake2b
-from typing import Final, TypeAlias
+from typing import Any, Final, TypeAlias
 
 FORMAT: Final = 2  # part of every digest; raise it whenever the same input gives another table
 SEED: Final = 0x6C626374  # of the permutations here and of the packet hash in nftables
 SIZES: Final = (64, 256, 1024, 4096)
 Row: TypeAlias = bytes | tuple[int, ...]  # a small number for each bucket
 _PER_ENDPOINT: Final = 20  # buckets: the spread is then within 1/20
+_PREFIX: Final = f"{FORMAT}|{SEED}|"
 _COARSE: Final = 256  # the size whose permutations those of bigger ones follow
 
 
@@ -68,12 +69,12 @@ def table(identities: Sequence[str]) -> Row:
     size = size_for(len(identities))
     hashes = sorted((_hash(identity), place) for place, identity in enumerate(identities))
     walks = [(_walk(value, size), place) for value, place in hashes]
-    owners = [-1] * size
+    owners: list[Any] = [None] * size  # None is quicker to ask for than a number
     for left in range(size, 0, -len(walks)):
         # In the last round there is a bucket for the first few only.
         for walk, place in walks if left >= len(walks) else walks[:left]:
             for position in walk:
-                if owners[position] < 0:
+                if owners[position] is None:
                     owners[position] = place
                     break
     return row(owners)
@@ -100,5 +101,5 @@ def _twice(skip: int, size: int) -> bytes:
 
 
 def _hash(identity: str) -> int:
-    text = f"{FORMAT}|{SEED}|{identity}".encode()
+    text = (_PREFIX + identity).encode()
     return int.from_bytes(blake2b(text, digest_size=8).digest(), "big")
