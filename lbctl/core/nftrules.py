@@ -51,6 +51,8 @@ COUNTERS: Final = (
     "forged",  # tunnel packets from no current node
     "stray",  # steered here, but nothing here takes them
 )
+# Of a connection that is over, in ct timeout's words: a new one from its port must not meet it.
+_OVER: Final = "fin_wait : 1, close_wait : 1, last_ack : 1, time_wait : 1, close : 1"
 TUNNEL_HEADERS: Final = {4: 40, 6: 60}  # bytes of IP and TCP header, not part of an MSS
 PINGS_PER_SECOND: Final = 50  # answered by one node for one EIP
 _RATES: Final = (
@@ -142,11 +144,11 @@ def _timeouts(family: Family) -> str:
   }}
   ct timeout handed_tcp {{
     protocol tcp; l3proto {family.ip};
-    policy = {{ established : 30, unack : 30, fin_wait : 5, last_ack : 5, close : 1 }};
+    policy = {{ established : 30, unack : 30, {_OVER} }};
   }}
   ct timeout passed_tcp {{
     protocol tcp; l3proto {family.ip};
-    policy = {{ established : 1, unack : 1, fin_wait : 1, last_ack : 1, close : 1 }};
+    policy = {{ established : 1, unack : 1, {_OVER} }};
   }}
   ct timeout brief_udp {{
     protocol udp; l3proto {family.ip};
