@@ -1,9 +1,9 @@
 """Probes every node's agent over one UDP socket and keeps the judgement on each (core/health).
 
-Rules: a tick probes one group of nodes: everything that has arrived is read first, then misses are
-counted, then the next probes go out. No task per node. Views change only through `judge`; whoever
-is interested hears of it once per change, with the names of the nodes. A node's list of confirmed
-EIPs is replaced only when a newer one is complete.
+Rules: a tick probes one group of nodes, and those few that did not answer: everything that has
+arrived is read first, then misses are counted, then the next probes go out. No task per node. Views
+change only through `judge`; whoever is interested hears of it once per change, with the names of
+the nodes. A node's list of confirmed EIPs is replaced only when a newer one is complete.
 """
 
 from __future__ import annotations
@@ -60,6 +60,7 @@ class _Target:
     health: Health
     nonces: list[int] = field(default_factory=list)  # open ones, oldest first
     waiting: bool = False  # the last probe is not answered
+    asked_s: float = 0.0  # when it was sent
     cookie: int = 0
     digest: int = 0
     config_generation: int = 0
@@ -259,12 +260,23 @@ class Prober:
                 target.health = judging.kernel_answered(target.health, now_s)
         groups = self._groups()
         self._next = (self._next + 1) % groups
-        group = [self._targets[name] for name in self._order[self._next :: groups]]
+        turn = dict.fromkeys(self._order[self._next :: groups])
+        if groups > 1 and lag_s <= self._base.interval_s:
+            turn.update(dict.fromkeys(self._early(now_s)))
+        group = [self._targets[name] for name in turn]
         if not pardon:
             for target in group:
                 self._count_miss(target, now_s)
         self._judge(now_s)
         self._send(udp, group, now_s)
+
+    def _early(self, now_s: float) -> list[str]:
+        silent_s = {
+            name: target.asked_s
+            for name, target in self._targets.items()
+            if target.waiting and target.health.state is NodeState.UP
+        }
+        return judging.early(silent_s, now_s, self._base.interval_s)
 
     def _stalled(self, lag_s: float, now_s: float) -> None:
         self.counters.stalls += 1
@@ -307,7 +319,7 @@ class Prober:
             )
             data = probe.encode_request(request, target.ring.signing)
             self._open_nonce(target, nonce)
-            target.waiting = True
+            target.waiting, target.asked_s = True, now_s
             udp.send(data, udp.target(target.address, self._port))
             self.counters.sent += 1
 

@@ -6,6 +6,9 @@ DESIGN.md, "Judging nodes", is the specification. Times are monotonic seconds.
 
 Rules beyond the table:
 - A stall of our own does not count as misses, at most PARDONS times in a row.
+- Where nodes are many and their turns far apart, one that does not answer is asked again before its
+  turn (`early`); not if more than EARLY do, for then they may be most, and panic has to see them
+  fall together.
 - More than half of the nodes (and at least two) gone at once is *panic*: such nodes are Suspect but
   `held`. The other manager decides; without one, NotReady or PANIC_S do.
 - A node that fell is back after RETURN_ANSWERS answers in a row. From its second fall on it is Up
@@ -39,6 +42,7 @@ STABLE_FIRST_S = 1.0
 STABLE_MAX_S = 60.0
 FORGIVE_S = 300.0  # Up for so long: earlier falls are forgotten
 MAX_PROBES_PER_S = 2000.0
+EARLY = 25  # a quarter of those that are asked at the same time
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +67,16 @@ class Limits:
 def interval(base_s: float, nodes: int) -> float:
     """Return the probe interval: `base_s`, longer where that would pass MAX_PROBES_PER_S."""
     return max(base_s, nodes / MAX_PROBES_PER_S)
+
+
+def early(silent_s: Mapping[str, float], now_s: float, base_s: float) -> list[str]:
+    """Return the nodes to ask again though it is not their turn, sorted.
+
+    silent_s: when those that were Up and have not answered were asked. base_s: how long an answer
+    may take, the interval of few nodes.
+    """
+    due = sorted(name for name, asked_s in silent_s.items() if now_s - asked_s >= base_s)
+    return due if len(due) <= EARLY else []
 
 
 class Signal(Enum):

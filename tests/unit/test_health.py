@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -357,6 +359,58 @@ def test_pardon_is_for_real_stalls_and_not_for_ever() -> None:
     assert not h.pardon(0.02, TICK, 0)
     assert not h.pardon(0.4, 0.5, 0)
     assert not h.pardon(0.2, TICK, h.PARDONS)
+
+
+class Crowd:
+    """A thousand nodes that are probed a tenth at a time; some of them die at once."""
+
+    def __init__(self, dead: Iterable[int]) -> None:
+        self.tick_s = 1 / 16
+        self.limits = Limits(interval_s=10 * self.tick_s)
+        self.order = [f"n{n:03}" for n in range(1000)]
+        self.nodes = {name: Health(name, S.UP, reason=None, answers=3) for name in self.order}
+        self.dead = {self.order[n] for n in dead}
+        self.asked_s: dict[str, float] = {}
+        self.ticks = 0
+
+    def tick(self) -> None:
+        now_s = self.ticks * self.tick_s
+        silent_s = {n: at_s for n, at_s in self.asked_s.items() if self.nodes[n].state is S.UP}
+        early = h.early(silent_s, now_s, self.tick_s)
+        due = {*self.order[self.ticks % 10 :: 10], *early} & self.dead
+        for name in due & self.asked_s.keys():
+            self.nodes[name] = h.probe_missed(self.nodes[name], now_s)
+        self.nodes.update(h.judge(self.nodes, (), now_s, self.limits))
+        self.asked_s.update(dict.fromkeys(due, now_s))
+        self.ticks += 1
+
+    def fallen(self, held: bool) -> set[str]:
+        return {n for n, one in self.nodes.items() if one.state is S.SUSPECT and one.held is held}
+
+
+@pytest.mark.parametrize("dead", [[0], [999], range(5, 1000, 40), range(0, 250, 10)])
+def test_a_few_of_many_nodes_are_suspect_before_their_turns_come(dead: Iterable[int]) -> None:
+    crowd = Crowd(dead)
+    while crowd.fallen(held=False) != crowd.dead:
+        crowd.tick()
+        assert crowd.ticks <= 10 + LIMITS.misses
+
+
+@pytest.mark.parametrize(
+    "dead",
+    [
+        range(501),
+        [*range(0, 1000, 2), 1],
+        [n for n in range(1000) if n % 10 > 3 or n < 60],
+        [n for n in range(1000) if n % 10 in (2, 5, 6, 7, 8, 9) or n < 80],
+    ],
+)
+def test_panic_holds_most_of_many_nodes_though_some_are_asked_early(dead: Iterable[int]) -> None:
+    crowd = Crowd(dead)
+    for _ in range(10 * (LIMITS.misses + 1)):
+        crowd.tick()
+        assert len(crowd.fallen(held=False)) <= h.EARLY
+    assert crowd.fallen(held=True) == crowd.dead
 
 
 def test_interval_grows_with_the_nodes() -> None:
