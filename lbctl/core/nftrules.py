@@ -136,7 +136,8 @@ def _timeouts(family: Family) -> str:
     at the earliest (RFC 6298).
     So does the memory of a flow that was handed over and says no more: a new connection from the
     same client port would follow it. A flow that goes on renews it. What was only passed on has no
-    note, so that a new connection would end here: it is forgotten at once.
+    note, so that a new connection would end here: it is forgotten at once. `syn_sent` is what a
+    first packet gets, whatever it is (nft_ct.c, nft_ct_timeout_obj_eval).
     """
     return f"""  ct timeout brief_tcp {{
     protocol tcp; l3proto {family.ip};
@@ -144,11 +145,11 @@ def _timeouts(family: Family) -> str:
   }}
   ct timeout handed_tcp {{
     protocol tcp; l3proto {family.ip};
-    policy = {{ established : 30, unack : 30, {_OVER} }};
+    policy = {{ syn_sent : 30, established : 30, unack : 30, {_OVER} }};
   }}
   ct timeout passed_tcp {{
     protocol tcp; l3proto {family.ip};
-    policy = {{ established : 1, unack : 1, {_OVER} }};
+    policy = {{ syn_sent : 1, established : 1, unack : 1, {_OVER} }};
   }}
   ct timeout brief_udp {{
     protocol udp; l3proto {family.ip};
