@@ -150,9 +150,9 @@ class Dataplane:
             count += 1
             if len(waiting) > AHEAD:
                 waiting.popleft().result()
-        self._count(rules.last)  # while the kernel takes the last ones
         for taken in waiting:
             taken.result()
+        self._count(rules.last)
         return rules.last, count
 
     def _take(self, step: Step, last: Future[None] | None) -> None:
