@@ -84,6 +84,7 @@ class Process:
             "-m",
             "manager.speaker.runner",
             str(config),
+            str(os.getpid()),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,

@@ -1,4 +1,6 @@
-"""Runs ExaBGP 5.0.15 in this process, with what it lacks. `python -m manager.speaker.runner FILE`.
+"""Runs ExaBGP 5.0.15 in this process, with what it lacks.
+
+Usage: python -m manager.speaker.runner FILE PARENT (the pid of the launcher).
 
 What is added and repaired, each in one function here; `tests/unit/test_exabgp_runner.py` holds that
 it still behaves:
@@ -299,9 +301,8 @@ def sleep_when_idle() -> None:
     Reactor._wait_for_io = wait_for_io
 
 
-def die_with_parent() -> None:
-    """SIGKILL this process when the one that started it dies."""
-    parent = os.getppid()
+def die_with_parent(parent: int) -> None:
+    """SIGKILL this process when the one that started it dies, or end now if it is dead already."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:
         sys.exit(1)
@@ -323,11 +324,12 @@ def repair() -> None:
 
 def main() -> int:
     """Run `exabgp server FILE`."""
-    die_with_parent()
+    file, parent = sys.argv[1:]
+    die_with_parent(int(parent))
     from exabgp.application.main import main as exabgp_main
 
     repair()
-    sys.argv = ["exabgp", "server", *sys.argv[1:]]
+    sys.argv = ["exabgp", "server", file]
     return int(exabgp_main() or 0)
 
 

@@ -243,3 +243,10 @@ os.close(reader)
 print([turn() for _ in range(9)][-1])
 """
     assert run(IDLE + code) == "True 0\n250"
+
+
+def test_it_ends_at_once_if_its_launcher_is_dead_already() -> None:
+    """One that was killed while this process started: a second ExaBGP would speak for ever."""
+    command = [sys.executable, "-m", "manager.speaker.runner", "/nonexistent", "1"]
+    done = subprocess.run(command, cwd=FilePath(__file__).parents[2], check=False, timeout=120)
+    assert done.returncode == 1
