@@ -97,11 +97,8 @@ class Announcing:
         can_start: Callable[[], bool],
         on_selected: Callable[[ObjectRef], None] = lambda _ref: None,
     ) -> None:
-        self._me = manager_id
-        self._client = client
-        self._inputs = inputs
-        self._speaker = speaker
-        self._metrics = metrics
+        self._me, self._client, self._inputs = manager_id, client, inputs
+        self._speaker, self._metrics = speaker, metrics
         self._peers = peers
         self._can_start = can_start
         self._on_selected = on_selected
