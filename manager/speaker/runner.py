@@ -34,6 +34,7 @@ import select
 import signal
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
 from functools import partial
 from importlib.metadata import version
@@ -111,8 +112,19 @@ def add_barrier() -> None:
     Command.register(BARRIER, False)(barrier)
 
 
+class _Ends(deque[Any]):
+    """The End-of-RIBs that a neighbour is to get: none as long as something else waits for it."""
+
+    def __init__(self, rib: Any) -> None:
+        super().__init__()
+        self._rib = rib
+
+    def __bool__(self) -> bool:
+        return len(self) > 0 and bool(self._rib.outgoing.flushed)
+
+
 def add_end_of_rib() -> None:
-    """Register the command that sends it."""
+    """Register the command that sends it: when all is on the wire that came before, or since."""
     from exabgp.bgp.fsm import FSM
     from exabgp.protocol.family import AFI, SAFI, Family
     from exabgp.reactor.api.command.command import Command
@@ -122,8 +134,9 @@ def add_end_of_rib() -> None:
             named = line.split(" ")[1:]
             for peer in reactor._peers.values():
                 neighbor = peer.neighbor
-                whole = peer.fsm == FSM.ESTABLISHED and neighbor.rib.outgoing.flushed
-                if whole and str(neighbor["peer-address"]) in named:
+                if peer.fsm == FSM.ESTABLISHED and str(neighbor["peer-address"]) in named:
+                    if not isinstance(neighbor.eor, _Ends):
+                        neighbor.eor = _Ends(neighbor.rib)
                     neighbor.eor.append(Family(AFI.undefined, SAFI.undefined))
             reactor.processes.answer_done(service)
             yield True

@@ -122,7 +122,7 @@ print(*sent(), answers, sep=chr(10))
     ]
 
 
-def test_end_of_rib_goes_to_whole_sessions_only() -> None:
+def test_end_of_rib_waits_until_a_session_has_all() -> None:
     """Answered in its turn, for all families that a session has; nobody else hears it."""
     code = """
 from collections import deque
@@ -147,8 +147,16 @@ while queue.run():
     pass
 due = [(one.afi, one.safi) for one in peers[0].neighbor.eor]
 print(answers, [len(peer.neighbor.eor) for peer in peers], due == [(AFI.undefined, SAFI.undefined)])
+print([bool(peer.neighbor.eor) for peer in peers])
+peers[2].neighbor.rib.outgoing.flushed = True
+print(bool(peers[2].neighbor.eor))
 """
-    assert run(code).splitlines() == ["[]", "['done'] [1, 0, 0, 0] True"]
+    assert run(code).splitlines() == [
+        "[]",
+        "['done'] [1, 0, 1, 0] True",
+        "[True, False, False, False]",
+        "True",
+    ]
 
 
 def test_commands_run_in_order_and_a_failed_one_is_an_error() -> None:
