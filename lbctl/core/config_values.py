@@ -186,17 +186,22 @@ def parse_duration(value: object) -> float:
     return round(float(match[1]) * _UNIT_S[match[2]], 9)
 
 
+def _whole_seconds(value: object, what: str) -> int:
+    seconds = parse_duration(value)
+    if seconds != int(seconds):
+        raise ValueError(f"{what} is whole seconds")
+    return int(seconds)
+
+
 def parse_hold_time(value: object) -> int:
     """BGP hold time: 3 to 65535 whole seconds (RFC 4271, 4.2).
 
     Not 0, which the RFC allows: routes of a manager that died would then stay for ever.
     """
-    seconds = parse_duration(value)
-    if seconds != int(seconds):
-        raise ValueError("a hold time is whole seconds")
+    seconds = _whole_seconds(value, "a hold time")
     if not 3 <= seconds <= 65535:
         raise ValueError("a hold time is 3s to 65535s (RFC 4271; 0 would keep dead routes)")
-    return int(seconds)
+    return seconds
 
 
 def parse_restart_time(value: object) -> int:
@@ -205,12 +210,10 @@ def parse_restart_time(value: object) -> int:
     Nobody withdraws a dead node meanwhile; 120 s are the first restarts of a container that fails,
     with kubelet's pauses between them, and what FRR asks for itself.
     """
-    seconds = parse_duration(value)
-    if seconds != int(seconds):
-        raise ValueError("a restart time is whole seconds")
+    seconds = _whole_seconds(value, "a restart time")
     if not 1 <= seconds <= 120:
         raise ValueError("a restart time is 1s to 120s (a dead node stays a next hop so long)")
-    return int(seconds)
+    return seconds
 
 
 def parse_asn(value: object) -> int:
