@@ -258,10 +258,9 @@ class Announcing:
 
     def _order(self, address: Address, moved: set[str]) -> int:
         """First what goes through a node that moved, and may lose a path; what has none last."""
-        found = self.selections.get(address)
-        if found is None or not found.paths:
+        if self._hopless(address):
             return 2
-        return int(moved.isdisjoint([hop.node for hop in found.hops]))
+        return int(moved.isdisjoint([hop.node for hop in self.selections[address].hops]))
 
     def _hopless(self, address: Address) -> bool:
         found = self.selections.get(address)
