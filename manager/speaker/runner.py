@@ -8,8 +8,8 @@ it still behaves:
 - The API command `lbctl-barrier NONCE`: answered in order with the other commands, it says for each
   neighbour whether it is up and whether all is on the wire (`done` says only "in the RIB"), and
   counts reloads (ExaBGP forgets a SIGUSR1 that comes while updates wait).
-- The API command `lbctl-end-of-rib ADDRESS…` ends a restart (RFC 4724) for neighbours that have all
-  on the wire, in all their families. ExaBGP's own is answered out of order when it fails.
+- The API command `lbctl-end-of-rib ADDRESS…` ends a restart (RFC 4724) for neighbours, in all their
+  families, as soon as all is on their wire. ExaBGP's own is answered out of order when it fails.
 - A session that is ended by command, by its peer's removal or by a change of it ends with Cease,
   with graceful restart too, where ExaBGP is silent: the switch would keep the routes. What was
   ended by command is not dialled again.
