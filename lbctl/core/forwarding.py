@@ -60,9 +60,10 @@ class PortTable:
     """The buckets of one EIP:protocol:port.
 
     `owners[b]` indexes `endpoints`; `members` are all endpoints that established flows may still be
-    with, also those without a bucket. `affinity_s`: None, or the hash takes the client's address
-    alone, and a client keeps its pod for so long after its last packet. `strict`: a node delivers
-    to its own endpoints only, by a table of its own (`restricted`).
+    with, also those without a bucket; `ending` are those of them that still serve while they
+    terminate. `affinity_s`: None, or the hash takes the client's address alone, and a client keeps
+    its pod for so long after its last packet. `strict`: a node delivers to its own endpoints only,
+    by a table of its own (`restricted`).
     """
 
     protocol: Protocol
@@ -73,6 +74,7 @@ class PortTable:
     owners: maglev.Row
     members: tuple[Holder, ...]
     strict: bool = False
+    ending: tuple[Holder, ...] = ()
 
     @property
     def by_client(self) -> bool:
@@ -419,23 +421,27 @@ def _port(
     holders = tuple(entry.holder for entry in entries)
     members = tuple(entry.holder for entry in located if entry.holder.node not in gone)
     members = holders if members == holders else members
+    ends = (entry for entry in alive if entry.endpoint.serving and entry.endpoint.terminating)
+    ending = () if members is holders else tuple(entry.holder for entry in ends)
     names = tuple([entry.name for entry in entries])
     if old is not None and old.endpoints == holders:
         holders, owners = old.endpoints, old.owners
     else:
         owners = maglev.table(names)
     table = PortTable(
-        port.protocol, port.port, affinity_s, not chosen, holders, owners, members, strict
+        port.protocol, port.port, affinity_s, not chosen, holders, owners, members, strict, ending
     )
     return old if old is not None and table == old else table, names
 
 
 def restricted(table: PortTable, node: str) -> PortTable:
     """A strict port's table on one node: its own endpoints alone."""
-    own = tuple(e for e in table.endpoints if e.node in (node, EVERYWHERE))
-    members = tuple(e for e in table.members if e.node in (node, EVERYWHERE))
+    groups = (table.endpoints, table.members, table.ending)
+    own, members, ending = (
+        tuple(holder for holder in group if holder.node in (node, EVERYWHERE)) for group in groups
+    )
     owners = maglev.table([identity(holder) for holder in own])
-    return replace(table, endpoints=own, owners=owners, members=members)
+    return replace(table, endpoints=own, owners=owners, members=members, ending=ending)
 
 
 def identity(holder: Holder) -> str:

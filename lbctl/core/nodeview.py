@@ -6,8 +6,9 @@ present owner's node, which is asked anyway. That node hands established flows t
 to the first (`prev`: the second chance), who passes those that it does not know either on.
 A datagram does not say whether its flow is new: of a port that is not TCP, new flows are handed
 over too, so only an owner that takes these is remembered, and only until `settle`.
-What a node gets from another by an older or other table goes to one of its own pods (`spare`), but
-for established TCP that it does not know: the pod would reset it.
+What a node gets from another by an older or other table goes to one of its own pods (`spare`), to
+one that ends if there is no other, but for established TCP that it does not know: the pod would
+reset it.
 Sizes are powers of two and a bucket is a range of the hash. Where a Service changes its size, the
 past is kept at the finer of the two sizes, and no flow's former owner is forgotten; it goes back to
 the table's own size as soon as nothing is lost by that.
@@ -254,13 +255,14 @@ def elements(address: Address, view: PortView, me: str, index: Mapping[str, int]
     lines = [[_aim(holder, me, index) for holder in line] for line in view.former]
     handed: list[Target] = [_first_node(line) for line in lines]
     passed = [_next_node(line) if table.protocol is Protocol.TCP else None for line in lines]
-    targets: tuple[Target, ...] = tuple(dict.fromkeys((None, *aims, *handed, *passed)))
+    pods = [aim for aim in aims if isinstance(aim, tuple)]
+    ending = [] if pods else [(h.address, h.port) for h in table.ending if _here(h, me)]
+    targets: tuple[Target, ...] = tuple(dict.fromkeys((None, *aims, *handed, *passed, *ending)))
     place = {target: number for number, target in enumerate(targets)}
     own = [place[aim] for aim in aims]
     # Without an endpoint (a strict port of other nodes) there is a chain, but no entry: dropped.
     now = maglev.translated(table.owners, own) if own else _nothing(maglev.SIZES[0])
     past = view.before or now
-    pods = [place[aim] for aim in aims if isinstance(aim, tuple)]
     if not pods and not any(passed):
         past = _nothing(len(past))  # no bucket is or was ours
     elif lines:
@@ -274,7 +276,8 @@ def elements(address: Address, view: PortView, me: str, index: Mapping[str, int]
                 for new, owned, lent in zip(here, give, give_on, strict=True)
             ]
         )
-    spare = b"" if table.closed else maglev.row((pods * SPARES)[:SPARES])
+    taking = [place[pod] for pod in pods or ending]
+    spare = b"" if table.closed else maglev.row((taking * SPARES)[:SPARES])
     pinned = _sticky(table, aims)
     head = (address, table.protocol, table.port, pinned, table.closed)
     return PortElements(*head, targets, now, past, spare)
@@ -301,6 +304,8 @@ def _next_node(line: list[Target]) -> int | None:
 
 
 def _aim(holder: Holder, me: str, index: Mapping[str, int]) -> Target:
-    if holder.node in (me, EVERYWHERE):
-        return holder.address, holder.port
-    return index.get(holder.node)
+    return (holder.address, holder.port) if _here(holder, me) else index.get(holder.node)
+
+
+def _here(holder: Holder, me: str) -> bool:
+    return holder.node in (me, EVERYWHERE)

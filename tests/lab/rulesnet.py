@@ -323,12 +323,13 @@ def table(
     of: Service | None = None,
     unready: tuple[int, ...] = (),
     options: ForwardingOptions = forwarding.DEFAULTS,
+    ending: tuple[int, ...] = (),
 ) -> Table:
     """The common table with these pods behind both EIPs of both families."""
     of = of or service()
     found = tuple(
-        Endpoint(ip_address(POD[v].format(node)), port, "", "pod", pod in pods, True, False)
-        for pod, (node, port) in ((pod, place(pod)) for pod in (*pods, *unready))
+        Endpoint(ip_address(POD[v].format(node)), port, "", "pod", pod in pods, True, pod in ending)
+        for pod, (node, port) in ((pod, place(pod)) for pod in (*pods, *unready, *ending))
         for v in (4, 6)
     )
     behind = ServiceEndpoints(

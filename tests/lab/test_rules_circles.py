@@ -125,6 +125,18 @@ def test_an_old_table(net: RulesNet, version: int, pods: list[tuple[int, ...]], 
 
 
 @pytest.mark.parametrize("version", [4, 6])
+def test_an_old_table_while_a_pod_ends(net: RulesNet, version: int) -> None:
+    """The node is drained, its pods serve on: the other one has not heard of it yet."""
+    old, new = table((1, 2)), table((1,), ending=(2,))
+    net.load(1, *nft.full(rules(old, 1)))
+    view = nodeview.advance(nodeview.advance({}, old, "n2"), new, "n2")
+    net.load(2, *nft.full(rules(new, 2, view=view)))
+    found = sent(net, 1, version, frames.SYN)
+    assert found["stray"] == (0, 0)
+    assert sum(found["delivered"]) == PACKETS and found["delivered"][1] > PACKETS / 3
+
+
+@pytest.mark.parametrize("version", [4, 6])
 def test_each_hands_over_to_the_other(net: RulesNet, version: int) -> None:
     """The worst of second chances: both say that the flow was the other's."""
     for node in (1, 2):

@@ -369,6 +369,22 @@ def test_a_node_that_fell_and_is_back_finds_its_flows() -> None:
     assert table(*PODS, down=n1, fallen=n1).digest == table(*PODS, down=n1).digest
 
 
+@pytest.mark.parametrize("flags", ["st", "t", ""])
+def test_what_comes_astray_goes_to_pods_that_end_where_there_are_no_others(flags: str) -> None:
+    """A node is drained, and another has not heard of it; only one that serves yet takes any."""
+    cluster = Cluster()
+    cluster.apply(table(*PODS))
+    leaving = [e for e in PODS if e.node == "n1"]
+    rest = [e for e in PODS if e.node != "n1"]
+    homes = {client: cluster.lands("n2", client) for client in CLIENTS}
+    cluster.apply(table(*_as(flags, *leaving), *rest), only=("n1", "n3"))
+    theirs = [client for client, home in homes.items() if home.endswith("@n1")]
+    assert theirs
+    for client in theirs:
+        assert not cluster.lands("n1", client).endswith("@n1")
+        assert (cluster.lands("n2", client) == "stray @n1") == (flags != "st")
+
+
 def test_closed_ports_keep_established_flows() -> None:
     cluster = Cluster()
     cluster.apply(table(*PODS))
