@@ -66,7 +66,7 @@ class Agent:
                 asyncio.TaskGroup() as group,
             ):
                 group.create_task(self._engine.run(), name="engine")
-                group.create_task(self._store.run(), name="snapshot")
+                group.create_task(self._store.kept.run(), name="snapshot")
                 group.create_task(self._watch(), name="watch")
                 group.create_task(self._probes(), name="probes")
         finally:

@@ -1,16 +1,13 @@
 """The agent's state on the node's disk, so that a restart needs no API server.
 
-Rules: written after each applied table (at most one write per second), whole, by rename, mode 0600.
-It holds what tables are made of, not the tables: what is read is built and checked like anything
-else. A snapshot that is damaged, of another version or of another node is as good as none.
-What did not change since the last write is not encoded again.
+Rules: kept after each applied table (`lbctl.kept`). It holds what tables are made of, not the
+tables: what is read is built and checked like anything else. A snapshot that is damaged, of another
+version or of another node is as good as none. What did not change since the last write is not
+encoded again.
 """
 
 from __future__ import annotations
 
-import asyncio
-import os
-import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from ipaddress import ip_address, ip_network
@@ -18,7 +15,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import msgspec
-import structlog
 
 from agent.inputs import Inputs
 from agent.rendering import State, render
@@ -42,81 +38,42 @@ from lbctl.core.model import (
 )
 from lbctl.core.nodeview import PortView
 from lbctl.core.pmap import PMap, changed
+from lbctl.kept import Kept
 
 VERSION: Final = 5
 FILE: Final = "agent.json"
-_EVERY_S: Final = 1.0
-_log = structlog.get_logger()
 
 
 class Store:
     """The snapshot file of a node."""
 
     def __init__(self, directory: Path, node: str) -> None:
-        self._path = directory / FILE
         self._node = node
         self._latest: State | None = None
         self._parts = _Parts()
-        self._writing = threading.Lock()
-        self._dirty = asyncio.Event()
-        self.failures = 0
+        self.kept = Kept(directory / FILE, self._content)
 
     def save(self, state: State) -> None:
-        """Keep this state; `run` writes it."""
+        """Keep this state from now on."""
         self._latest = state
-        self._dirty.set()
+        self.kept.changed()
 
-    async def run(self) -> None:
-        """Write what is saved, for ever; on cancellation what is left."""
-        try:
-            while True:
-                await self._dirty.wait()
-                self._dirty.clear()
-                await asyncio.to_thread(self.write)
-                await asyncio.sleep(_EVERY_S)
-        finally:
-            if self._dirty.is_set():
-                self.write()
-
-    def write(self) -> None:
-        """Write now; a failure is logged and counted."""
-        if self._latest is None:
-            return
-        with self._writing:
-            self._write(msgspec.json.encode(_packed(self._node, self._latest, self._parts)))
-
-    def _write(self, data: bytes) -> None:
-        temporary = self._path.with_suffix(".new")
-        try:
-            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(data)
-            temporary.replace(self._path)
-        except OSError as error:
-            self.failures += 1
-            _log.error("snapshot_not_written", error=str(error))
+    def _content(self) -> bytes:
+        assert self._latest is not None
+        return msgspec.json.encode(_packed(self._node, self._latest, self._parts))
 
     def load(self) -> State | None:
         """The state of the last run; None if there is none that can be used."""
-        try:
-            found = msgspec.json.decode(self._path.read_bytes())
-        except FileNotFoundError:
-            return None
-        except (OSError, msgspec.MsgspecError) as error:
-            _log.warning("snapshot_unreadable", error=str(error))
+        found = self.kept.read()
+        if found is None:
             return None
         try:
             if (found["version"], found["format"], found["node"]) != (VERSION, FORMAT, self._node):
                 return None
             return _unpacked(found)
         except (msgspec.MsgspecError, KeyError, ValueError, TypeError, IndexError) as error:
-            _log.warning("snapshot_unreadable", error=repr(error))
+            self.kept.refuse(error)
             return None
-
-    def remove(self) -> None:
-        """Delete the file."""
-        self._path.unlink(missing_ok=True)
 
 
 def _packed(node: str, state: State, parts: _Parts) -> dict[str, Any]:

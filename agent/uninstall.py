@@ -23,5 +23,5 @@ async def uninstall(directory: Path) -> None:
     await asyncio.to_thread(run_nft, nft.removal())
     async with routes.opened() as links:
         removed = await links.remove()
-    Store(directory, "").remove()
+    Store(directory, "").kept.remove()
     _log.info("uninstalled", routes_and_rules=removed)

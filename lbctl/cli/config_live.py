@@ -31,7 +31,7 @@ from lbctl.core import forecast as outlooks
 from lbctl.core import names
 from lbctl.core.config import Config, config_hash, parse
 from lbctl.core.forecast import Forecast, Outlook
-from lbctl.core.state import to_plain
+from lbctl.core.plain import to_plain
 from lbctl.errors import ConfigError
 from lbctl.kube import client as api
 from lbctl.kube.accepted import Entry, entry_of

@@ -22,8 +22,9 @@ from lbctl.cli.output import (
 )
 from lbctl.cli.status import merge_or_stop
 from lbctl.core.model import ObjectRef, Phase
+from lbctl.core.plain import to_plain
 from lbctl.core.reasons import SENTENCE, Reason
-from lbctl.core.state import EipState, HopState, ManagerState, ServiceState, SessionState, to_plain
+from lbctl.core.state import EipState, HopState, ManagerState, ServiceState, SessionState
 from lbctl.errors import LbctlError
 
 _NOT_OURS = (Reason.NOT_LOAD_BALANCER, Reason.OTHER_CLASS)

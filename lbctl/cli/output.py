@@ -18,7 +18,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from lbctl.core.state import to_plain
+from lbctl.core.plain import to_plain
 
 OK, WRONG, CANNOT = 0, 1, 2
 

@@ -20,8 +20,9 @@ from lbctl.cli.output import (
     print_json,
     print_table,
 )
+from lbctl.core.plain import to_plain
 from lbctl.core.reasons import SENTENCE
-from lbctl.core.state import NodeStatus, SessionState, to_plain
+from lbctl.core.state import NodeStatus, SessionState
 from lbctl.errors import LbctlError
 
 

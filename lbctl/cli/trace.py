@@ -36,8 +36,8 @@ from lbctl.core.config import Config, parse
 from lbctl.core.forwarding import EVERYWHERE, Locator
 from lbctl.core.model import Address, Protocol
 from lbctl.core.nftrules import UDP_MEMORY_S
+from lbctl.core.plain import to_plain
 from lbctl.core.reasons import SENTENCE, Reason
-from lbctl.core.state import to_plain
 from lbctl.core.trace import Action, Ingress, Packet, Scene, Trace, Verdict
 from lbctl.errors import KubeError, LbctlError, NotFound
 from lbctl.kube import objects

@@ -1,26 +1,18 @@
 """`/v1/state`: what one manager knows, as dataclasses and as JSON.
 
-Rules: the manager fills these, `lbctl` reads them; both ends are this module. JSON keys are the
-field names, addresses and enums their text. Unknown keys are ignored and fields with a default may
-be missing, so that replicas of two versions can be asked during a roll-out.
+Rules: the manager fills these, `lbctl` reads them; both ends are this module. The JSON is
+`core.plain`'s, so replicas of two versions can be asked during a roll-out.
 """
 
 from __future__ import annotations
 
 import json
-import types
-from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, fields, is_dataclass
-from enum import Enum
-from functools import cache
-from ipaddress import IPv4Address, IPv6Address, ip_address
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from dataclasses import dataclass
 
 from lbctl.core.model import Address, NodeState, ObjectRef, Phase
+from lbctl.core.plain import reader, to_plain
 from lbctl.core.reasons import Reason
 from lbctl.errors import MessageError
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,19 +139,7 @@ class ManagerState:
     holder: str = ""  # manager id in the Lease, as this manager sees it
 
 
-def to_plain(value: object) -> Any:
-    """Any of these dataclasses (or what is in them) as what `json.dumps` takes."""
-    if is_dataclass(value) and not isinstance(value, type):
-        return {f.name: to_plain(getattr(value, f.name)) for f in fields(value)}
-    if isinstance(value, Enum):
-        return value.value
-    if isinstance(value, IPv4Address | IPv6Address):
-        return str(value)
-    if isinstance(value, tuple | list):
-        return [to_plain(item) for item in value]
-    if isinstance(value, Mapping):
-        return {str(key): to_plain(item) for key, item in value.items()}
-    return value
+_read = reader(ManagerState)
 
 
 def to_json(state: ManagerState) -> bytes:
@@ -178,63 +158,7 @@ def from_json(body: bytes | str) -> ManagerState:
 
 def from_plain(value: object) -> ManagerState:
     """Read what `json.loads` made of such a body. Raises MessageError if it is none."""
-    return _read(value, ManagerState, "state")
-
-
-def _read(value: object, kind: Callable[..., T], where: str) -> T:
-    """A dataclass from a JSON object."""
-    if not isinstance(value, dict):
-        raise MessageError(f"a manager's {where} is not an object")
-    given: dict[str, Any] = {}
-    for name, (hint, required) in _fields_of(kind).items():
-        if name in value:
-            given[name] = _convert(value[name], hint, f"{where}.{name}")
-        elif required:
-            raise MessageError(f"a manager's {where} lacks {name}")
-    return kind(**given)
-
-
-@cache
-def _fields_of(kind: Any) -> dict[str, tuple[Any, bool]]:
-    hints = get_type_hints(kind)
-    return {
-        f.name: (hints[f.name], f.default is MISSING and f.default_factory is MISSING)
-        for f in fields(kind)
-    }
-
-
-def _convert(value: object, hint: Any, where: str) -> Any:
-    if get_origin(hint) in (Union, types.UnionType):
-        kinds = get_args(hint)
-        if value is None and type(None) in kinds:
-            return None
-        return _convert(value, _only(kinds), where)
-    if get_origin(hint) is tuple:
-        if not isinstance(value, list):
-            raise MessageError(f"a manager's {where} is not a list")
-        item = get_args(hint)[0]
-        return tuple(_convert(one, item, f"{where}[{n}]") for n, one in enumerate(value))
-    if is_dataclass(hint) and isinstance(hint, type):
-        return _read(value, hint, where)
-    return _scalar(value, hint, where)
-
-
-def _only(kinds: tuple[Any, ...]) -> Any:
-    """`Address | None` and `X | None` are the only unions here."""
-    rest = [kind for kind in kinds if kind is not type(None)]
-    return IPv4Address if IPv4Address in rest else rest[0]
-
-
-def _scalar(value: object, hint: Any, where: str) -> Any:
     try:
-        if hint is IPv4Address:  # stands for either family
-            return ip_address(value)  # type: ignore[arg-type]  # TypeErrors are ValueErrors here
-        if isinstance(hint, type) and issubclass(hint, Enum):
-            return hint(value)
-    except ValueError as error:
-        raise MessageError(f"a manager's {where} is not understood: {str(value)[:60]}") from error
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if type(value) is not hint:
-        raise MessageError(f"a manager's {where} should be {hint.__name__}")
-    return value
+        return _read(value)
+    except MessageError as error:
+        raise MessageError(f"a manager's state{error}") from error

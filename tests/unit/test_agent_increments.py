@@ -159,12 +159,12 @@ class Passes(RuleBasedStateMachine):
     @rule()
     def snapshot(self) -> None:
         self.store.save(self.state)
-        self.store.write()
+        self.store.kept.write()
 
     @invariant()
     def the_snapshot_is_the_state_when_written(self) -> None:
         if self.store._latest is self.state and self.state.rules.generation:
-            self.store.write()
+            self.store.kept.write()
             found = self.store.load()
             assert found is not None
             assert found.rules == self.state.rules

@@ -199,7 +199,7 @@ def test_a_snapshot_gives_back_the_same_ruleset(tmp_path: Path) -> None:
     store = Store(tmp_path, "n1")
     assert store.load() is None
     store.save(kept)
-    store.write()
+    store.kept.write()
     found = store.load()
     assert found is not None
     assert found.rules == kept.rules
@@ -237,7 +237,7 @@ endpoints: {external: masquerade}
 def test_a_damaged_snapshot_is_none(tmp_path: Path) -> None:
     store = Store(tmp_path, "n1")
     store.save(state())
-    store.write()
+    store.kept.write()
     whole = (tmp_path / FILE).read_bytes()
     for damaged in (
         b"",
@@ -249,7 +249,7 @@ def test_a_damaged_snapshot_is_none(tmp_path: Path) -> None:
     ):
         (tmp_path / FILE).write_bytes(damaged)
         assert store.load() is None
-    store.remove()
+    store.kept.remove()
     assert not (tmp_path / FILE).exists()
 
 

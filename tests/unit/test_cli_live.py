@@ -15,6 +15,7 @@ from lbctl.cli.explain import Story
 from lbctl.cli.live import SERVED, Answer, Live, find_kubeconfig, merge
 from lbctl.cli.status import as_json, show
 from lbctl.core.model import NodeState, ObjectRef, Phase
+from lbctl.core.plain import to_plain
 from lbctl.core.reasons import SENTENCE, Reason
 from lbctl.core.state import (
     ConfigState,
@@ -25,7 +26,6 @@ from lbctl.core.state import (
     PoolState,
     ServiceState,
     SessionState,
-    to_plain,
 )
 from lbctl.errors import KubeError
 
