@@ -74,6 +74,7 @@ def render(
     strays = _strays(before, state, touched)
     peers = tuple(sorted(set(state.macs.values())))
     state = replace(state, strays=strays, externals=_externals(before, state, touched))
+    silent = sorted(state.index[name] for name in state.down if name in state.index)
     rules = Ruleset(
         generation,
         uplinks,
@@ -82,6 +83,7 @@ def render(
         _ports(before, state, me),
         _sources(before, state, touched),
         _policy(before, state, touched, uplinks),
+        tuple(silent),
     )
     return replace(state, rules=rules)
 

@@ -28,6 +28,7 @@ from lbctl.core.nftfamily import BUCKET_BASE, FAMILIES
 
 PIECE: Final = 20_000  # map elements of one transaction: about 1 MiB
 NEW_ELEMENTS, DELETE_ELEMENTS = 12, 14  # NFT_MSG_NEWSETELEM, NFT_MSG_DELSETELEM
+_VERBS: Final = {NEW_ELEMENTS: "add", DELETE_ELEMENTS: "delete"}
 _SUBSYSTEM: Final = 10  # NFNL_SUBSYS_NFTABLES
 _BEGIN, _END = 0x10, 0x11  # NFNL_MSG_BATCH_BEGIN, …_END
 _REQUEST, _ACK, _CREATE = 0x1, 0x4, 0x400
@@ -105,9 +106,26 @@ def unmark() -> list[Message]:
 
 def mark(generation: int) -> list[Message]:
     """Messages that write the generation: the tables are complete."""
-    element = _element(_attribute(1, struct.pack("=I", generation & 0xFFFFFFFF)))
-    body = _place("gen") + _attribute(3 | _NESTED, element)
-    return [Message(NEW_ELEMENTS, f.version, body, f"add element {f.table} gen") for f in FAMILIES]
+    return _marks(NEW_ELEMENTS, "gen", [generation & 0xFFFFFFFF])
+
+
+def silenced(old: Iterable[int], new: Iterable[int]) -> Batch:
+    """The transaction that makes `silent` say the numbers of other nodes."""
+    was, now = ({MARK_BASE + number for number in numbers} for numbers in (old, new))
+    gone = _marks(DELETE_ELEMENTS, "silent", sorted(was - now))
+    return Batch(gone, _marks(NEW_ELEMENTS, "silent", sorted(now - was)))
+
+
+def _marks(kind: int, name: str, marks: Sequence[int]) -> list[Message]:
+    """Messages for a set of marks of both tables; none for no marks, which would mean all."""
+    elements = b"".join(_element(_attribute(1, struct.pack("=I", mark))) for mark in marks)
+    body = _place(name) + _attribute(3 | _NESTED, elements)
+    verb = _VERBS[kind]
+    return [
+        Message(kind, f.version, body, f"{verb} element {f.table} {name}")
+        for f in FAMILIES
+        if marks
+    ]
 
 
 class _Writer:
@@ -145,10 +163,9 @@ class _Writer:
     def _close(self, place: tuple[int, int, str]) -> None:
         kind, version, name = place
         elements = bytes(self._open.pop(place))
-        verb = "add" if kind == NEW_ELEMENTS else "delete"
         table = next(f.table for f in FAMILIES if f.version == version)
         body = _place(name) + _attribute(3 | _NESTED, elements)
-        what = f"{verb} element {table} {name}"
+        what = f"{_VERBS[kind]} element {table} {name}"
         self._messages[kind].append(Message(kind, version, body, what))
 
     def batch(self) -> Batch:

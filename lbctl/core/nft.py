@@ -58,7 +58,7 @@ class Ruleset:
     """Everything that the kernel's tables hold, of both families.
 
     ranges: first and last address, both inclusive. sources: EIPs that not everyone may reach.
-    policy: what else the rules follow.
+    policy: what else the rules follow. silent: the numbers of nodes that are called down.
     """
 
     generation: int = 0
@@ -68,6 +68,7 @@ class Ruleset:
     ports: Mapping[PortKey, PortElements] = field(default_factory=dict)
     sources: Mapping[Address, tuple[Network, ...]] = field(default_factory=dict)
     policy: Policy = field(default_factory=Policy)
+    silent: tuple[int, ...] = ()
 
 
 def merged(
@@ -128,7 +129,7 @@ def steps(old: Ruleset | None, stages: Iterable[Ruleset], timeouts: bool = True)
             text += "".join(_small_sets(before, new))
             if text:
                 yield text
-            yield from nfbatch.pieces(deltas(before.ports, new.ports))
+            yield from _batches(before, new)
             text, before = "", new
         yield "".join(map(refusals, FAMILIES))
         yield Batch([], nfbatch.mark(before.generation))
@@ -139,7 +140,7 @@ def steps(old: Ruleset | None, stages: Iterable[Ruleset], timeouts: bool = True)
 
 def _change(old: Ruleset, new: Ruleset) -> Iterator[Step]:
     small = "".join(_small_sets(old, new))
-    batches = nfbatch.pieces(deltas(old.ports, new.ports))
+    batches = _batches(old, new)
     batch = next(batches, None)
     if small:
         yield small + _generation(new.generation, flush=True, add=batch is None)
@@ -154,10 +155,16 @@ def _change(old: Ruleset, new: Ruleset) -> Iterator[Step]:
         batch, alone = following, False
 
 
+def _batches(old: Ruleset, new: Ruleset) -> Iterator[Batch]:
+    yield from nfbatch.pieces(deltas(old.ports, new.ports))
+    if old.silent != new.silent:
+        yield nfbatch.silenced(old.silent, new.silent)
+
+
 def full(rules: Ruleset) -> list[str]:
     """Return `steps` from nothing as text alone: for those who read it."""
     pieces = list(_pieces(deltas({}, rules.ports)))
-    tables = "".join(map(skeleton, FAMILIES)) + "".join(_small_sets(Ruleset(), rules))
+    tables = "".join(map(skeleton, FAMILIES)) + _small_text(Ruleset(), rules)
     pieces = [removal() + tables + (pieces[0] if pieces else ""), *pieces[1:]]
     pieces[-1] += "".join(map(refusals, FAMILIES)) + _generation(rules.generation, flush=False)
     return pieces
@@ -165,7 +172,7 @@ def full(rules: Ruleset) -> list[str]:
 
 def difference(old: Ruleset, new: Ruleset) -> list[str]:
     """Return `steps` as text alone."""
-    small = "".join(_small_sets(old, new))
+    small = _small_text(old, new)
     pieces = list(_pieces(deltas(old.ports, new.ports)))
     if small:
         pieces = [small + (pieces[0] if pieces else ""), *pieces[1:]]
@@ -201,8 +208,9 @@ def recounted(counts: Mapping[SetKey, int], old: Ruleset, new: Ruleset) -> dict[
     for address in changed(was, now):
         made[address.version, "pingable"] += (address in now) - (address in was)
     for family in FAMILIES:
-        whole = {"gen": 1, "uplinks": len(new.uplinks), "peers": len(new.peers)}
-        made |= {(family.version, name): number for name, number in whole.items()}
+        whole = {"uplinks": new.uplinks, "peers": new.peers, "silent": new.silent}
+        made[family.version, "gen"] = 1
+        made |= {(family.version, name): len(held) for name, held in whole.items()}
     return made
 
 
@@ -258,6 +266,14 @@ def _small_sets(old: Ruleset, new: Ruleset) -> Iterator[str]:
             yield replaced(family, "ranges", spans)
     yield from _restrictions(old.sources, new.sources)
     yield from nftsets.changes(old.policy, new.policy)
+
+
+def _small_text(old: Ruleset, new: Ruleset) -> str:
+    text = "".join(_small_sets(old, new))
+    if old.silent != new.silent:
+        marks = [f"{MARK_BASE + number:#x}" for number in new.silent]
+        text += "".join(replaced(family, "silent", marks) for family in FAMILIES)
+    return text
 
 
 def _restrictions(

@@ -171,6 +171,7 @@ def _sets(family: Family) -> str:
     return f"""  set gen {{ type mark; }}
   set uplinks {{ type ifname; }}
   set peers {{ type ether_addr; }}
+  set silent {{ type mark; }}
   set tunnel_peers {{ type {address}; }}
   set ranges {{ type {address}; flags interval; }}
   set restricted {{ type {address}; }}
@@ -303,12 +304,14 @@ def _chance(family: Family) -> str:
     """Flows that conntrack does not know here go to their last owner, but for new ones of TCP.
 
     What was handed over has few hops left: of TCP it is looked up once more, and then goes by notes
-    alone until no hops are left. Our pod would reset what another node takes for ours.
+    alone until no hops are left. Our pod would reset what another node takes for ours. A note that
+    leads to a silent node is left for who else may have the flow, if there is anyone.
     """
     ip, key = family.ip, family.key
     few = f"{{ {LAST_LOOKUP_TTL}, {HANDOVER_TTL} }}"
     return f"""  chain lookup {{
     {ip} {family.hops} {few} tcp flags & (syn|rst) == 0 goto passed
+    ct mark @silent tcp flags & (syn|rst) == 0 jump instead
     ct mark & {MARK_MASK:#x} == {MARK_BASE:#x} meta mark set ct mark goto handover
     {ip} {family.hops} <= {HANDOVER_TTL} jump answer
     tcp flags & (syn|rst) != 0 accept
@@ -317,6 +320,10 @@ def _chance(family: Family) -> str:
     {key} vmap @past
     meta mark set {key} . meta mark map @prev goto handover
     meta mark set 0
+  }}
+  chain instead {{
+    {key} vmap @past
+    meta mark set {key} . meta mark map @prev goto handover
   }}
   chain arrived {{
     ct state related ct mark & {MARK_MASK:#x} == {MARK_BASE:#x} meta mark set ct mark

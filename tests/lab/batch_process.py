@@ -70,9 +70,9 @@ def states() -> list[nft.Ruleset]:
     wide = dict(port(FOUR + n, Protocol.TCP, 80, 1024, n) for n in range(2))
     return [
         base,
-        replace(base, generation=2, ports=later),
-        replace(base, generation=3, ports={}, uplinks=("eth0", "eth1")),
-        replace(base, generation=4, ports=wide, sources={}),
+        replace(base, generation=2, ports=later, silent=(2, 3)),
+        replace(base, generation=3, ports={}, uplinks=("eth0", "eth1"), silent=(3,)),
+        replace(base, generation=4, ports=wide, sources={}, silent=(1, 3)),
     ]
 
 

@@ -12,10 +12,11 @@ from dataclasses import replace
 import pytest
 
 from lbctl.core import maglev, nft, nodeview
+from lbctl.core.names import MARK_BASE
 from lbctl.core.nftfamily import HANDOVER_TTL
 
 from . import frames
-from .agentnet import wait_for
+from .agentnet import sh, wait_for
 from .rulesnet import CLIENT, EIP, GATE_MAC, PORT, ROUTER_MAC, RulesNet, made, rules, table
 
 PACKETS = 300
@@ -171,3 +172,47 @@ def test_what_was_passed_on_does_not_swallow_a_new_connection(net: RulesNet, ver
     net.load(2, *nft.full(rules(table((2,)), 2)))
     for source in ports:
         net.connect(version, source=source).close()
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_a_note_to_a_silent_node_is_left_for_another_former_owner(
+    net: RulesNet, version: int
+) -> None:
+    """Flows were handed over by way of node 3, which dies; node 1 has them and had the bucket."""
+    mine, other = table((2,), unready=(1,)), table((1,), unready=(2,))
+    past = nodeview.advance(nodeview.advance({}, other, "n2"), mine, "n2")
+    plain = rules(mine, 2, view=past)
+    net.load(1, *nft.full(rules(other, 1)))
+    net.load(2, *nft.full(renumbered(plain, {1: 3})))
+    rule = f"rule add fwmark {MARK_BASE + 3:#x} lookup 103"
+    for command in (rule, "route replace default dev eth0 table 103"):
+        sh("ip", f"-{version}", "-n", net.ns("n2"), *command.split())
+    net.enter(2)
+    wire, ports = net.link("c", "eth0"), [next(SOURCES) for _ in range(8)]
+
+    def said(of: int, name: str) -> None:
+        before = net.counters(of)[name]
+        for source in ports:
+            packet = frames.tcp(CLIENT[version], source, EIP[version], PORT, frames.ACK)
+            wire.send(frames.frame(packet, GATE_MAC, ROUTER_MAC))
+        what = f"{name} at node {of} to count {len(ports)}"
+        wait_for(what, lambda: net.counters(of)[name] == before + len(ports))
+
+    said(2, "second_chance")  # to node 3
+    net.load(2, *nft.full(plain))
+    said(2, "second_chance")  # still: it is noted
+    assert net.counters(1)["stray"] == 0
+    net.load(2, *nft.full(replace(rules(mine, 2), silent=(3,))))
+    said(2, "second_chance")  # nobody else had it: node 3 may come back
+    assert net.counters(1)["stray"] == net.counters(2)["delivered"] == 0
+    net.load(2, *nft.full(replace(plain, silent=(3,))))
+    said(1, "stray")  # where a pod would have them
+
+
+def renumbered(of: nft.Ruleset, numbers: dict[int, int]) -> nft.Ruleset:
+    """The rules with other numbers for other nodes."""
+    ports = {}
+    for key, port in of.ports.items():
+        targets = tuple(numbers.get(t, t) if isinstance(t, int) else t for t in port.targets)
+        ports[key] = replace(port, targets=targets)
+    return replace(of, ports=ports)

@@ -118,6 +118,11 @@ class FakeTable:
         spare = _key(prefix, chain, client, source, SPARES) if syn or protocol != "tcp" else ""
         return self._delivered(key, stays, spare)
 
+    def silent(self, version: int, node: str) -> bool:
+        """Whether a note that leads to this node is not followed where someone else is known."""
+        held = self.maps.get("ip silent" if version == 4 else "ip6 silent", {})
+        return bool(node) and f"{MARK_BASE + int(node[1:]):#x}" in held
+
     def _delivered(self, key: str, number: str, spare: str) -> str:
         """To the pod of a pin or a bucket of this node, or else to a spare one."""
         deliver = self._of(key, "deliver")

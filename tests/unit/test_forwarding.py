@@ -35,12 +35,14 @@ class Cluster:
         self.generation = 0
         self.pins: dict[tuple[str, str], str] = {}  # node and client → pod
         self.notes: dict[tuple[str, tuple[str, int]], str] = {}  # conntrack's marks: node
+        self.dead = ""  # a node that answers nothing
 
     def apply(self, new: Table, only: tuple[str, ...] = tuple(INDEX)) -> None:
         self.generation += 1
         for name in only:
             self.views[name] = nodeview.advance(self.views[name], new, name)
-            rules = ruleset(self.views[name], name, self.generation)
+            silent = tuple(sorted(INDEX[node] for node in new.sources.down))
+            rules = replace(ruleset(self.views[name], name, self.generation), silent=silent)
             old = self.rules[name]
             for piece in nft.difference(old, rules) if old.generation else nft.full(rules):
                 self.fakes[name].apply(piece)
@@ -85,7 +87,7 @@ class Cluster:
         out = self.fakes[entry].where(str(EIP), 80, *client, syn=False)
         steered = out.startswith("node ")
         where, hops = (f"n{out[5:]}", 62) if steered else (entry, 63)
-        while where != home and hops > 1:
+        while where != home and hops > 1 and where != self.dead:
             fake, peer = self.fakes[where], steered or hops < 9
             handed, fewer = hops in (7, 8), hops < 7
             said = fake.where(
@@ -93,7 +95,7 @@ class Cluster:
             )
             note = self.notes.get((where, client), "")
             to = f"n{said[7:]}" if said.startswith("chance ") else ""
-            to = (to or note) if handed else (note or to)
+            to = (to or note) if handed or fake.silent(EIP.version, note) else (note or to)
             if not to:
                 return False
             if hops > 8:
@@ -333,6 +335,23 @@ def test_a_node_that_lags_neither_circles_nor_resets() -> None:
         for entry in INDEX:
             for syn in (True, False):
                 assert cluster.lands(entry, client, syn=syn) != "circle"
+
+
+def test_flows_that_were_handed_over_by_way_of_a_node_that_dies_find_their_own() -> None:
+    """Notes lead to n3, which had the bucket for a while, and passed on what n1 has."""
+    cluster, n3 = Cluster(), frozenset({"n3"})
+    first, between, last = PODS[::2]  # of n1, n2, n3
+    for pods in ([first], [first, last], [first, between, last]):
+        cluster.apply(table(*pods))
+    assert all(cluster.finds("n1", client, "n1") for client in CLIENTS)
+    theirs = [client for (at, client), to in cluster.notes.items() if (at, to) == ("n2", "n3")]
+    assert theirs
+    cluster.dead = "n3"
+    assert not any(cluster.finds("n1", client, "n1") for client in theirs)
+    cluster.apply(table(first, between, last, down=n3, fallen=n3), only=("n1", "n2"))
+    assert all(cluster.finds("n1", client, "n1") for client in theirs)
+    cluster.dead = ""  # and those that are with n3, should it come back
+    assert all(cluster.finds("n1", client, "n3") for client in theirs)
 
 
 def test_down_nodes_take_no_new_flows_and_no_hand_over() -> None:
