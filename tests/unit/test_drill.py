@@ -166,6 +166,14 @@ def test_each_expectation_can_fail(seen: Evidence, name: str) -> None:
     assert name in failed(seen)
 
 
+def test_what_waits_when_a_fault_begins_is_that_ones() -> None:
+    faults = (FaultSeen(-1.0, -0.9, "addNode"), *SEEN.faults, FaultSeen(4.0, 4.1, "powerCut"))
+    seen = replace(SEEN, faults=faults, requests=(RequestSeen("web", 3.9, 0.8, "timed out"),))
+    assert seen.outage_s() == 0.0
+    seen = replace(seen, requests=(RequestSeen("web", 3.1, 0.8, "timed out"),))
+    assert seen.outage_s() == pytest.approx(1.1)
+
+
 def test_a_sabotage_is_seen_in_what_it_should_have_broken() -> None:
     assert unharmed(drill(), SEEN) == ("outage", "nextHops")
     late = (*SEEN.requests, RequestSeen("web", 3.1, 0.8, "timed out"))

@@ -67,13 +67,14 @@ class Expect(_Model):
     """What must hold; what is not named is only reported.
 
     broken: at most so many flows to living pods broken. failed: at most so many new connections
-    failed. outage: none failed that began later than that after the last fault before it. gap: the
-    longest silence of a living flow. next_hops: at the end, on every living switch. entered:
-    (machine, share of the flows that entered there). steered: share of the flows whose pod was on
-    another node than the one they entered at. throughput: of the downloads. latency: for a service,
-    how many times slower nine of ten new connections may be after the last fault than before the
-    first. flooded: share of each flood that was really sent. leader: the same manager leads at the
-    end. changes: at most so many changes of any switch's next hops after the first fault.
+    failed. outage: none failed that began later than that after the last fault before its end.
+    gap: the longest silence of a living flow. next_hops: at the end, on every living switch.
+    entered: (machine, share of the flows that entered there). steered: share of the flows whose pod
+    was on another node than the one they entered at. throughput: of the downloads. latency: for a
+    service, how many times slower nine of ten new connections may be after the last fault than
+    before the first. flooded: share of each flood that was really sent. leader: the same manager
+    leads at the end. changes: at most so many changes of any switch's next hops after the first
+    fault.
     """
 
     broken: int | None = Field(None, ge=0)

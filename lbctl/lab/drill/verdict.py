@@ -122,11 +122,13 @@ class Evidence:
     def outage_s(self) -> float:
         """The longest time from a fault to the start of a new connection that failed after it.
 
-        Counted from the last fault that had begun by then; 0 if none failed.
+        Counted from the last fault that had begun when it failed: what waits for its answer when a
+        node dies was not kept waiting by what was before. 0 if none failed.
         """
         longest_s = 0.0
         for request in self.failed():
-            begun = [fault.at_s for fault in self.faults if fault.at_s <= request.start_s]
+            failed_s = request.start_s + request.took_s
+            begun = [fault.at_s for fault in self.faults if fault.at_s <= failed_s]
             if begun:
                 longest_s = max(longest_s, request.start_s - max(begun))
         return longest_s
