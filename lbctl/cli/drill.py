@@ -120,19 +120,31 @@ class Drills:
         self.reports = reports
 
     def run(self, drills: list[Drill], sabotaged: bool) -> bool:
-        """All of them; whether everything held. A lab that does not heal is made anew."""
-        held = True
-        left = list(drills)
+        """All of them; whether everything held. A lab that does not heal is made anew.
+
+        Raises LabError after the last one if any could not be run.
+        """
+        left, failed, undone = list(drills), list[str](), list[str]()
         while left:
             with self._site(left[0].topology) as site:
-                while left and left[0].topology == site.lab.topology.name:
+                healed = True
+                while healed and left and left[0].topology == site.lab.topology.name:
+                    drill = left.pop(0)
                     try:
-                        held = self._one(site, left.pop(0), sabotaged) and held
+                        if not self._one(site, drill, sabotaged):
+                            failed.append(drill.name)
+                    except LabError as error:
+                        undone.append(drill.name)
+                        self.console.print(f"  [red]✗[/red] {output.clean(error)}")
                     finally:
                         healed = self._restored(site)
-                    if not healed:
-                        break
-        return held
+        if len(drills) > 1:
+            held = len(drills) - len(failed) - len(undone)
+            missed = f"; did not hold: {', '.join(failed)}" if failed else ""
+            self.console.print(f"\n{held} of {len(drills)} held{missed}")
+        if undone:
+            raise LabError(f"no verdict on {', '.join(undone)}")
+        return not failed
 
     @contextmanager
     def _site(self, topology: str) -> Iterator[Site]:

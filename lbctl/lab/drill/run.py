@@ -135,10 +135,24 @@ def wait_routed(site: Site, service: DrillService) -> None:
     if service.policy == "Local":
         wanted = set(site.api.pod_nodes(service.name).values())
     eip = site.services[service.name]
-    wait(
-        f"every switch to route {service.name} to {', '.join(sorted(wanted))}",
-        lambda: all(set(hops) == wanted for hops in site.hops(eip).values()),
-    )
+    try:
+        wait(
+            f"every switch to route {service.name} to {', '.join(sorted(wanted))}",
+            lambda: all(set(hops) == wanted for hops in site.hops(eip).values()),
+        )
+    except LabError as error:
+        raise LabError(f"{error}; {'; '.join(_routed(site, eip))}") from error
+
+
+def _routed(site: Site, eip: str) -> Iterator[str]:
+    """What the switches have, and why each manager announces it so."""
+    for switch, hops in site.hops(eip).items():
+        yield f"{switch} has {', '.join(hops) or 'no route'}"
+    for machine in site.lab.of_role("control"):
+        state = site.manager_state(machine)
+        mine = [one for one in state.eips if str(one.address) == eip] if state else []
+        said = [f"{hop.node} {hop.reason}" for one in mine for hop in one.hops]
+        yield f"{machine.name} says {', '.join(said) or 'nothing of it'}"
 
 
 def start_load(site: Site, traffic: Traffic) -> Load:
