@@ -113,7 +113,7 @@ class Announcing:
         self._locator: Locator | None = None  # of these
         self._verdicts: Verdicts | None = None  # on these
         self._ids, self._levels = PathIds(), Levels()
-        self._paths: PMap[Network, frozenset[Path]] = PMap()
+        self._paths: Paths = PMap()
         self._hops: Counter[str] = Counter()  # EIPs by node
         self._counts: tuple[Counter[int], Counter[int]] = Counter(), Counter()  # by family
         self._all, self._touched = True, set[Address]()
@@ -260,7 +260,7 @@ class Announcing:
         """First what goes through a node that moved, and may lose a path; what has none last."""
         if self._hopless(address):
             return 2
-        return int(moved.isdisjoint([hop.node for hop in self.selections[address].hops]))
+        return int(moved.isdisjoint([path.node for path in self.selections[address].paths]))
 
     def _hopless(self, address: Address) -> bool:
         found = self.selections.get(address)
@@ -293,6 +293,7 @@ class Announcing:
         verdicts = self._judged(accepted)
         found = select(verdicts, eips, services, endpoints, self._confirmations, self.selections)
         changed = []
+        steps: Counter[tuple[frozenset[Path], frozenset[Path]]] = Counter()
         for address in touched:
             old, new = self.selections.pop(address, None), found.get(address)
             if new is not None:
@@ -302,12 +303,13 @@ class Announcing:
             hops = [selection.hop if selection else None for selection in (old, new)]
             if moved or hops[0] is not hops[1]:
                 changed.append((address, after, hops[1]))
-            if moved:
-                self._hops.subtract(path.node for path in before - after)
-                self._hops.update(path.node for path in after - before)
+                steps[before, after] += moved
             if new is not None and (old is None or old.reason is not new.reason):
                 for ref in self._eips[address].members:
                     self._on_selected(ref)
+        for (before, after), count in steps.items():
+            self._hops.subtract({path.node: count for path in before - after})
+            self._hops.update({path.node: count for path in after - before})
         self._route(self._levels.routes(changed))
 
     def _route(self, routes: Mapping[Network, frozenset[Path]]) -> None:

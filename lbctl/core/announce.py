@@ -28,35 +28,25 @@ asks `take()` what to send. Rules:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import islice
 from typing import Final, NamedTuple, TypeAlias
 
 from lbctl.core import exabgp
-from lbctl.core.announce_table import Route, Table, Texts
+from lbctl.core.announce_table import Table, Texts
 from lbctl.core.exabgp import Command, Verb
 from lbctl.core.model import Agreed, Network, Path
-from lbctl.core.pmap import PMap, changed
+from lbctl.core.pmap import PMap, differences
 from lbctl.errors import MessageError, SpeakerError
 
 WINDOW: Final = 32
-SLICE: Final = 1600  # routes of a peer planned at a time: some 20 ms
+SLICE: Final = exabgp.MAX_PREFIXES  # prefixes planned at a time: a command for each attributes
 PRUNE_EVERY: Final = 512  # numbers between two clearances of what is remembered for speed
 
-Paths: TypeAlias = frozenset[Path] | PMap[Network, frozenset[Path]]
+Paths: TypeAlias = PMap[Network, frozenset[Path]]
 _NONE: Final[frozenset[Path]] = frozenset()
-
-
-def by_prefix(paths: Paths) -> PMap[Network, frozenset[Path]]:
-    """The paths of each prefix. What is a map already stays the same object."""
-    if isinstance(paths, PMap):
-        return paths
-    found: dict[Network, set[Path]] = {}
-    for path in paths:
-        found.setdefault(path.prefix, set()).add(path)
-    return PMap({prefix: frozenset(several) for prefix, several in found.items()})
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,21 +91,20 @@ TRANSITIONS: Final[dict[tuple[LinkState, LinkEvent], LinkState]] = {
 }
 
 
-class _Known(NamedTuple):
-    """What was made of a path; it holds for other prefixes' paths with its path-id too."""
-
-    path: Path
-    rank: tuple[int, int]
-    identified: str  # its attributes text with the path-id
-    plain: str  # and without
-
-
 @dataclass(frozen=True, slots=True)
 class Send:
     """Something to send: a command, or a barrier if `command` is None."""
 
     id: int
     command: Command | None = None
+
+
+class _Desired(NamedTuple):
+    """What prefixes of a family shall have: where a peer takes one path, and where several."""
+
+    version: int
+    one: Texts
+    several: Texts
 
 
 class Announcer:
@@ -125,16 +114,15 @@ class Announcer:
         self._window, self._slice = window, slice_
         self._state = LinkState.AWAY
         self._number = 0
-        self._paths: PMap[Network, frozenset[Path]] = PMap()
+        self._paths: Paths = PMap()
         self._tables: dict[str, Table] = {}
         self._modes: dict[str, dict[int, bool]] = {}
         self._up: set[str] = set()
         self._unclaimed: dict[str, list[Held]] = {}  # of peers that are not wanted (yet)
-        self._losing: dict[Network, None] = {}  # to be planned, first those that lose a path
-        self._coming: dict[Network, None] = {}
+        self._losing: dict[str, _Desired] = {}  # to be planned, first those that lose a path
+        self._coming: dict[str, _Desired] = {}
         self._since = 0  # the number at which there began to be something to plan
-        self._known: dict[int, _Known] = {}  # by path-id
-        self._shared: dict[tuple[str, ...], Texts] = {}
+        self._known: dict[tuple[int, frozenset[Path]], _Desired] = {}  # by family
         self._in_flight: dict[int, Command] = {}
         self._next_id = 1
         self._barrier: tuple[int, int] | None = None  # (id, number that was acknowledged then)
@@ -164,101 +152,76 @@ class Announcer:
         `peers` are canonical addresses. SpeakerError, with nothing changed, if a value is not valid
         or one (prefix, path-id) occurs twice.
         """
-        before, after = self._paths, by_prefix(paths)
-        losing: list[Network] = []
-        coming: list[Network] = []
-        for prefix in sorted(changed(before, after), key=_order):
-            was, now = before.get(prefix, _NONE), after.get(prefix, _NONE)
-            if not was <= now:
-                losing.append(prefix)
-            elif was != now:
-                coming.append(prefix)
-            self._check(prefix, was, now)
+        losing: dict[str, _Desired] = {}
+        coming: dict[str, _Desired] = {}
+        for prefix, was, now in sorted(differences(self._paths, paths), key=lambda d: _order(d[0])):
+            before, after = was or _NONE, now or _NONE
+            desired = self._desired(prefix.version, after)
+            if before != after:
+                queue = coming if before <= after else losing
+                queue[exabgp.prefix(prefix)] = desired
         self._number += 1
         if self._number % PRUNE_EVERY == 0:
             self._prune()
-        self._paths = after
+        self._paths = paths
         self._note(losing, coming)
         wanted_peers = sorted(set(peers))
         for peer in sorted(set(self._tables) - set(wanted_peers)):
             table = self._tables.pop(peer)
-            left = sorted(table.held | table.unsure | table.busy.keys())
-            self._unclaimed[peer] = [Held(peer, r.attributes, (r.prefix,), False) for r in left]
+            left = sorted(table.there().items())
+            self._unclaimed[peer] = [Held(peer, a, tuple(sorted(p)), False) for a, p in left]
         for peer in wanted_peers:
             if peer not in self._tables:
                 self._tables[peer] = table = Table(peer, self._modes.get(peer), peer in self._up)
                 self._learn(table, self._unclaimed.pop(peer, ()))
         return self._number
 
-    def _check(self, prefix: Network, was: frozenset[Path], now: frozenset[Path]) -> None:
-        """SpeakerError if one of the paths that `was` has not is not valid."""
-        fresh = now - was if was else now
-        for path in fresh:
-            if path.prefix is not prefix and path.prefix != prefix:
-                raise SpeakerError(f"a path of {prefix} is for another prefix")
-            self._know(path)
-        if fresh:
-            exabgp.prefix(prefix, *(path.next_hop for path in fresh))
-            if len({path.path_id for path in now}) != len(now):
-                raise SpeakerError("two paths have the same prefix and path-id")
+    def _desired(self, version: int, paths: frozenset[Path]) -> _Desired:
+        """What these paths are to prefixes of a family; SpeakerError if they are not valid.
 
-    def _know(self, path: Path) -> _Known:
-        known = self._known.get(path.path_id)
-        if known is None or not _alike(known.path, path):
-            rank = int(path.next_hop), path.path_id
-            known = _Known(path, rank, exabgp.attributes(path), exabgp.attributes(path, False))
-            self._known[path.path_id] = known
+        EIPs are many, sets of paths few.
+        """
+        known = self._known.get((version, paths))
+        if known is None:
+            texts = {path: exabgp.attributes(path) for path in paths}
+            if any(path.next_hop.version != version for path in paths):
+                raise SpeakerError(f"a next hop is not of the family of its prefix, IPv{version}")
+            if len({path.path_id for path in paths}) != len(paths):
+                raise SpeakerError("two paths have the same prefix and path-id")
+            ranked = sorted(paths, key=lambda path: (int(path.next_hop), path.path_id))
+            one = dict.fromkeys([exabgp.attributes(path, False) for path in ranked[:1]])
+            several = dict.fromkeys([texts[path] for path in ranked])
+            known = self._known[version, paths] = _Desired(version, one, several)
         return known
 
     def _prune(self) -> None:
         self._known.clear()
-        self._shared.clear()
         for table in self._tables.values():
             table.prune()
 
     # planning
 
-    def _note(self, losing: Iterable[Network], coming: Iterable[Network]) -> None:
+    def _note(self, losing: Mapping[str, _Desired], coming: Mapping[str, _Desired]) -> None:
         """These prefixes have to be planned."""
         if not self._losing and not self._coming:
             self._since = self._number
-        for prefix in losing:
-            self._coming.pop(prefix, None)
-            self._losing[prefix] = None
-        for prefix in coming:
-            if prefix not in self._losing:
-                self._coming[prefix] = None
+        for text in losing:
+            self._coming.pop(text, None)
+        self._losing.update(losing)
+        for text, desired in coming.items():
+            (self._losing if text in self._losing else self._coming)[text] = desired
 
     def plan(self) -> bool:
         """Plan a slice of what changed; returns whether something is left to plan."""
-        tables = [table for _, table in sorted(self._tables.items()) if table.modes is not None]
-        left = self._slice
+        number, left = self._label(), self._slice
         while left > 0 and (queue := self._losing or self._coming):
-            prefix = next(iter(queue))
-            left -= max(1, self._plan(prefix, tables))
-            del queue[prefix]  # only now: until then its routes are of the number `_since`
+            listed = list(islice(queue.items(), left))
+            left -= len(listed)
+            for text, _ in listed:
+                del queue[text]
+            for _, table in sorted(self._tables.items()):
+                table.want(_texts(listed, table.modes or {}), number)
         return bool(self._losing or self._coming)
-
-    def _plan(self, prefix: Network, tables: list[Table]) -> int:
-        """Make each table want what is desired of a prefix; returns how many routes differed."""
-        ranked = sorted(map(self._know, self._paths.get(prefix, _NONE)), key=lambda k: k.rank)
-        text, differ = str(prefix), 0
-        for table in tables:
-            several = (table.modes or {}).get(prefix.version)
-            if several is None:
-                continue
-            if several:
-                texts = tuple([known.identified for known in ranked])
-            else:
-                texts = tuple([known.plain for known in ranked[:1]])
-            shared = self._shared.get(texts)
-            if shared is None:
-                shared = self._shared[texts] = dict.fromkeys(texts)
-            routes = table.want(text, shared)
-            differ = max(differ, len(routes))
-            for route in routes:
-                self._consider(table, route)
-        return differ
 
     def _fill(self, table: Table) -> None:
         """Make `wanted` anew, in slices if the peer has nothing yet.
@@ -268,18 +231,14 @@ class Announcer:
         table.empty()
         if table.modes is None:
             return
-        self._note((), sorted(self._paths, key=_order))
-        there = table.held | table.unsure | table.pending.keys()
+        paths = sorted(self._paths.items(), key=lambda item: _order(item[0]))
+        self._note({}, {str(prefix): self._desired(prefix.version, p) for prefix, p in paths})
+        there = sorted(table.there().items())
         while there and self.plan():
             pass
-        for route in sorted(route for route in there if not table.wants(route)):
-            self._consider(table, route)
-
-    def _consider(self, table: Table, route: Route) -> None:
-        table.consider(route, self._label())
-        if not table.wants(route) or route in table.held:
-            for old in table.deferred.pop(route, ()):
-                self._consider(table, old)
+        for attributes, prefixes in there:
+            gone = [prefix for prefix in sorted(prefixes) if not table.wants(attributes, prefix)]
+            table.consider(attributes, gone, self._label())
 
     def _label(self) -> int:
         """The oldest number that routes which are looked at now may be of."""
@@ -335,9 +294,9 @@ class Announcer:
         """Plan for a peer of which exactly this is known."""
         table.due = self._number
         for entry in ledger:
-            routes = [Route(entry.attributes, prefix) for prefix in entry.prefixes]
-            table.learn(entry.attributes, routes, entry.sure)
-        table.unsure -= table.held
+            table.learn(entry.attributes, entry.prefixes, entry.sure)
+        for attributes, prefixes in table.unsure.items():
+            prefixes -= table.held[attributes]
         table.blocked = table.modes is not None and table.stray()
         self._fill(table)
 
@@ -370,33 +329,15 @@ class Announcer:
             return
         for peer in command.peers:
             if (table := self._tables.get(peer)) is not None:
-                self._answer(table, id, command, ok)
-
-    def _answer(self, table: Table, id: int, command: Command, ok: bool) -> None:
-        routes = [Route(command.attributes, prefix) for prefix in command.prefixes]
-        # The others were sent for a table of this peer that is no more.
-        routes = [route for route in routes if table.busy.get(route) == id]
-        for route in routes:
-            del table.busy[route]
-        if not ok:
-            table.refused.update(routes)
-            table.held.difference_update(routes)
-            table.learn(command.attributes, routes, False)
-        elif command.verb is Verb.ANNOUNCE:
-            table.learn(command.attributes, routes, True)
-            routes += table.displace(command.attributes, routes)
-        else:
-            table.lose(routes)
-            routes += table.displace(command.attributes, routes)
-        for route in routes:
-            self._consider(table, route)
+                table.answer(id, command, ok, self._label())
 
     def retry(self) -> None:
         """Try again what was refused. The port calls it now and then."""
         for _, table in sorted(self._tables.items()):
-            refused, table.refused = sorted(table.refused), set()
-            for route in refused:
-                self._consider(table, route)
+            refused = sorted(table.refused.items())
+            table.refused.clear()
+            for attributes, prefixes in refused:
+                table.consider(attributes, sorted(prefixes), self._label())
 
     def barrier(self, id: int, flushed: dict[str, bool]) -> bool:
         """The answer to a barrier; returns whether every established session was flushed."""
@@ -427,7 +368,8 @@ class Announcer:
         """The greatest number of which nothing is pending."""
         if self._state is not LinkState.READY:
             return 0
-        firsts = [next(iter(t.pending.values())) for t in self._tables.values() if t.pending]
+        oldest = (table.oldest() for table in self._tables.values())
+        firsts = [number for number in oldest if number is not None]
         if self._losing or self._coming:
             firsts.append(self._since)
         return min(firsts, default=self._number + 1) - 1
@@ -485,11 +427,15 @@ class Announcer:
         return not table.blocked and (not self._paths.get(hop) or table.has(str(hop)))
 
 
+def _texts(
+    listed: Iterable[tuple[str, _Desired]], modes: Mapping[int, bool]
+) -> Iterator[tuple[str, Texts]]:
+    """What a peer shall have of these prefixes, if it takes their family."""
+    for prefix, desired in listed:
+        several = modes.get(desired.version)
+        if several is not None:
+            yield prefix, desired.several if several else desired.one
+
+
 def _order(prefix: Network) -> tuple[int, int, int]:
     return prefix.version, int(prefix.network_address), prefix.prefixlen
-
-
-def _alike(one: Path, other: Path) -> bool:
-    """Whether two paths have the same attributes."""
-    hops = one.next_hop is other.next_hop or one.next_hop == other.next_hop
-    return hops and one.communities == other.communities and one.med == other.med

@@ -148,6 +148,7 @@ def _check_password(password: object, where: str) -> None:
         raise SpeakerError(where + "password must be printable ASCII")
 
 
+@lru_cache(maxsize=1 << 14)
 def attributes(path: Path, identified: bool = True) -> str:
     """The attributes of a path as API text, with its path-id if `identified`; SpeakerError if bad.
 
@@ -181,13 +182,10 @@ def _large_community(text: str) -> str:
     return text
 
 
-def prefix(value: object, *hops: Address) -> str:
-    """The canonical text of a prefix; SpeakerError if it is none, or a hop of another family."""
+def prefix(value: object) -> str:
+    """The canonical text of a prefix; SpeakerError if it is none."""
     if not isinstance(value, IPv4Network | IPv6Network):
         raise SpeakerError("prefix must be an IP network")
-    for hop in hops:
-        if value.version != hop.version:
-            raise SpeakerError(f"next hop {hop} is not of the family of {value}")
     return str(value)
 
 
@@ -228,7 +226,6 @@ def check_attributes(text: object) -> str:
         hop = ip_address(match["hop"])
         again = attributes(
             Path(
-                ip_network(hop),
                 hop,
                 int(match["id"] or 1),
                 "",

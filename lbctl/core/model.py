@@ -284,12 +284,11 @@ class Peer:
 
 @dataclass(frozen=True, slots=True, order=True)
 class Path:
-    """One next hop for one EIP, as announced with ADD-PATH.
+    """One next hop, as announced with ADD-PATH: the EIPs through the same nodes share it.
 
     `path_id` belongs for ever to (node, next hop, attributes): see `lbctl.core.routes.path_id`.
     """
 
-    prefix: Network
     next_hop: Address
     path_id: int
     node: str
@@ -298,7 +297,7 @@ class Path:
 
     def __hash__(self) -> int:
         """Hash what tells paths apart; all fields, as by default, would take five times as long."""
-        return hash((self.path_id, int(self.prefix.network_address)))
+        return hash(self.path_id)
 
 
 @dataclass(frozen=True, slots=True)

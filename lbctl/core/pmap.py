@@ -11,6 +11,7 @@ the hashes, no order at all: sort where it matters.
 from __future__ import annotations
 
 from collections.abc import Hashable, ItemsView, Iterable, Iterator, Mapping, Set, ValuesView
+from operator import is_
 from typing import Any, Final, Self, TypeVar
 
 K = TypeVar("K", bound=Hashable)
@@ -152,25 +153,38 @@ def _built(items: Mapping[Any, Any]) -> tuple[_Branch, ...]:
 
 def changed(old: Mapping[K, V], new: Mapping[K, V]) -> set[K]:
     """Return the keys whose value is another object, or that only one of the maps has."""
+    return {key for key, _, _ in differences(old, new)}
+
+
+def differences(old: Mapping[K, V], new: Mapping[K, V]) -> list[tuple[K, V | None, V | None]]:
+    """The same keys, each once, with what the one and the other map has, None if nothing."""
     if old is new:
-        return set()
+        return []
     if not isinstance(old, PMap) or not isinstance(new, PMap):
         return _apart(old, new)
-    found: set[K] = set()
+    found: list[tuple[K, V | None, V | None]] = []
     for was, now in zip(old._branches, new._branches, strict=True):
         if was is not now:
             for before, after in zip(was, now, strict=True):
                 if before is not after:
-                    found |= _apart(before, after)
+                    found += _apart(before, after)
     return found
 
 
-def _apart(old: Mapping[K, V], new: Mapping[K, V]) -> set[K]:
-    # Between a set and a dict no key is hashed again, which for addresses is most of the work.
-    keys = set(new).symmetric_difference(old)
-    if len(keys) < len(new) + len(old):
-        keys.update(key for key, value in new.items() if old.get(key, value) is not value)
-    return keys
+def _apart(old: Mapping[K, V], new: Mapping[K, V]) -> list[tuple[K, V | None, V | None]]:
+    # A key's hash is most of the work for addresses. Versions of one map mostly have the same keys
+    # in the same order, or one of them none at all: then none is hashed.
+    if len(old) == len(new) and all(map(is_, old, new)):
+        pairs = zip(old.items(), new.values(), strict=True)
+        return [(key, was, now) for (key, was), now in pairs if was is not now]
+    found: list[tuple[K, V | None, V | None]] = [
+        (key, was, None) for key, was in old.items() if not new or key not in new
+    ]
+    for key, now in new.items():
+        was = old.get(key) if old else None
+        if was is not now or (was is None and key not in old):
+            found.append((key, was, now))
+    return found
 
 
 class PSet(Set[K]):

@@ -40,7 +40,6 @@ from lbctl.core.model import (
     Service,
     ServiceEndpoints,
     TrafficPolicy,
-    host_route,
 )
 from lbctl.core.ranking import Ranking, ranked
 from lbctl.core.reasons import Reason
@@ -55,7 +54,7 @@ class EipSelection:
     """The paths of one EIP. `reason`: of the EIP as a whole; `reasons`: per node, sorted by name.
 
     A node whose path is announced in spite of something has that as its reason: AGENT_SILENT,
-    HELD_BY_PANIC or LAST_NEXT_HOP. `hop`: what may be announced in place of the paths. `hops`,
+    HELD_BY_PANIC or LAST_NEXT_HOP. `hop`: what may be announced in place of the paths. `ranked`,
     `ranking`: how it came to its paths, for the next time.
     """
 
@@ -63,20 +62,12 @@ class EipSelection:
     reason: Reason
     reasons: Mapping[str, Reason]
     hop: VirtualHop | None = None
-    hops: tuple[Hop, ...] = field(default=(), repr=False)
+    ranked: tuple[Path, ...] = field(default=(), repr=False)
     ranking: Ranking | None = field(default=None, repr=False, compare=False)
 
 
-class Hop(NamedTuple):
-    """A node as next hop of one family."""
-
-    node: str
-    address: Address
-    path_id: int
-
-
 class PathIds:
-    """Path ids that are never given to two: `path_id`, with a salt where two hash alike.
+    """Paths whose ids are never given to two: `path_id`, with a salt where two hash alike.
 
     make: the hash, as `path_id`.
     """
@@ -84,7 +75,7 @@ class PathIds:
     def __init__(self, make: Callable[..., int] | None = None) -> None:
         self._make = make or path_id
         self._owners: dict[int, tuple[object, ...]] = {}
-        self._ids: dict[tuple[object, ...], int] = {}
+        self._paths: dict[tuple[object, ...], Path] = {}
 
     def get(
         self,
@@ -92,18 +83,18 @@ class PathIds:
         next_hop: Address,
         communities: tuple[str, ...] = (),
         med: int | None = None,
-    ) -> int:
-        """Return the id of (node, next hop, attributes), always the same."""
+    ) -> Path:
+        """Return the path of (node, next hop, attributes), always the same object."""
         owner = (node, next_hop, communities, med)
-        known = self._ids.get(owner)
+        known = self._paths.get(owner)
         if known is not None:
             return known
         salt = 0
         while True:
             number = self._make(node, next_hop, communities, med, salt)
             if self._owners.setdefault(number, owner) == owner:
-                self._ids[owner] = number
-                return number
+                path = self._paths[owner] = Path(next_hop, number, node, communities, med)
+                return path
             salt += 1
 
 
@@ -136,13 +127,13 @@ class _Tier(IntEnum):
 class _Verdict:
     """What holds for a node whatever the EIP. `reason` is that of announcing or not.
 
-    hops: for IPv4 and for IPv6.
+    paths: for IPv4 and for IPv6.
     """
 
     tier: _Tier
     reason: Reason
     since_s: float
-    hops: tuple[Hop | None, Hop | None]
+    paths: tuple[Path | None, Path | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,12 +190,13 @@ def standing(
 class _Judged(NamedTuple):
     """What EIPs with the same evidence have in common.
 
-    names: of whom they go through, before the ranking. hops: through whom they all go, None if each
-    has a ranking of its own. virtual: their virtual next hop, if there is one.
+    names: of whom they go through, before the ranking. ranked: the paths that they all have, None
+    if each has a ranking of its own; paths: the same. virtual: their virtual next hop, if any.
     """
 
     names: frozenset[str]
-    hops: tuple[Hop, ...] | None
+    ranked: tuple[Path, ...] | None
+    paths: frozenset[Path]
     virtual: VirtualHop | None
 
 
@@ -226,7 +218,7 @@ class Verdicts:
         self.locator = locator
         self.nodes = {name: _verdict(nodes[name], views.get(name), ids) for name in sorted(nodes)}
         self._by_family = [
-            {hop.node: hop for verdict in self.nodes.values() if (hop := verdict.hops[family])}
+            {path.node: path for verdict in self.nodes.values() if (path := verdict.paths[family])}
             for family in (0, 1)
         ]
         self._known: dict[object, _Judged] = {}
@@ -247,18 +239,18 @@ class Verdicts:
             judged = self._known[key] = self._judge(version, confirmed, only)
         return judged
 
-    def first(self, version: int, ranking: Ranking) -> tuple[Hop, ...]:
-        """Through whom something with this ranking goes."""
+    def first(self, version: int, ranking: Ranking) -> tuple[Path, ...]:
+        """By which paths something with this ranking goes."""
         announce = self.rules.config.announce
         best = ranking.best[: announce.max_paths]
         if announce.paths == "perManager" and best:
             managers = sorted({*self.rules.managers, self.rules.me})
             best = (best[managers.index(self.rules.me) % len(best)],)
-        return self._hops(version, best)
+        return self._paths(version, best)
 
-    def _hops(self, version: int, names: Iterable[str]) -> tuple[Hop, ...]:
-        hops = self._by_family[version == 6]
-        return tuple([hops[name] for name in names])
+    def _paths(self, version: int, names: Iterable[str]) -> tuple[Path, ...]:
+        paths = self._by_family[version == 6]
+        return tuple([paths[name] for name in names])
 
     def _judge(
         self, version: int, confirmed: frozenset[str], only: frozenset[str] | None
@@ -267,7 +259,7 @@ class Verdicts:
         able = confirmed if only is None else confirmed & only
         for name in sorted(able):
             verdict = self.nodes.get(name)
-            if verdict is not None and verdict.hops[version == 6] is not None:
+            if verdict is not None and verdict.paths[version == 6] is not None:
                 tiers[verdict.tier].append(name)
         group = frozenset(name for names in tiers.values() for name in names)
         chosen = _chosen(tiers, self.nodes)
@@ -276,11 +268,13 @@ class Verdicts:
         address = virtual_address(ranges, version, group)
         if address is not None:
             ranking = ranked(address, frozenset(chosen), announce.max_paths)
-            hops = self.first(version, ranking)
-            virtual = VirtualHop(address, group, _paths(address, hops))
-            return _Judged(ranking.names, hops, virtual)
-        few = announce.paths == "addPath" and len(chosen) <= announce.max_paths
-        return _Judged(frozenset(chosen), self._hops(version, chosen) if few else None, None)
+            first = self.first(version, ranking)
+            paths = frozenset(first)
+            return _Judged(ranking.names, first, paths, VirtualHop(address, group, paths))
+        if announce.paths == "addPath" and len(chosen) <= announce.max_paths:
+            every = self._paths(version, chosen)
+            return _Judged(frozenset(chosen), every, frozenset(every), None)
+        return _Judged(frozenset(chosen), None, frozenset(), None)
 
 
 class _Reasons(Mapping[str, Reason]):
@@ -292,18 +286,18 @@ class _Reasons(Mapping[str, Reason]):
         version: int,
         evidence: tuple[frozenset[str], frozenset[str] | None],
         chosen: frozenset[str],
-        hops: Iterable[Hop],
+        paths: Iterable[Path],
     ) -> None:
         self._verdicts = verdicts
         self._version = version
         self._evidence = evidence
         self._chosen = chosen
-        self._hops = hops
+        self._paths = paths
 
     def __getitem__(self, name: str) -> Reason:
         verdict = self._verdicts[name]
         if name in self._chosen:
-            if all(hop.node != name for hop in self._hops):
+            if all(path.node != name for path in self._paths):
                 return Reason.OVER_MAX_PATHS
             return verdict.reason if verdict.tier is _Tier.GOOD else Reason.LAST_NEXT_HOP
         if verdict.tier in (_Tier.NEVER, _Tier.SUSPECT):
@@ -337,15 +331,18 @@ def _select(
     if service.policy is TrafficPolicy.LOCAL:
         confirmed, only = confirmed & local, behind.nodes
     judged, ranking = verdicts.judged(version, confirmed, only), None
-    hops = judged.hops
-    if hops is None:
+    first, paths = judged.ranked, judged.paths
+    if first is None:
         most = rules.config.announce.max_paths
         ranking = ranked(eip.address, judged.names, most, old.ranking if old else None)
-        hops = verdicts.first(version, ranking)
-    paths = _paths(eip.address, hops, old)
-    reasons = _Reasons(verdicts.nodes, version, (confirmed, only), judged.names, hops)
+        first = verdicts.first(version, ranking)
+    if old is not None and old.ranked == first:
+        paths = old.paths
+    elif ranking is not None:
+        paths = frozenset(first)
+    reasons = _Reasons(verdicts.nodes, version, (confirmed, only), judged.names, first)
     reason = Reason.ANNOUNCED if paths else Reason.NO_NEXT_HOP
-    return EipSelection(paths, reason, reasons, judged.virtual, hops, ranking)
+    return EipSelection(paths, reason, reasons, judged.virtual, first, ranking)
 
 
 def _refusal(config: Config, eip: Eip, service: Service | None) -> Reason | None:
@@ -357,14 +354,14 @@ def _refusal(config: Config, eip: Eip, service: Service | None) -> Reason | None
 
 
 def _verdict(node: Node, view: NodeView | None, ids: PathIds) -> _Verdict:
-    def hop(version: int) -> Hop | None:
+    def path(version: int) -> Path | None:
         found = (a for a in (*node.next_hops, *node.addresses) if a.version == version)
         address = next(found, None)
-        return None if address is None else Hop(node.name, address, ids.get(node.name, address))
+        return None if address is None else ids.get(node.name, address)
 
     tier, reason = _tier(node, view or NodeView(node.name))
     since_s = view.since_s if view and tier is _Tier.SUSPECT else 0.0
-    return _Verdict(tier, reason, since_s, (hop(4), hop(6)))
+    return _Verdict(tier, reason, since_s, (path(4), path(6)))
 
 
 def _tier(node: Node, view: NodeView) -> tuple[_Tier, Reason]:
@@ -399,7 +396,7 @@ def _obstacle(
     only: frozenset[str] | None,
 ) -> Reason | None:
     """Why such an EIP in particular does not go through the node. only: with policy Local."""
-    if verdict.hops[version == 6] is None:
+    if verdict.paths[version == 6] is None:
         return Reason.NODE_NO_ADDRESS
     if only is not None and name not in only:
         return Reason.NO_LOCAL_ENDPOINT
@@ -415,16 +412,3 @@ def _chosen(tiers: Mapping[_Tier, list[str]], verdicts: Mapping[str, _Verdict]) 
         last_s = max(verdicts[name].since_s for name in tiers[_Tier.SUSPECT])
         chosen = [n for n in tiers[_Tier.SUSPECT] if verdicts[n].since_s > last_s - AT_ONCE_S]
     return chosen
-
-
-def _paths(eip: Address, hops: tuple[Hop, ...], old: EipSelection | None = None) -> frozenset[Path]:
-    """A path for each. What stays of the old is not hashed again, which is most of the work."""
-    if old is not None and old.hops == hops:
-        return old.paths
-    left = {hop.node: hop for hop in old.hops} if old is not None else {}
-    fresh = [hop for hop in hops if left.pop(hop.node, None) != hop]
-    left.update((hop.node, hop) for hop in fresh)
-    stay = old.paths if old is not None else frozenset[Path]()
-    stay = stay.difference([path for path in stay if path.node in left])
-    prefix = host_route(eip)
-    return stay.union([Path(prefix, hop.address, hop.path_id, hop.node) for hop in fresh])

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from hashlib import blake2b
 from ipaddress import IPv4Address, IPv6Address
 from typing import Final, TypeAlias
@@ -44,6 +45,12 @@ def virtual_address(ranges: Iterable[AddressRange], version: int, group: Group) 
     digest = blake2b("|".join(sorted(group)).encode(), digest_size=16).digest()
     number = int(found.first) + int.from_bytes(digest, "big") % found.size
     return IPv4Address(number) if version == 4 else IPv6Address(number)
+
+
+@lru_cache(maxsize=1 << 12)
+def _through(address: Address) -> frozenset[Path]:
+    """The paths of what leads to a virtual next hop."""
+    return frozenset((Path(address, PATH_ID, ""),))
 
 
 @dataclass(slots=True)
@@ -85,9 +92,7 @@ class Levels:
                 left.users -= 1
             found[host_route(eip)] = paths
             if hop is not None and self._free(hop):
-                found[host_route(eip)] = frozenset(
-                    (Path(host_route(eip), hop.address, PATH_ID, ""),)
-                )
+                found[host_route(eip)] = _through(hop.address)
                 found.update(self._lead(eip, hop))
         return found
 

@@ -25,17 +25,17 @@ speaker then ends its sessions with Cease on SIGTERM. Without pings (or anything
 opens them again, and everything is replayed.
 
 Before the first `set` nothing is changed: call it once the desired state is really known (caches
-synced), for what is not in it is withdrawn. `paths` is a frozenset of all paths, or better a
-`PMap` from prefix to its frozenset of paths, made by `updated` from the one before: then a set
-costs what changed. `set` raises `SpeakerError`, with nothing changed, if
-a value is not valid, two peers share a name or an address, or two paths share prefix and path-id.
+synced), for what is not in it is withdrawn. `paths` is a `PMap` from prefix to its frozenset of
+paths, made by `updated` from the one before: then a set costs what changed. `set` raises
+`SpeakerError`, with nothing changed, if a value is not valid, two peers share a name or an address,
+or two paths of a prefix share their path-id.
 A peer gets the families that it agreed to (`Session.agreed`); of one without ADD-PATH the first
 path of each prefix, by next hop.
 Leaving the context closes the socket and nothing else: ExaBGP keeps announcing.
 
 `settled(n)` also returns when a later set has replaced n and that one is settled. It waits for ever
 while the speaker is away: wrap it in `asyncio.timeout`. With no established session it returns as
-soon as the speaker has accepted everything. An empty `set((), frozenset())` closes all sessions.
+soon as the speaker has accepted everything. An empty `set((), PMap())` closes all sessions.
 """
 
 from __future__ import annotations

@@ -16,7 +16,6 @@ import struct
 import sys
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
 from ipaddress import ip_address
 from pathlib import Path as FilePath
 from types import SimpleNamespace
@@ -24,13 +23,14 @@ from typing import Any, Final
 
 import structlog
 
-from lbctl.core.announce import by_prefix
-from lbctl.core.model import Network, Path, host_route
+from lbctl.core.announce import Paths
+from lbctl.core.model import host_route
 from lbctl.core.pmap import PMap
 from lbctl.core.virtual import Levels, VirtualHop
 from manager.speaker.outbox import MARKER, Group, Outbox
 from manager.speaker.port import ExabgpSpeaker
 from tests.lab.speaker_bed import ASN, path, peer
+from tests.routes import by_prefix
 
 from .announce_bed import FEEDERS, NODES, OTHER
 
@@ -40,7 +40,7 @@ FAMILY: Final = (1, 1)
 OPEN, KEEPALIVE = 1, 4
 HOLD_S: Final = 90
 
-Wanted = dict[str, PMap[Network, frozenset[Path]]]
+Wanted = dict[str, Paths]
 Do = Callable[[str], Awaitable[None]]
 
 
@@ -56,19 +56,18 @@ async def follow(do: Do) -> None:
 # through the port
 
 
-def without(paths: PMap[Network, frozenset[Path]]) -> PMap[Network, frozenset[Path]]:
+def without(paths: Paths) -> Paths:
     """The same, node LOST out of all."""
     name = f"node-{LOST}"
-    return paths.updated(
-        {prefix: frozenset(p for p in some if p.node != name) for prefix, some in paths.items()}
-    )
+    left = {some: frozenset(p for p in some if p.node != name) for some in set(paths.values())}
+    return paths.updated({prefix: left[some] for prefix, some in paths.items()})
 
 
 def direct(count: int) -> Wanted:
     """What is wanted, each EIP with a path for each node."""
-    full = by_prefix(frozenset(path(eip, node) for eip in range(count) for node in range(NODES)))
+    full = by_prefix(path(eip, node) for eip in range(count) for node in range(NODES))
     second = (path(eip + count, node) for eip in range(count) for node in range(NODES))
-    more = full.updated(by_prefix(frozenset(second)))
+    more = full.updated(by_prefix(second))
     less = without(full)
     wanted = {"load": full, "out": less, "back": full, "more": more}
     return wanted | {"urgent": more.updated(less)}
@@ -77,7 +76,7 @@ def direct(count: int) -> Wanted:
 def levels(count: int) -> Wanted:
     """What is wanted with one virtual next hop."""
     at, group = ip_address("100.64.0.1"), frozenset(f"node-{node}" for node in range(NODES))
-    paths = frozenset(replace(path(0, node), prefix=host_route(at)) for node in range(NODES))
+    paths = by_prefix(path(0, node) for node in range(NODES))[path(0, 0).prefix]
     hop = VirtualHop(at, group, paths)
     eips = [path(eip, 0).prefix.network_address for eip in range(count)]
     full = PMap(Levels().routes((eip, paths, hop) for eip in eips))

@@ -15,11 +15,11 @@ from agent.engine import Confirmed, confirmed_eips
 from agent.inputs import Inputs
 from agent.rendering import State, render
 from lbctl.core import forwarding, nft, nodeview
-from lbctl.core.announce import Announcer
+from lbctl.core.announce import Announcer, Paths
 from lbctl.core.changelog import ChangeLog
 from lbctl.core.confirmations import Confirmations
 from lbctl.core.forwarding import Locator, Sources
-from lbctl.core.model import Address, Network, NodeState, Path, host_route
+from lbctl.core.model import Address, NodeState, host_route
 from lbctl.core.nfbatch import Batch, framed
 from lbctl.core.nft import Ruleset
 from lbctl.core.pmap import PMap
@@ -47,7 +47,7 @@ class ManagerSide:
         self.selections: dict[Address, EipSelection] = {}
         self.locator = Locator(cluster.nodes)
         self.verdicts = self._verdicts()
-        self.paths: PMap[Network, frozenset[Path]] = PMap()
+        self.paths: Paths = PMap()
         self.announcer = Announcer()
         self.announcer.connected()
         self.announcer.held(())

@@ -20,7 +20,8 @@ from collections.abc import Callable
 from pathlib import Path as FilePath
 from typing import Any
 
-from lbctl.core.model import Agreed, Path, Peer
+from lbctl.core.model import Agreed, Peer
+from tests.routes import Route
 
 CHECKOUT = FilePath(__file__).parents[2]
 FRR = FilePath("/usr/lib/frr")
@@ -250,7 +251,7 @@ class Bed:
         return seen
 
 
-def expected(paths: frozenset[Path], add_path: bool = True, version: int = 4) -> set[Seen]:
+def expected(paths: frozenset[Route], add_path: bool = True, version: int = 4) -> set[Seen]:
     """What a switch shall have of these paths; without ADD-PATH the first of each prefix."""
     first: dict[str, Seen] = {}
     family = (p for p in paths if p.prefix.version == version)
@@ -267,23 +268,23 @@ def peer(name: str = "tor", **changes: Any) -> Peer:
     return Peer(name=name, **(values | changes))
 
 
-def path(eip: int, node: int, med: int | None = None, communities: tuple[str, ...] = ()) -> Path:
+def path(eip: int, node: int, med: int | None = None, communities: tuple[str, ...] = ()) -> Route:
     """A path of EIP number `eip` over node number `node`, with a path-id of its attributes."""
     prefix = ipaddress.ip_network(int(ipaddress.ip_address("198.51.0.0")) + eip)
     hop = ipaddress.ip_address("10.99.0.20") + node
     tag = sum(ord(char) * 31**index for index, char in enumerate(",".join(communities)))
     number = 1 + (node + 256 * ((med or 0) + 16 * tag)) % (2**32 - 1)
-    return Path(
-        ipaddress.ip_network(f"{prefix.network_address}/32"),
+    return Route(
         hop,
         number,
         f"node-{node}",
         communities,
         med,
+        prefix=ipaddress.ip_network(f"{prefix.network_address}/32"),
     )
 
 
-def path6(eip: int, node: int, med: int | None = None) -> Path:
+def path6(eip: int, node: int, med: int | None = None) -> Route:
     """As `path`, an IPv6 EIP over the node's IPv6 address."""
     prefix = ipaddress.ip_network((int(ipaddress.ip_address("2001:db8:100::")) + eip, 128))
     hop = ipaddress.ip_address(f"fd99::{20 + node}")

@@ -19,8 +19,8 @@ from pathlib import Path as FilePath
 
 import pytest
 
-from lbctl.core.model import Path
 from manager.speaker.port import ExabgpSpeaker
+from tests.routes import Route, by_prefix
 
 from . import speaker_bed
 from .speaker_bed import Bed, expected, peer
@@ -50,7 +50,7 @@ class Chaos:
     def __init__(self, bed: Bed, seed: int) -> None:
         self.bed, self.random = bed, random.Random(seed)
         self.counts: Counter[str] = Counter()
-        self.wanted: dict[tuple[int, int], Path] = {}
+        self.wanted: dict[tuple[int, int], Route] = {}
         self.speaker: ExabgpSpeaker | None = None
         self.number = 0
         self.faults: dict[str, Callable[[], None]] = {
@@ -82,7 +82,7 @@ class Chaos:
                 del self.wanted[key]
         self.set()
 
-    def _path(self, eip: int, node: int) -> Path:
+    def _path(self, eip: int, node: int) -> Route:
         med = self.random.choice((None, None, 10, 20))
         words = self.random.choice(((), ("64512:1",), ("64512:1", "64512:2")))
         return speaker_bed.path(eip, node, med, words)
@@ -90,7 +90,7 @@ class Chaos:
     def set(self) -> None:
         """Hand the desired state to the port, if there is one."""
         if self.speaker is not None:
-            self.number = self.speaker.set([peer()], frozenset(self.wanted.values()))
+            self.number = self.speaker.set([peer()], by_prefix(self.wanted.values()))
 
     def fault(self) -> None:
         """One random fault."""

@@ -19,6 +19,7 @@ from pathlib import Path as FilePath
 import pytest
 
 from lbctl.core.keys import Keys
+from tests.routes import by_prefix
 
 from .speaker_bed import SPEAKER, SWITCH6, Bed, expected, frr_config, path, path6, peer
 from .test_speaker_session import Other, neighbor, settle, speaking, until
@@ -59,14 +60,14 @@ async def test_routes_stay_while_the_speaker_restarts(bed: Bed) -> None:
     paths = {path(eip, 1) for eip in range(50)} | {path6(eip, 1) for eip in range(50)}
     there = {f"198.51.0.{eip}" for eip in range(50)}
     async with speaking(bed) as port:
-        await settle(port, port.set([peer(graceful_restart_s=LONG_S)], frozenset(paths)))
+        await settle(port, port.set([peer(graceful_restart_s=LONG_S)], by_prefix(paths)))
         await until(lambda: bed.kernel().keys() == there, "the routes")
         await until(lambda: len(bed.kernel(6)) == 50, "those of IPv6")
         with watching(bed) as moved:
             bed.stop("speaker", signal.SIGKILL)
             await until(lambda: neighbor(bed)["bgpState"] != "Established", "the session's end")
             fewer = paths - {path(7, 1), path6(8, 1)}
-            number = port.set([peer(graceful_restart_s=LONG_S)], frozenset(fewer))
+            number = port.set([peer(graceful_restart_s=LONG_S)], by_prefix(fewer))
             bed.start_speaker()
             await settle(port, number)
             await until(lambda: bed.kernel().keys() == there - {"198.51.0.7"}, "End-of-RIB")
@@ -80,7 +81,7 @@ async def test_what_does_not_come_back_goes_after_the_restart_time(bed: Bed) -> 
     bed.start_speaker()
     short_s = 2
     async with speaking(bed) as port:
-        number = port.set([peer(graceful_restart_s=short_s)], frozenset({path(1, 1)}))
+        number = port.set([peer(graceful_restart_s=short_s)], by_prefix({path(1, 1)}))
         await settle(port, number)
         await until(bed.kernel, "the route")
     killed_s = time.monotonic()
@@ -102,11 +103,11 @@ async def test_who_ends_on_purpose_takes_the_routes_along(bed: Bed) -> None:
     other_peer = peer("tor6", address=SWITCH6, router_id=SPEAKER)
     async with speaking(bed, ring=keys.managers()) as port:
         for peers in ([other_peer], []):
-            await settle(port, port.set([graceful], paths))
+            await settle(port, port.set([graceful], by_prefix(paths)))
             await until(bed.kernel, "the route")
-            port.set(peers, frozenset())
+            port.set(peers, by_prefix(()))
             await until(lambda: not bed.kernel(), "the route to go with its peer")
-        await settle(port, port.set([graceful], paths))
+        await settle(port, port.set([graceful], by_prefix(paths)))
         await until(bed.kernel, "the route")
     other = Other(bed, keys)
     beating = asyncio.create_task(other.beat())
@@ -114,7 +115,7 @@ async def test_who_ends_on_purpose_takes_the_routes_along(bed: Bed) -> None:
     beating.cancel()
     other.socket.close()
     async with speaking(bed) as port:
-        await settle(port, port.set([graceful], paths))
+        await settle(port, port.set([graceful], by_prefix(paths)))
         await until(bed.kernel, "the route of the manager that speaks again")
         await asyncio.to_thread(bed.stop, "speaker")
         await until(lambda: not bed.kernel(), "the route to go after SIGTERM")
@@ -133,12 +134,12 @@ async def test_all_stale_next_hops_of_a_prefix_go(bed: Bed) -> None:
     paths = frozenset(one(eip, n) for one in (path, path6) for eip in range(50) for n in range(4))
     fewer = frozenset(p for p in paths if p.node in ("node-0", "node-3"))
     async with speaking(bed) as port:
-        await settle(port, port.set([peer(graceful_restart_s=LONG_S)], paths))
+        await settle(port, port.set([peer(graceful_restart_s=LONG_S)], by_prefix(paths)))
         await until(lambda: bed.routes() == expected(paths), "the load")
         bed.stop("speaker", signal.SIGKILL)
         await until(lambda: neighbor(bed)["bgpState"] != "Established", "the session's end")
         assert bed.routes() == expected(paths), "kept"
-        number = port.set([peer(graceful_restart_s=LONG_S)], fewer)
+        number = port.set([peer(graceful_restart_s=LONG_S)], by_prefix(fewer))
         bed.start_speaker()
         await settle(port, number)
         await until(lambda: bed.routes() == expected(fewer), "End-of-RIB")

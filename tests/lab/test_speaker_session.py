@@ -20,10 +20,13 @@ from pathlib import Path as FilePath
 import pytest
 
 from lbctl.core import names, probe
+from lbctl.core.announce import Paths
 from lbctl.core.keys import Keys
-from lbctl.core.model import Agreed, Path, Session, host_route
+from lbctl.core.model import Agreed, Session
+from lbctl.core.pmap import PMap
 from lbctl.core.virtual import Levels, VirtualHop
 from manager.speaker.port import ExabgpSpeaker
+from tests.routes import Route, by_prefix
 
 from . import speaker_bed
 from .speaker_bed import SPEAKER, SWITCH6, Bed, expected, frr_config, path, path6, peer
@@ -89,21 +92,21 @@ async def test_settled_means_that_the_switch_has_it(bed: Bed) -> None:
     async with speaking(bed) as port:
         paths = frozenset(path(eip, node) for eip in range(500) for node in range(4))
         six = frozenset(path6(eip, node) for eip in range(500) for node in range(4))
-        await settle(port, port.set([peer()], paths | six))
+        await settle(port, port.set([peer()], by_prefix(paths | six)))
         await until(lambda: bed.routes() == expected(paths), "the load")
         await until(lambda: bed.routes(6) == expected(six, version=6), "the load of IPv6")
         hops = {f"fd99::{20 + node}" for node in range(4)}
         await until(lambda: bed.kernel(6).get("2001:db8:100::1") == hops, "the switch's kernel")
         six = frozenset(p for p in six if p.node != "node-1")
-        await settle(port, port.set([peer()], paths | six))
+        await settle(port, port.set([peer()], by_prefix(paths | six)))
         await until(lambda: bed.routes(6) == expected(six, version=6), "the withdraw of IPv6")
         assert bed.routes() == expected(paths)
         paths = frozenset(p for p in paths if p.node != "node-1")
-        await settle(port, port.set([peer()], paths))
+        await settle(port, port.set([peer()], by_prefix(paths)))
         await until(lambda: bed.routes() == expected(paths), "the withdraw")
         assert bed.routes(6) == set()
         paths = frozenset(path(e, n, 10, ("64512:1",)) for e in range(500) for n in (0, 2, 3))
-        await settle(port, port.set([peer()], paths))
+        await settle(port, port.set([peer()], by_prefix(paths)))
         await until(lambda: bed.routes() == expected(paths), "the change")
         assert port.sessions() == (Session("tor", True, ((4, True), (6, True)), ""),)
 
@@ -119,15 +122,15 @@ async def test_virtual_next_hops(bed: Bed) -> None:
     four, six = ip_address("100.64.0.1"), ip_address("fd00:76::1")
     nodes, eips = range(4), range(300)
 
-    def levels(fit: Iterable[int]) -> frozenset[Path]:
+    def levels(fit: Iterable[int]) -> Paths:
         """Half of the EIPs are IPv6."""
         made, found = Levels(), {}
         for at, make in ((four, path), (six, path6)):
-            paths = frozenset(dataclasses.replace(make(0, n), prefix=host_route(at)) for n in fit)
+            paths = by_prefix(make(0, n) for n in fit)[make(0, 0).prefix]
             hop = VirtualHop(at, frozenset("abcd"), paths)
             listed = [(make(eip, 0).prefix.network_address, paths, hop) for eip in eips]
             found.update(made.routes(listed))
-        return frozenset().union(*found.values())
+        return PMap(found)
 
     def right(fit: Iterable[int]) -> bool:
         every = [(four, path, bed.kernel()), (six, path6, bed.kernel(6))]
@@ -164,14 +167,14 @@ async def test_a_manager_restarts_without_a_route_moving(bed: Bed) -> None:
     bed.start_speaker()
     paths = frozenset(path(eip, node) for eip in range(50) for node in range(2))
     async with speaking(bed) as port:
-        await settle(port, port.set([peer()], paths))
+        await settle(port, port.set([peer()], by_prefix(paths)))
         await until(lambda: bed.routes() == expected(paths), "the load")
     before = neighbor(bed)
     fewer = frozenset(p for p in paths if p.node == "node-0")
     async with speaking(bed) as port:
         await until(lambda: port.connected, "the speaker")
         assert bed.routes() == expected(paths)
-        await settle(port, port.set([peer()], fewer))
+        await settle(port, port.set([peer()], by_prefix(fewer)))
         await until(lambda: bed.routes() == expected(fewer), "the difference")
     after = neighbor(bed)
     assert after["connectionsEstablished"] == before["connectionsEstablished"]
@@ -190,20 +193,20 @@ async def test_a_new_peer_does_not_disturb_the_others(bed: Bed) -> None:
     six = peer("tor6", address=SWITCH6, password=password, router_id=SPEAKER)
     paths = frozenset(path(eip, node) for eip in range(20) for node in range(2))
     async with speaking(bed) as port:
-        await settle(port, port.set([four], paths))
-        await settle(port, port.set([four, six], paths), 2)
+        await settle(port, port.set([four], by_prefix(paths)))
+        await settle(port, port.set([four, six], by_prefix(paths)), 2)
         file = bed.speaker_directory / "exabgp.conf"
         assert file.stat().st_mode & 0o777 == 0o600
         await until(lambda: prefixes(bed, SPEAKER) == prefixes(bed, "fd99::2") == 40, "both peers")
-        number = port.set([four, dataclasses.replace(six, hold_time_s=30)], paths)
+        number = port.set([four, dataclasses.replace(six, hold_time_s=30)], by_prefix(paths))
         await until(
             lambda: neighbor(bed, "fd99::2")["connectionsEstablished"] == 2, "the new timer"
         )
         await settle(port, number, 2)
         await until(lambda: prefixes(bed, "fd99::2") == 40, "the changed peer")
-        await settle(port, port.set([four], paths))
+        await settle(port, port.set([four], by_prefix(paths)))
         await until(lambda: prefixes(bed, "fd99::2") == 0, "the end of the second session")
-        number = port.set([four, six], frozenset(p for p in paths if p.node == "node-0"))
+        number = port.set([four, six], by_prefix(p for p in paths if p.node == "node-0"))
         await settle(port, number, 2)
         await until(lambda: prefixes(bed, "fd99::2") == 20, "the peer that came back")
     assert neighbor(bed)["connectionsEstablished"] == 1
@@ -224,11 +227,11 @@ async def test_a_switch_without_add_path_gets_one_path(bed: Bed) -> None:
     bed.start_speaker()
     paths = frozenset(path(eip, node) for eip in range(50) for node in range(3))
     async with speaking(bed) as port:
-        await settle(port, port.set([peer()], paths))
+        await settle(port, port.set([peer()], by_prefix(paths)))
         assert port.sessions()[0].add_path is False
         await until(lambda: bed.routes() == expected(paths, add_path=False), "one path each")
         fewer = frozenset(p for p in paths if p.node != "node-0")
-        await settle(port, port.set([peer()], fewer))
+        await settle(port, port.set([peer()], by_prefix(fewer)))
         await until(lambda: bed.routes() == expected(fewer, add_path=False), "the next path")
         bed.config = frr_config()
         bed.stop("bgpd", signal.SIGKILL)
@@ -246,7 +249,7 @@ async def test_each_family_as_the_switch_takes_it(bed: Bed, agreed: Agreed) -> N
     bed.start_speaker()
     modes = dict(agreed)
 
-    def right(paths: frozenset[Path]) -> bool:
+    def right(paths: frozenset[Route]) -> bool:
         return all(
             bed.routes(version)
             == (expected(paths, several, version) if several is not None else set())
@@ -256,18 +259,18 @@ async def test_each_family_as_the_switch_takes_it(bed: Bed, agreed: Agreed) -> N
 
     paths = frozenset(one(eip, n) for one in (path, path6) for eip in range(50) for n in range(3))
     async with speaking(bed) as port:
-        await settle(port, port.set([peer()], paths))
+        await settle(port, port.set([peer()], by_prefix(paths)))
         assert port.sessions()[0].agreed == agreed
         await until(lambda: right(paths), "the load")
         fewer = frozenset(p for p in paths if p.node != "node-0")
-        await settle(port, port.set([peer()], fewer))
+        await settle(port, port.set([peer()], by_prefix(fewer)))
         await until(lambda: right(fewer), "the withdraw")
         bed.config = frr_config()
         bed.stop("bgpd", signal.SIGKILL)
         bed.start_frr("bgpd")
         modes = {4: True, 6: True}
         await until(lambda: right(fewer), "all of both families")
-        await settle(port, port.set([peer()], fewer))
+        await settle(port, port.set([peer()], by_prefix(fewer)))
         assert port.sessions()[0].agreed == ((4, True), (6, True))
 
 
@@ -308,7 +311,7 @@ async def test_a_silent_manager_is_cut_off_only_beside_a_living_one(bed: Bed) ->
     bed.start_speaker()
     keys, paths = Keys(secrets.token_bytes(32)), frozenset({path(1, 1), path(2, 1)})
     async with speaking(bed, ring=keys.managers()) as port:
-        await settle(port, port.set([peer()], paths))
+        await settle(port, port.set([peer()], by_prefix(paths)))
         await until(lambda: bed.routes() == expected(paths), "the load")
     stranger = Other(bed, Keys(secrets.token_bytes(32)))
     itself = Other(bed, keys, "control-1")
@@ -324,7 +327,7 @@ async def test_a_silent_manager_is_cut_off_only_beside_a_living_one(bed: Bed) ->
     await until(lambda: bed.routes() == set(), "the withdrawal beside a living manager")
     assert neighbor(bed)["lastNotificationReason"] == "Cease/Administrative Shutdown"
     async with speaking(bed, ring=keys.managers()) as port:
-        await settle(port, port.set([peer()], paths))
+        await settle(port, port.set([peer()], by_prefix(paths)))
         await until(lambda: bed.routes() == expected(paths), "the replay")
     for task in tasks:
         task.cancel()
@@ -343,7 +346,7 @@ async def test_sigterm_says_cease_only_when_another_announces(bed: Bed, others: 
     """And ExaBGP and the relay are gone either way."""
     bed.start_speaker()
     async with ExabgpSpeaker(bed.speaker_directory, "control-1") as port:
-        await settle(port, port.set([peer()], frozenset({path(1, 1)})))
+        await settle(port, port.set([peer()], by_prefix({path(1, 1)})))
         port.ping(others)
         await until(lambda: bed.descendants("relay"), "the relay")
         left = bed.descendants("runner") + bed.descendants("relay")
@@ -387,11 +390,11 @@ async def test_a_frozen_exabgp_is_replaced(bed: Bed) -> None:
     bed.start_speaker()
     paths = frozenset(path(eip, 1) for eip in range(50))
     async with speaking(bed) as port:
-        await settle(port, port.set([peer()], paths))
+        await settle(port, port.set([peer()], by_prefix(paths)))
         (frozen,) = bed.descendants("runner")
         os.kill(frozen, signal.SIGSTOP)
         await until(lambda: not alive(frozen), "the end of the frozen ExaBGP")
-        await settle(port, port.set([peer()], paths | {path(99, 1)}))
+        await settle(port, port.set([peer()], by_prefix(paths | {path(99, 1)})))
         await until(lambda: bed.routes() == expected(paths | {path(99, 1)}), "the routes")
 
 
@@ -400,7 +403,7 @@ async def test_a_relay_that_dies_often_does_not_matter(bed: Bed) -> None:
     bed.start_speaker()
     paths = frozenset(path(eip, 1) for eip in range(50))
     async with speaking(bed) as port:
-        await settle(port, port.set([peer()], paths))
+        await settle(port, port.set([peer()], by_prefix(paths)))
         (first,) = bed.descendants("runner")
         for round_ in range(8):
             await until(lambda: bed.descendants("relay"), f"relay {round_}")
@@ -408,7 +411,7 @@ async def test_a_relay_that_dies_often_does_not_matter(bed: Bed) -> None:
                 os.kill(pid, signal.SIGKILL)
             await until(lambda pid=pid: not alive(pid), "its end")  # type: ignore[misc]
         await until(lambda: bed.descendants("runner") not in ([first], []), "another ExaBGP")
-        await settle(port, port.set([peer()], paths | {path(99, 1)}))
+        await settle(port, port.set([peer()], by_prefix(paths | {path(99, 1)})))
         await until(lambda: bed.routes() == expected(paths | {path(99, 1)}), "the routes")
 
 
@@ -447,7 +450,7 @@ async def test_unprivileged_with_a_read_only_root(bed: Bed) -> None:
     bed.start_speaker()
     paths = frozenset(path(eip, node) for eip in range(20) for node in range(2))
     async with speaking(bed) as port:
-        await settle(port, port.set([peer()], paths))
+        await settle(port, port.set([peer()], by_prefix(paths)))
         await until(lambda: bed.routes() == expected(paths), "the routes")
     (runner,) = bed.descendants("runner")
     status = FilePath(f"/proc/{runner}/status").read_text()
@@ -465,7 +468,7 @@ async def test_what_is_not_the_protocol_is_refused(bed: Bed) -> None:
     bed.start_speaker()
     good = frozenset({path(1, 1)})
     async with speaking(bed) as port:
-        await settle(port, port.set([peer()], good))
+        await settle(port, port.set([peer()], by_prefix(good)))
     (before,) = bed.descendants("runner")
     evil: tuple[object, ...] = (
         {"op": "run", "verb": "announce", "attributes": "next-hop self", "prefixes": ["0.0.0.0/0"]},
@@ -483,5 +486,5 @@ async def test_what_is_not_the_protocol_is_refused(bed: Bed) -> None:
     assert bed.descendants("runner") == [before]
     assert bed.routes() == expected(good)
     async with speaking(bed) as port:
-        await settle(port, port.set([peer()], good | {path(2, 1)}))
+        await settle(port, port.set([peer()], by_prefix(good | {path(2, 1)})))
         await until(lambda: bed.routes() == expected(good | {path(2, 1)}), "the next manager")

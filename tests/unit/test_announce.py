@@ -23,27 +23,28 @@ from lbctl.core.announce import (
     Send,
 )
 from lbctl.core.exabgp import Command, Verb
-from lbctl.core.model import Agreed, Path
+from lbctl.core.model import Agreed
 from lbctl.errors import MessageError, SpeakerError
+from tests.routes import Route, by_prefix
 
 A, B = "192.0.2.1", "192.0.2.2"
 BOTH, NONE = ((4, True), (6, True)), ((4, False), (6, False))
 Slots = dict[tuple[str, int | None], str]
 
 
-def path(eip: int = 1, node: int = 1, tag: int = 0) -> Path:
+def path(eip: int = 1, node: int = 1, tag: int = 0) -> Route:
     """A path; `tag` changes its attributes and with them its path-id. From eip 10,000 on: IPv6."""
     if eip >= 10_000:
         prefix = IPv6Network((int(IPv6Address("2001:db8:100::")) + eip, 128))
         four = path(0, node, tag)
         hop = IPv6Address(f"2001:db8:1::{20 + node}")
         return dataclasses.replace(four, prefix=prefix, next_hop=hop)
-    return Path(
-        IPv4Network(f"198.51.{eip // 256}.{eip % 256}/32"),
+    return Route(
         IPv4Address(f"192.0.2.{20 + node}"),
         1 + node + 100 * tag,
         f"node-{node}",
         (f"64512:{tag}",) if tag else (),
+        prefix=IPv4Network(f"198.51.{eip // 256}.{eip % 256}/32"),
     )
 
 
@@ -131,7 +132,7 @@ def ready(*peers: str, slice_: int = SLICE) -> tuple[Announcer, Exabgp]:
     return announcer, Exabgp()
 
 
-def shown(paths: frozenset[Path], agreed: Agreed = BOTH) -> Slots:
+def shown(paths: frozenset[Route], agreed: Agreed = BOTH) -> Slots:
     """What a switch shall have."""
     slots: Slots = {}
     modes = dict(agreed)
@@ -148,7 +149,7 @@ def test_a_load_is_batched_windowed_and_shared_by_the_peers() -> None:
     announcer, model = ready()
     eips = exabgp.MAX_PREFIXES * (WINDOW // 2 + 1)
     paths = frozenset(path(eip, node) for eip in range(eips) for node in (1, 2))
-    number = announcer.want((A, B), paths)
+    number = announcer.want((A, B), by_prefix(paths))
     model.pull(announcer)
     assert announcer.in_flight == len(model.queue) == WINDOW
     assert model.lines[0].prefixes == model.lines[1].prefixes
@@ -165,12 +166,12 @@ def test_an_urgent_withdraw_goes_before_the_rest_of_a_load() -> None:
     """It is the next command after those in flight."""
     announcer, model = ready(A)
     first = frozenset(path(eip) for eip in range(10))
-    announcer.want((A,), first)
+    announcer.want((A,), by_prefix(first))
     model.drain(announcer)
     load = frozenset(path(eip, 2) for eip in range(exabgp.MAX_PREFIXES * (WINDOW + 2)))
-    announcer.want((A,), first | load)
+    announcer.want((A,), by_prefix(first | load))
     model.pull(announcer)
-    announcer.want((A,), load)
+    announcer.want((A,), by_prefix(load))
     sent = len(model.lines)
     model.step(announcer)
     model.pull(announcer)
@@ -183,16 +184,16 @@ def test_a_node_that_goes_overtakes_a_load_that_is_being_planned() -> None:
     is planned without it."""
     announcer, model = ready(slice_=100)
     first = frozenset(path(eip, node) for eip in range(300) for node in (1, 2))
-    announcer.want((A, B), first)
+    announcer.want((A, B), by_prefix(first))
     model.drain(announcer)
     load = first | {path(eip, node) for eip in range(300, 2000) for node in (1, 2)}
-    number = announcer.want((A, B), load)
+    number = announcer.want((A, B), by_prefix(load))
     assert announcer.plan(), "a load must be planned in slices"
     begun, sent = len(model.lines), announcer.take()
     model.send(sent)
     assert 1 <= len(sent) <= 4, "what is planned must go out while the rest is planned"
     less = frozenset(p for p in load if p.node == "node-2")
-    later = announcer.want((A, B), less)
+    later = announcer.want((A, B), by_prefix(less))
     overtaken = len(model.lines)
     while announcer.plan():
         model.send(announcer.take())
@@ -223,9 +224,9 @@ def test_a_node_that_goes_overtakes_a_load_that_is_being_planned() -> None:
 def test_a_change_of_attributes_announces_the_new_path_first() -> None:
     """The old one goes, with its own attributes, when the new one is acknowledged."""
     announcer, model = ready(A)
-    announcer.want((A,), frozenset({path()}))
+    announcer.want((A,), by_prefix({path()}))
     model.drain(announcer)
-    announcer.want((A,), frozenset({path(tag=1)}))
+    announcer.want((A,), by_prefix({path(tag=1)}))
     model.pull(announcer)
     assert [line.verb for line in model.lines[1:]] == [Verb.ANNOUNCE]
     model.drain(announcer)
@@ -237,10 +238,10 @@ def test_a_change_of_attributes_announces_the_new_path_first() -> None:
 def test_a_reused_path_id_is_replaced_and_never_withdrawn() -> None:
     """The rule is broken by the caller; the switch is right all the same."""
     announcer, model = ready(A)
-    announcer.want((A,), frozenset({path()}))
+    announcer.want((A,), by_prefix({path()}))
     model.drain(announcer)
     again = dataclasses.replace(path(), med=5)
-    announcer.want((A,), frozenset({again}))
+    announcer.want((A,), by_prefix({again}))
     model.drain(announcer)
     assert [line.verb for line in model.lines] == [Verb.ANNOUNCE, Verb.ANNOUNCE]
     assert model.wire[A] == shown(frozenset({again}))
@@ -252,14 +253,14 @@ def test_without_add_path_a_prefix_has_one_path_and_changes_in_place() -> None:
     model.agreed[A] = NONE
     announcer.negotiated(A, NONE)
     both = frozenset({path(node=1), path(node=2)})
-    announcer.want((A,), both)
+    announcer.want((A,), by_prefix(both))
     model.drain(announcer)
     assert model.wire[A] == shown(both, NONE) and len(model.wire[A]) == 1
-    announcer.want((A,), frozenset({path(node=2)}))
+    announcer.want((A,), by_prefix({path(node=2)}))
     model.drain(announcer)
     assert [line.verb for line in model.lines] == [Verb.ANNOUNCE, Verb.ANNOUNCE]
     assert model.wire[A] == shown(frozenset({path(node=2)}), NONE)
-    announcer.want((A,), frozenset())
+    announcer.want((A,), by_prefix(()))
     model.drain(announcer)
     assert model.wire[A] == {}
 
@@ -267,7 +268,7 @@ def test_without_add_path_a_prefix_has_one_path_and_changes_in_place() -> None:
 def test_nothing_is_sent_before_it_is_known_how_many_paths_a_peer_takes() -> None:
     """And the other peer does not wait for it."""
     announcer, model = ready(A)
-    number = announcer.want((A, B), frozenset({path()}))
+    number = announcer.want((A, B), by_prefix({path()}))
     model.drain(announcer)
     assert {line.peers for line in model.lines} == {(A,)}
     assert announcer.settled == number
@@ -283,7 +284,7 @@ def test_a_peer_that_loses_add_path_is_emptied_before_it_is_filled() -> None:
     """Withdraws, a barrier, then announces: on such a session a withdraw takes the prefix."""
     announcer, model = ready(A)
     both = frozenset({path(node=1), path(node=2)})
-    announcer.want((A,), both)
+    announcer.want((A,), by_prefix(both))
     model.drain(announcer)
     model.agreed[A], model.wire[A] = NONE, {}
     announcer.negotiated(A, NONE)
@@ -312,7 +313,7 @@ def test_a_new_manager_keeps_what_is_right_and_removes_what_is_not() -> None:
             Held(A, exabgp.attributes(unsure), (str(unsure.prefix),), False),
         ]
     )
-    announcer.want((A,), frozenset({kept, unsure}))
+    announcer.want((A,), by_prefix({kept, unsure}))
     model.drain(announcer)
     found = {(line.verb, line.prefixes) for line in model.lines}
     assert found == {
@@ -324,7 +325,7 @@ def test_a_new_manager_keeps_what_is_right_and_removes_what_is_not() -> None:
 def test_a_refused_command_is_sent_again_only_after_retry() -> None:
     """No storm; and the number does not settle meanwhile."""
     announcer, model = ready(A)
-    number = announcer.want((A,), frozenset({path()}))
+    number = announcer.want((A,), by_prefix({path()}))
     model.pull(announcer)
     model.step(announcer, ok=False)
     model.pull(announcer)
@@ -338,7 +339,7 @@ def test_a_refused_command_is_sent_again_only_after_retry() -> None:
 def test_settled_needs_the_wire_of_every_established_session() -> None:
     """A barrier that finds something unsent is not enough; a new session starts it anew."""
     announcer, model = ready()
-    number = announcer.want((A, B), frozenset({path()}))
+    number = announcer.want((A, B), by_prefix({path()}))
     model.pull(announcer)
     model.step(announcer)
     (barrier,) = announcer.take()
@@ -360,7 +361,7 @@ def test_end_of_rib_waits_for_all_that_is_wanted() -> None:
     announcer, model = ready()
     model.drain(announcer)
     assert announcer.completed() == (), "nobody has said what is wanted"
-    announcer.want((A, B), frozenset({path(1), path(2, tag=1)}))
+    announcer.want((A, B), by_prefix({path(1), path(2, tag=1)}))
     model.pull(announcer)
     model.step(announcer, ok=False)
     model.drain(announcer)
@@ -368,7 +369,7 @@ def test_end_of_rib_waits_for_all_that_is_wanted() -> None:
     announcer.retry()
     model.drain(announcer)
     assert announcer.completed() == (A, B)
-    announcer.want((A, B), frozenset({path(1)}))
+    announcer.want((A, B), by_prefix({path(1)}))
     model.drain(announcer)
     assert announcer.completed() == (), "these sessions have had theirs"
 
@@ -376,7 +377,7 @@ def test_end_of_rib_waits_for_all_that_is_wanted() -> None:
 def test_end_of_rib_is_due_to_each_new_session() -> None:
     """When its own wire is empty; again after a doubt, for then it may have been lost."""
     announcer, model = ready()
-    announcer.want((A, B), frozenset({path()}))
+    announcer.want((A, B), by_prefix({path()}))
     model.drain(announcer)
     announcer.completed()
     for peer in (A, B):
@@ -398,10 +399,10 @@ def test_end_of_rib_is_due_to_each_new_session() -> None:
 def test_an_old_number_settles_while_new_ones_keep_coming() -> None:
     """Nobody waits for ever because others are busy."""
     announcer, model = ready(A)
-    number = announcer.want((A,), frozenset({path()}))
+    number = announcer.want((A,), by_prefix({path()}))
     for eip in range(2, 30):
         model.pull(announcer)
-        announcer.want((A,), frozenset(path(other) for other in range(1, eip)))
+        announcer.want((A,), by_prefix(path(other) for other in range(1, eip)))
         if model.queue:
             model.step(announcer)
     assert announcer.settled >= number
@@ -411,7 +412,7 @@ def test_bad_values_change_nothing() -> None:
     """The whole set is refused, by name of what is wrong."""
     announcer, model = ready(A)
     good = frozenset({path()})
-    announcer.want((A,), good)
+    announcer.want((A,), by_prefix(good))
     for bad in (
         dataclasses.replace(path(2), path_id=0),
         dataclasses.replace(path(2), communities=("x",)),
@@ -419,7 +420,7 @@ def test_bad_values_change_nothing() -> None:
         dataclasses.replace(path(), med=7),
     ):
         with pytest.raises(SpeakerError):
-            announcer.want((A,), good | {bad})
+            announcer.want((A,), by_prefix(good | {bad}))
     model.drain(announcer)
     assert model.wire[A] == shown(good)
 
@@ -427,8 +428,9 @@ def test_bad_values_change_nothing() -> None:
 def test_both_families() -> None:
     """IPv6 beside IPv4, each with its own next hop."""
     announcer, model = ready(A)
-    six = Path(IPv6Network("2001:db8::1/128"), IPv6Address("2001:db8:1::1"), 9, "node-1")
-    announcer.want((A,), frozenset({path(), six}))
+    hop, prefix = IPv6Address("2001:db8:1::1"), IPv6Network("2001:db8::1/128")
+    six = Route(hop, 9, "node-1", prefix=prefix)
+    announcer.want((A,), by_prefix({path(), six}))
     model.drain(announcer)
     assert model.wire[A] == shown(frozenset({path(), six}))
 
@@ -444,12 +446,12 @@ def test_each_family_as_the_switch_takes_it(agreed: Agreed) -> None:
     model.agreed[A] = agreed
     announcer.negotiated(A, agreed)
     paths = frozenset(path(eip, node) for eip in (1, 2, 10_001, 10_002) for node in (1, 2))
-    number = announcer.want((A,), paths)
+    number = announcer.want((A,), by_prefix(paths))
     model.drain(announcer)
     assert model.wire[A] == shown(paths, agreed)
     assert announcer.settled == number
     fewer = frozenset(p for p in paths if p.node != "node-1")
-    announcer.want((A,), fewer)
+    announcer.want((A,), by_prefix(fewer))
     model.drain(announcer)
     assert model.wire[A] == shown(fewer, agreed)
     model.agreed[A], model.wire[A] = BOTH, {}
@@ -463,10 +465,10 @@ def test_each_family_as_the_switch_takes_it(agreed: Agreed) -> None:
 def test_a_peer_that_goes_and_comes_back_gets_all_of_it() -> None:
     """What it had is in doubt: wanted routes are sent again, others withdrawn."""
     announcer, model = ready()
-    announcer.want((A, B), frozenset({path(1), path(2)}))
+    announcer.want((A, B), by_prefix({path(1), path(2)}))
     model.drain(announcer)
-    announcer.want((A,), frozenset({path(1), path(2)}))
-    announcer.want((A, B), frozenset({path(1)}))
+    announcer.want((A,), by_prefix({path(1), path(2)}))
+    announcer.want((A, B), by_prefix({path(1)}))
     model.drain(announcer)
     assert model.wire[B] == shown(frozenset({path(1)}))
 
@@ -526,13 +528,13 @@ class Storm:
 
     def __init__(self) -> None:
         self.announcer, self.model = ready(slice_=2)
-        self.wanted: frozenset[Path] = frozenset()
+        self.wanted: frozenset[Route] = frozenset()
 
     def want(self, peers: set[str], chosen: set[tuple[int, int, int]]) -> None:
         # A path-id belongs to a node and attribute set: one tag per (eip, node).
         tags = {(eip, node): tag for eip, node, tag in sorted(chosen)}
         self.wanted = frozenset(path(eip, node, tag) for (eip, node), tag in tags.items())
-        self.announcer.want(sorted(peers), self.wanted)
+        self.announcer.want(sorted(peers), by_prefix(self.wanted))
 
     def step(self, _: bool, ok: bool) -> None:
         if self.model.queue:
@@ -601,7 +603,7 @@ def test_whatever_happens_it_ends_with_what_is_desired(
         announcer.plan()
         model.send(announcer.take())
         assert announcer.in_flight <= WINDOW
-    number = announcer.want((A, B), storm.wanted)
+    number = announcer.want((A, B), by_prefix(storm.wanted))
     for _ in range(3):
         announcer.retry()
         model.drain(announcer)
@@ -610,13 +612,13 @@ def test_whatever_happens_it_ends_with_what_is_desired(
     assert announcer.settled == number
 
 
-def led(eip: int, virtual: int) -> Path:
+def led(eip: int, virtual: int) -> Route:
     """A path of an EIP to a virtual next hop."""
     at = IPv4Address("100.64.0.0") + virtual
-    return Path(path(eip).prefix, at, 9999, "")
+    return Route(at, 9999, "", prefix=path(eip).prefix)
 
 
-def virtual(number: int, nodes: int) -> frozenset[Path]:
+def virtual(number: int, nodes: int) -> frozenset[Route]:
     """The paths of a virtual next hop."""
     prefix = IPv4Network((int(IPv4Address("100.64.0.0")) + number, 32))
     return frozenset(dataclasses.replace(path(1, node), prefix=prefix) for node in range(nodes))
@@ -626,7 +628,7 @@ def test_a_virtual_next_hop_comes_before_what_leads_to_it() -> None:
     """However many there are, and whatever is lost and sent again."""
     announcer, model = ready(A)
     hops = frozenset(p for number in range(300) for p in virtual(number, 3))
-    announcer.want([A], hops | {led(eip, eip % 300) for eip in range(600)})
+    announcer.want([A], by_prefix(hops | {led(eip, eip % 300) for eip in range(600)}))
     model.pull(announcer)
     count = 0
     while model.queue:
@@ -655,7 +657,7 @@ def test_no_eip_is_without_a_route_while_it_moves() -> None:
         {path(eip, node) for eip in range(5) for node in (3, 4)},
     ]
     for stage in stages:
-        announcer.want([A], frozenset(stage))
+        announcer.want([A], by_prefix(stage))
         model.pull(announcer)
         while model.queue:
             model.step(announcer)

@@ -10,8 +10,7 @@ from typing import Any, cast
 
 from lbctl.core.announce import Paths
 from lbctl.core.config import Config, parse
-from lbctl.core.model import Network, NodeState, Path, Peer, Phase, Session, host_route
-from lbctl.core.pmap import PMap
+from lbctl.core.model import Network, NodeState, Peer, Phase, Session, host_route
 from lbctl.core.reasons import Reason
 from lbctl.core.routes import EipSelection
 from lbctl.kube.client import Client
@@ -46,12 +45,11 @@ class Speaker:
     """Keeps every set."""
 
     def __init__(self) -> None:
-        self.sets: list[PMap[Network, frozenset[Path]]] = []
+        self.sets: list[Paths] = []
         self.on_set: Callable[[], None] = lambda: None
         self.changed = asyncio.Event()
 
     def set(self, peers: Iterable[Peer], paths: Paths) -> int:
-        assert isinstance(paths, PMap)
         self.sets.append(paths)
         self.changed.set()
         self.on_set()
@@ -109,7 +107,7 @@ class World:
         views[LOST] = replace(views[LOST], state=NodeState.DOWN)
         self.announcing.set_views(views)
 
-    async def until(self, condition: Callable[[PMap[Network, frozenset[Path]]], bool]) -> None:
+    async def until(self, condition: Callable[[Paths], bool]) -> None:
         """Until the last set is such."""
         async with asyncio.timeout(LIMIT_S):
             while not self.speaker.sets or not condition(self.speaker.sets[-1]):
@@ -117,7 +115,7 @@ class World:
                 self.speaker.changed.clear()
 
 
-def without(paths: PMap[Network, frozenset[Path]], prefixes: list[Network]) -> bool:
+def without(paths: Paths, prefixes: list[Network]) -> bool:
     """Whether all these are announced, and none by the node."""
     return all(
         prefix in paths and all(path.node != LOST for path in paths[prefix]) for prefix in prefixes

@@ -38,7 +38,7 @@ FULL = Peer(
 )
 RESTARTING = dataclasses.replace(TOR_A, graceful_restart_s=20)
 BARE6 = Peer("tor-c", IPv6Address("2001:db8::3"), 64501, 64512)
-PATH = Path(ip_network("198.51.100.1/32"), ip_address("192.0.2.21"), 17, "node-1")
+PATH = Path(ip_address("192.0.2.21"), 17, "node-1")
 
 
 def rendered() -> dict[str, str]:
@@ -250,10 +250,11 @@ def test_a_command_with_a_bad_value_is_refused(changes: dict[str, Any]) -> None:
         exabgp.check_command(dataclasses.replace(good, **changes))
 
 
-def test_a_next_hop_of_another_family_is_refused() -> None:
-    """RFC 8950 is not spoken."""
+def test_a_prefix_is_a_network() -> None:
+    """A text could be anything."""
+    assert exabgp.prefix(ip_network("2001:db8::/128")) == "2001:db8::/128"
     with pytest.raises(SpeakerError):
-        exabgp.prefix(ip_network("198.51.100.1/32"), ip_address("2001:db8::1"))
+        exabgp.prefix("198.51.100.1/32")
 
 
 def test_answers() -> None:

@@ -8,13 +8,14 @@ from pathlib import Path as FilePath
 
 import pytest
 
-from lbctl.core.announce import WINDOW, by_prefix
+from lbctl.core.announce import WINDOW
 from lbctl.core.exabgp import MAX_PREFIXES, Verb
 from lbctl.core.model import Peer
 from manager.speaker import messages
 from manager.speaker.messages import Run
 from manager.speaker.port import ExabgpSpeaker
 from tests.bench.fakespeaker import FakeSpeaker
+from tests.routes import by_prefix
 
 from .test_announce import path
 
@@ -37,7 +38,7 @@ async def test_a_withdraw_overtakes_a_load_in_progress(
     """A node goes when the load's first command arrives: after what is in flight at the most, it
     is out of all that is announced, and then the load goes on without it."""
     nodes = (1, 2, 3)
-    first = by_prefix(frozenset(path(eip, node) for eip in range(1000) for node in nodes))
+    first = by_prefix(path(eip, node) for eip in range(1000) for node in nodes)
     more = frozenset(path(eip, node) for eip in range(1000, 6000) for node in nodes)
     load = first.updated(by_prefix(more))
     less = load.updated(
