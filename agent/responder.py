@@ -22,9 +22,10 @@ import structlog
 from lbctl.core import names, probe
 from lbctl.core.changelog import ChangeLog
 from lbctl.core.downset import DownSet, hear, heard, resolve
-from lbctl.core.keys import Key, KeyRing, Keys, parse_keys
+from lbctl.core.keys import Key, KeyRing, Keys
 from lbctl.core.model import Address, Behind
 from lbctl.errors import ConfigError, DataplaneError, MessageError
+from lbctl.keyfiles import read_keys
 from lbctl.udp import UdpSocket
 
 _COOKIE_S: Final = 2.0  # a cookie is good for one to two of these
@@ -159,19 +160,6 @@ class Responder:
         if self._down.down != before:
             _log.info("down_set_changed", nodes=sorted(self._down.down))
             self._on_down(self._down.down)
-
-
-def read_keys(directory: Path) -> Keys:
-    """Read the mounted Secret; raises ConfigError if it is missing, short or a placeholder."""
-    values: dict[str, bytes] = {}
-    for name in ("current", "previous"):
-        try:
-            values[name] = (directory / name).read_bytes()
-        except FileNotFoundError:
-            continue
-        except OSError as error:
-            raise ConfigError((f"{directory / name} cannot be read: {error}",)) from error
-    return parse_keys(values)
 
 
 async def follow_keys(

@@ -218,7 +218,7 @@ class Announcing:
 
     async def run(self) -> None:
         """Select and announce until cancelled."""
-        await self._inputs.synced()
+        await self._inputs.known.wait()
         async with asyncio.TaskGroup() as group:
             group.create_task(self._withdrawals(), name="withdrawals")
             group.create_task(self._sweeps(), name="sweeps")

@@ -7,7 +7,6 @@ be looked at again.
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
@@ -64,6 +63,7 @@ class Inputs:
         self.secrets: Feed[DataObject] = Feed(client, objects.SECRET, namespace=namespace)
         self.pods: Feed[Pod] = Feed(client, objects.POD, namespace=namespace)
         self.index = SliceIndex()
+        self.known = asyncio.Event()  # all that announcing needs is here: listed, or recalled
 
     def feeds(self) -> tuple[Feed[Service] | Feed[Slice] | Feed[Node] | Feed[Eip], ...]:
         """Those that allocation and announcing need."""
@@ -89,12 +89,17 @@ class Inputs:
         """What has not been listed yet."""
         return tuple(f.label for f in self.all_feeds() if not f.cache.synced.is_set())
 
+    def snapshot_age_s(self) -> float | None:
+        """How old what a former run knew is by now, if that is all there is of some kind."""
+        caches = [feed.cache for feed in self.all_feeds()]
+        ages = [c.age_s() for c in caches if c.recalled and not c.synced.is_set()]
+        return max(ages, default=None)
+
     def measure(self, metrics: Metrics) -> None:
         """Fill in the cache metrics."""
-        now = time.monotonic()
+        metrics.snapshot_in_use.set(self.snapshot_age_s() is not None)
         for feed in self.all_feeds():
             cache = feed.cache
             metrics.cache_objects.labels(feed.label).set(len(cache.items))
             metrics.cache_skipped.labels(feed.label).set(cache.skipped)
-            if cache.contact_s >= 0:
-                metrics.cache_age.labels(feed.label).set(now - cache.contact_s)
+            metrics.cache_age.labels(feed.label).set(cache.age_s())

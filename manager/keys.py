@@ -52,10 +52,12 @@ class ProbeKeys:
         if secret is None:
             return
         try:
-            keys = read(secret)
+            self.use(read(secret))
         except errors.ConfigError as error:
             _log.error("probe_keys_refused", error=str(error))
-            return
+
+    def use(self, keys: Keys) -> None:
+        """These are the keys now."""
         if keys != self.keys:
             self.keys = keys
             self._on_keys(keys)

@@ -26,6 +26,7 @@ from lbctl.core.health import Limits
 from lbctl.core.keys import Keys
 from lbctl.core.model import Address, NodeState, ObjectRef
 from lbctl.core.release import Facts
+from lbctl.keyfiles import read_keys
 from lbctl.kube.client import Client
 from lbctl.kube.events import EventRecorder
 from lbctl.kube.lease import LeaderElector
@@ -47,6 +48,7 @@ from manager.neighbours import Neighbours
 from manager.nodes import NodeWatch
 from manager.readiness import Readiness
 from manager.settings import Settings
+from manager.snapshot import Snapshots
 from manager.speaker.port import ExabgpSpeaker
 from manager.state import Parts, build
 
@@ -62,11 +64,12 @@ class Manager:
     def __init__(self, client: Client, given: Settings) -> None:
         self._given = given
         self._boot_s = time.time()
-        self._synced_s: float | None = None
+        self._known_s: float | None = None
         self._was_up = False
         self._client = client
         self.metrics = Metrics()
         self.inputs = Inputs(client, given.namespace)
+        self._snapshots = Snapshots(given.snapshot_dir, self.inputs)
         self._watch: NodeWatch | None = None
         self._keys_known = asyncio.Event()
         self.events = EventRecorder(client, names.MANAGER_APP, given.manager_id)
@@ -85,8 +88,9 @@ class Manager:
         self._reach = Reach(names.MANAGER_PEER_PORT)
         self.fleet = Fleet(given.manager_id, self.inputs.nodes.cache.items, self)
         self.keys = ProbeKeys(client, self._new_keys, given.namespace)
+        secrets = self.inputs.secrets.cache
         self.neighbours = Neighbours(
-            self.inputs.secrets.cache.items, given.namespace, given.address
+            secrets.items, secrets.synced.is_set, given.namespace, given.address
         )
         self._build(client, given)
         self.readiness = Readiness(
@@ -251,9 +255,9 @@ class Manager:
         """Whether the nodes are known well enough: what is not in the first set is withdrawn."""
         if self.announcing.number is not None:
             return True
-        if self._synced_s is None or self._watch is None:
+        if self._known_s is None or self._watch is None:
             return False
-        if time.monotonic() - self._synced_s > START_S:
+        if time.monotonic() - self._known_s > START_S:
             return True
         views = self._watch.prober.views().values()
         fetched = all(v.confirmed or not v.digest for v in views if v.state is NodeState.UP)
@@ -283,6 +287,7 @@ class Manager:
 
     async def run(self) -> None:
         """Everything, until cancelled."""
+        self._use_mounted_keys()
         gate = Gate(self._client)
         pages = Pages(
             gate, self.metrics.registry, self.readiness.missing, self._state, self._measure
@@ -293,6 +298,7 @@ class Manager:
             asyncio.TaskGroup() as group,
         ):
             group.create_task(self.inputs.run(), name="inputs")
+            group.create_task(self._snapshots.run(), name="snapshots")
             group.create_task(self.events.run(), name="events")
             group.create_task(self.speaker.run(), name="speaker")
             group.create_task(self.announcing.run(), name="announcing")
@@ -300,9 +306,16 @@ class Manager:
             group.create_task(self._ping(), name="ping")
             group.create_task(self.elector.run(self._lead), name="election")
 
+    def _use_mounted_keys(self) -> None:
+        """Until the API server shows the Secret; at the very first start there is none."""
+        try:
+            self.keys.use(read_keys(self._given.keys_dir))
+        except errors.ConfigError as error:
+            _log.info("probe_keys_not_mounted", error=str(error))
+
     async def _probe(self) -> None:
-        await self.inputs.synced()
-        self._synced_s = time.monotonic()
+        await self.inputs.known.wait()
+        self._known_s = time.monotonic()
         await self._keys_known.wait()
         assert self._watch is not None
         await self._watch.run()
@@ -317,7 +330,7 @@ class Manager:
             now_sent = prober.counters.sent if prober is not None else sent
             current = self.configuration.current
             interval_s = current.config.probe.interval_s if current is not None else 1.0
-            idle = prober is not None and prober.idle
+            idle = prober is not None and prober.idle and self._known_s is not None
             if now_sent != sent or idle:
                 sent, moved_s = now_sent, now_s
             if now_s - moved_s < max(1.0, 3 * interval_s):
@@ -337,7 +350,8 @@ class Manager:
             self._nodes_listed()
 
     async def _lead(self) -> None:
-        """The leader's work; ends when any part of it does."""
+        """The leader's work, upon what the API server says now; ends when any part of it does."""
+        await self.inputs.synced()
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self.configuration.lead(), name="configuration")

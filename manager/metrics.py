@@ -117,6 +117,11 @@ class Metrics:
             ["kind"],
             registry=registry,
         )
+        self.snapshot_in_use = Gauge(
+            "lbctl_snapshot_in_use",
+            "1 while the API server has not been read since the start, but a snapshot.",
+            registry=registry,
+        )
         self.task_errors = Counter(
             "lbctl_task_errors_total", "Errors at task roots.", ["task"], registry=registry
         )

@@ -2,14 +2,15 @@
 
 Rules: passwords are read from this namespace's Secrets, key `password`. A peer whose Secret is not
 there is left out and named, never spoken to without its password; one whose Secret vanishes later
-keeps the password it had (fail static).
+keeps the password it had (fail static). Before the Secrets have been listed, as after a restart
+while the API server is away, only the speaker may still know it: it is asked to keep that.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from ipaddress import IPv4Address
 
 import structlog
@@ -26,9 +27,14 @@ class Neighbours:
     """Makes `Peer`s. address: this manager's own, from which a router id is taken by default."""
 
     def __init__(
-        self, secrets: Mapping[ObjectRef, DataObject], namespace: str, address: Address | None
+        self,
+        secrets: Mapping[ObjectRef, DataObject],
+        listed: Callable[[], bool],
+        namespace: str,
+        address: Address | None,
     ) -> None:
         self._secrets = secrets
+        self._listed = listed
         self._namespace = namespace
         self._router_id = address if isinstance(address, IPv4Address) else None
         self._passwords: dict[str, str] = {}
@@ -39,7 +45,7 @@ class Neighbours:
         """All neighbours that can be spoken to, in the order of the configuration."""
         wanted = accepted.config.bgp.peers
         stored = tuple(self._secret(peer.password_secret) for peer in wanted)
-        facts = (accepted, *stored)
+        facts = (accepted, self._listed(), *stored)
         if self._made is not None and self._made[0] == facts:
             return self._made[1]
         self.missing = {}
@@ -53,9 +59,11 @@ class Neighbours:
 
     def _peer(self, peer: PeerConfig, local_asn: int) -> Peer | None:
         password: str | None = None
+        keep = False
         if peer.password_secret is not None:
             password = self._password(peer.password_secret)
-            if password is None:
+            keep = password is None and not self._listed()
+            if password is None and not keep:
                 self.missing[peer.name] = f"Secret {peer.password_secret} has no usable `password`"
                 _log.error("peer_without_password", peer=peer.name, secret=peer.password_secret)
                 return None
@@ -71,6 +79,7 @@ class Neighbours:
             multihop=peer.multihop,
             password=password,
             graceful_restart_s=peer.graceful_restart_s,
+            keep_password=keep,
         )
 
     def _password(self, name: str) -> str | None:

@@ -60,6 +60,8 @@ class Readiness:
         """Sentences; () when ready."""
         self.look()
         found = [f"not listed yet: {kind}" for kind in self._inputs.unsynced()]
+        if (age_s := self._inputs.snapshot_age_s()) is not None:
+            found.append(f"what is announced comes from a snapshot that is {age_s:.0f} s old")
         if self._configuration.current is None:
             found.append("no configuration has been accepted")
         if not self._watching():

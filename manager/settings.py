@@ -27,6 +27,8 @@ class Settings:
     http_host: str = ""
     http_port: int = names.MANAGER_HTTP_PORT
     speaker_dir: Path = Path(names.SPEAKER_SOCKET_DIR)
+    snapshot_dir: Path = Path(names.MANAGER_SNAPSHOT_DIR)
+    keys_dir: Path = Path(names.KEYS_DIR)
     kubeconfig: str | None = None
     log_level: str = "info"
 
@@ -41,6 +43,8 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
     parser.add_argument("--http-host", default="")
     parser.add_argument("--http-port", type=int, default=names.MANAGER_HTTP_PORT)
     parser.add_argument("--speaker-dir", type=Path, default=Path(names.SPEAKER_SOCKET_DIR))
+    parser.add_argument("--snapshot-dir", type=Path, default=Path(names.MANAGER_SNAPSHOT_DIR))
+    parser.add_argument("--keys-dir", type=Path, default=Path(names.KEYS_DIR))
     parser.add_argument("--kubeconfig", default=None)
     parser.add_argument("--log-level", default=env.get("LOG_LEVEL") or "info")
     given = parser.parse_args(arguments)
@@ -55,6 +59,8 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
         http_host=given.http_host,
         http_port=given.http_port,
         speaker_dir=given.speaker_dir,
+        snapshot_dir=given.snapshot_dir,
+        keys_dir=given.keys_dir,
         kubeconfig=given.kubeconfig,
         log_level=given.log_level,
     )

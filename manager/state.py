@@ -70,6 +70,7 @@ def build(
         nodes=_nodes(parts, nodes),
         now_s=time.time(),
         holder=holder,
+        snapshot_age_s=parts.inputs.snapshot_age_s(),
     )
 
 

@@ -189,6 +189,7 @@ def merge(live: Live) -> Merged:
     problems = [
         *(f"manager {a.pod} on {a.node or 'no node'}: {a.error}" for a in answers if not a.state),
         *_leadership(states, leaders),
+        *_snapshots(states),
         *_disagreements(states),
         *_configuration(states),
         *_sessions(states),
@@ -228,6 +229,15 @@ def _leadership(states: tuple[ManagerState, ...], leaders: list[ManagerState]) -
         f"the Lease names {holder}, which did not answer so" if holder else "nobody holds the Lease"
     )
     return [f"no manager leads ({who}): addresses are neither given nor taken back"]
+
+
+def _snapshots(states: tuple[ManagerState, ...]) -> list[str]:
+    return [
+        f"{state.manager} has not reached the API server since its start: it announces by a "
+        f"snapshot that is {state.snapshot_age_s:.0f} s old"
+        for state in states
+        if state.snapshot_age_s is not None
+    ]
 
 
 def _disagreements(states: tuple[ManagerState, ...]) -> list[str]:

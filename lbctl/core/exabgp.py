@@ -136,6 +136,8 @@ def check_peer(peer: Peer) -> Peer:
     if peer.graceful_restart_s is not None:
         _integer(peer.graceful_restart_s, 1, MAX_RESTART_S, where + "restart time")
     _check_password(peer.password, where)
+    if peer.keep_password and peer.password is not None:
+        raise SpeakerError(where + "password is there, and none is to be kept")
     return peer
 
 

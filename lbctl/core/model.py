@@ -266,7 +266,7 @@ class Peer:
     """One BGP neighbour, validated. `password` is the secret's value, kept out of repr.
 
     graceful_restart_s: how long it is asked to keep our routes while all of us restarts (RFC 4724);
-    None: not at all.
+    None: not at all. keep_password: it has one, which only the speaker may still know.
     """
 
     name: str
@@ -280,6 +280,7 @@ class Peer:
     multihop: int | None = None
     password: str | None = field(default=None, repr=False)
     graceful_restart_s: int | None = None
+    keep_password: bool = False
 
 
 @dataclass(frozen=True, slots=True, order=True)

@@ -54,5 +54,6 @@ NODE_BITS: Final = 0x00E030FF  # that a node's number may have: 8,191 nodes, no 
 ROUTE_TABLE_BASE: Final = 0x4C000000  # table of node number n is base + n
 RULE_PRIORITY: Final = 130  # to + 4; after the local table, also where Cilium moves that to 100
 AGENT_SNAPSHOT_DIR: Final = "/run/lbctl"
+MANAGER_SNAPSHOT_DIR: Final = "/run/lbctl-manager"
 SPEAKER_SOCKET_DIR: Final = "/run/lbctl-speaker"
 KEYS_DIR: Final = "/run/lbctl-keys"

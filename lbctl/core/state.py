@@ -137,6 +137,7 @@ class ManagerState:
     nodes: tuple[NodeStatus, ...] = ()
     now_s: float = 0.0
     holder: str = ""  # manager id in the Lease, as this manager sees it
+    snapshot_age_s: float | None = None  # it has not read the API server since its start, but this
 
 
 _read = reader(ManagerState)

@@ -2,7 +2,8 @@
 
 Rules: an object that cannot be decoded is skipped, logged and counted, and its last good version
 is kept (fail static). 410 lists again; silence, resets and refusals reconnect with back-off. What
-is known stays served while the API server is away. `on_change` gets real differences only.
+is known stays served while the API server is away, and so may what a former run knew (`recall`).
+`on_change` gets real differences only.
 """
 
 from __future__ import annotations
@@ -70,13 +71,14 @@ class Cache(Generic[T]):
         self._items: dict[ObjectRef, T] = {}
         self._version = ""
         self._log = _log.bind(kind=kind.name)
-        self.synced = asyncio.Event()
+        self.synced = asyncio.Event()  # it has been listed
+        self.recalled = False  # what a former run knew was put in
         self.skipped = 0  # objects that could not be decoded
         self.lists = 0  # lists made
-        self.contact_s = -1.0  # monotonic instant of the last word from the API server
+        self._contact_s = time.monotonic()  # last word from the API server; first: our start
 
     @property
-    def items(self) -> Mapping[ObjectRef, T]:
+    def items(self) -> MappingProxyType[ObjectRef, T]:
         """A read-only view of what is known, by namespace and name."""
         return MappingProxyType(self._items)
 
@@ -88,6 +90,25 @@ class Cache(Generic[T]):
     def get(self, key: ObjectRef) -> T | None:
         """One object, None if unknown."""
         return self._items.get(key)
+
+    def age_s(self) -> float:
+        """Seconds since the API server last spoke; if it never did, since our start."""
+        return time.monotonic() - self._contact_s
+
+    async def recall(self, items: Mapping[ObjectRef, T], age_s: float) -> None:
+        """Serve what a former run knew so long ago, until there is a list; then that replaces it.
+
+        Returns when one of the two is served.
+        """
+        for number, (key, item) in enumerate(items.items()):
+            if number % _YIELD_EVERY == _YIELD_EVERY - 1:
+                await asyncio.sleep(0)
+            if self.lists:
+                await self.synced.wait()
+                return
+            self._put(key, item)
+        self.recalled = True
+        self._contact_s = time.monotonic() - age_s
 
     async def run(self) -> None:
         """Follow for ever; ends only by cancellation."""
@@ -107,7 +128,7 @@ class Cache(Generic[T]):
     async def _relist(self) -> None:
         page = await self._client.list(self._path, self._params)
         self.lists += 1
-        self.contact_s = time.monotonic()
+        self._contact_s = time.monotonic()
         seen: set[ObjectRef] = set()
         for number, raw in enumerate(page.items or ()):
             if number % _YIELD_EVERY == _YIELD_EVERY - 1:
@@ -135,7 +156,7 @@ class Cache(Generic[T]):
         lines = self._client.watch(self._path, params, lasts_s + self._slack_s)
         async with aclosing(lines) as stream:
             async for line in stream:
-                self.contact_s = time.monotonic()
+                self._contact_s = time.monotonic()
                 self._event(line)
                 if not spoke:
                     spoke = True

@@ -9,6 +9,7 @@ for a frozen manager must not announce dead nodes for ever; its next word opens 
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -65,22 +66,27 @@ class Keeper:
     def render(self) -> str | None:
         """ExaBGP's configuration as of now, None if no peer can be spoken to.
 
-        Peers that no route leads to are left out, and named to the manager. A session that is up
+        Peers that cannot be spoken to are left out, and named to the manager. A session that is up
         keeps its address, wherever routes lead now.
         """
         up = set(self.established())
         for peer in self.peers:
             if peer.name not in self._local or str(peer.address) not in up:
                 self._local[peer.name] = peer.local_address or process.local_address(peer)
-        usable = tuple(peer for peer in self.peers if self._local[peer.name] is not None)
-        missing = sorted(peer.name for peer in self.peers if peer not in usable)
-        self._tell_problems(dict.fromkeys(missing, "no route leads to it"))
+        usable = tuple(peer for peer in self.peers if not self._lacks(peer))
+        self._tell_problems({p.name: self._lacks(p) for p in self.peers if p not in usable})
         local = {name: address for name, address in self._local.items() if address is not None}
         return exabgp.render_config(usable, local, self._run) if usable else None
 
     def usable(self) -> set[str]:
         """Addresses of the peers that `render` found a way to."""
-        return {str(peer.address) for peer in self.peers if self._local.get(peer.name) is not None}
+        return {str(peer.address) for peer in self.peers if not self._lacks(peer)}
+
+    def _lacks(self, peer: Peer) -> str:
+        """Why a peer cannot be spoken to; "": it can."""
+        if peer.keep_password:
+            return "its password is not known until the API server answers"
+        return "no route leads to it" if self._local.get(peer.name) is None else ""
 
     def _tell_problems(self, problems: dict[str, str]) -> None:
         if problems != self._problems:
@@ -150,7 +156,7 @@ class Keeper:
                 raise MessageError("the manager said hello twice")
 
     def _set_peers(self, message: messages.Peers) -> None:
-        peers = tuple(messages.to_peer(entry) for entry in message.peers)
+        peers = tuple(self._with_password(messages.to_peer(entry)) for entry in message.peers)
         if peers == self.peers:
             return
         started = bool(peers) and not self.wanted
@@ -162,6 +168,12 @@ class Keeper:
         self.changed.set()
         if started:
             self.send(messages.Paused())  # until ExaBGP is there
+
+    def _with_password(self, peer: Peer) -> Peer:
+        known = {old.name: old.password for old in self.peers if old.address == peer.address}
+        if not peer.keep_password or known.get(peer.name) is None:
+            return peer
+        return replace(peer, password=known[peer.name], keep_password=False)
 
     def _command(self, run: messages.Run) -> None:
         if run.generation != self._generation or self.link is None or not self.link.synced:

@@ -18,7 +18,7 @@ from lbctl.core.exabgp import Command, Verb
 from lbctl.core.model import Peer
 from lbctl.errors import MessageError, SpeakerError
 
-VERSION: Final = 3
+VERSION: Final = 4
 MAX_LINE: Final = 1 << 20
 MANAGER_SOCKET: Final = "manager.sock"
 RELAY_SOCKET: Final = "relay.sock"
@@ -55,6 +55,7 @@ class PeerEntry(msgspec.Struct, frozen=True):
     multihop: int | None
     password: str | None
     graceful_restart_s: int | None
+    keep_password: bool  # the manager does not know it now: the speaker's is to stay
 
 
 class Peers(Message, frozen=True, tag="peers"):
@@ -187,6 +188,7 @@ def from_peer(peer: Peer) -> PeerEntry:
         peer.multihop,
         peer.password,
         peer.graceful_restart_s,
+        peer.keep_password,
     )
 
 
@@ -224,6 +226,7 @@ def to_peer(entry: PeerEntry) -> Peer:
                 entry.multihop,
                 entry.password,
                 entry.graceful_restart_s,
+                entry.keep_password,
             )
         )
     except (ValueError, SpeakerError) as error:

@@ -110,7 +110,8 @@ class Probes:
         async with server, FakeApi(self.cluster, secret) as api:
             process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-m", "manager.main", "--id", "m", "--address", "127.0.0.1"),
-                *("--speaker-dir", self.directory, "--kubeconfig", api.kubeconfig(self.directory)),
+                *("--speaker-dir", self.directory, "--snapshot-dir", self.directory),
+                *("--keys-dir", self.directory, "--kubeconfig", api.kubeconfig(self.directory)),
                 cwd=_ROOT,
                 stderr=asyncio.subprocess.PIPE,
                 limit=messages.MAX_LINE,

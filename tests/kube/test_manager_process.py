@@ -114,7 +114,8 @@ async def manager(cluster: Cluster, admin: Client, tmp_path: Path) -> AsyncItera
     port = free_port()
     command = [sys.executable, "-m", "manager.main", "--id", "m-1", "--kubeconfig", str(config)]
     command += ["--http-port", str(port), "--http-host", "127.0.0.1"]
-    command += ["--speaker-dir", str(tmp_path)]
+    for own in ("speaker", "snapshot", "keys"):
+        command += [f"--{own}-dir", str(tmp_path / own)]
     log = tmp_path / "log"
     with log.open("wb") as out:
         child = await asyncio.create_subprocess_exec(

@@ -17,13 +17,14 @@ from pathlib import Path
 
 import pytest
 
-from agent.responder import Responder, follow_keys, read_keys
+from agent.responder import Responder, follow_keys
 from lbctl.core import probe
 from lbctl.core.health import PeerView
 from lbctl.core.keys import Keys
 from lbctl.core.model import Address, Behind, Node, NodeState, NodeView
 from lbctl.core.probe import node_hash
 from lbctl.errors import ConfigError, DataplaneError
+from lbctl.keyfiles import read_keys
 from lbctl.udp import UdpSocket
 from manager.probing import Prober
 

@@ -73,11 +73,9 @@ class World:
         self.feeds = {name: Feed() for name in ("eips", "services", "slices", "nodes")}
         endpoints = self.cluster.endpoints
 
-        async def synced() -> None:
-            return
-
         index = SimpleNamespace(of=endpoints.__getitem__)
-        inputs = SimpleNamespace(**self.feeds, index=index, synced=synced)
+        inputs = SimpleNamespace(**self.feeds, index=index, known=asyncio.Event())
+        inputs.known.set()
         self.speaker = Speaker()
         self.announcing = Announcing(
             "control-1",

@@ -7,6 +7,7 @@ import base64
 import os
 from dataclasses import replace
 from ipaddress import ip_address
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -17,7 +18,7 @@ from lbctl import errors
 from lbctl.core import config, names
 from lbctl.core.actions import Action, CreateEip, RemoveFinalizer, WriteStatus
 from lbctl.core.holdings import Decision
-from lbctl.core.model import Eip, NodeState, NodeView, ObjectRef, Service
+from lbctl.core.model import Eip, NodeState, NodeView, ObjectRef, Peer, Service
 from lbctl.core.reasons import Reason
 from lbctl.kube.cache import Cache
 from lbctl.kube.client import MERGE, Client
@@ -30,6 +31,8 @@ from manager.confirming import Confirming
 from manager.executor import Executor, Sink
 from manager.metrics import Metrics
 from manager.neighbours import Neighbours
+from manager.speaker import messages
+from manager.speaker.keeper import Keeper
 
 TEXT = """
 version: 1
@@ -54,7 +57,7 @@ def accepted() -> Accepted:
 
 def test_peers_get_their_passwords_and_keep_them() -> None:
     secrets: dict[ObjectRef, DataObject] = {}
-    made = Neighbours(secrets, names.NAMESPACE, ip_address("192.0.2.11"))
+    made = Neighbours(secrets, lambda: True, names.NAMESPACE, ip_address("192.0.2.11"))
     now = accepted()
     assert [peer.name for peer in made.peers(now)] == ["a"], "b must not go without its password"
     assert "Secret tor" in made.missing["b"]
@@ -69,10 +72,42 @@ def test_peers_get_their_passwords_and_keep_them() -> None:
     assert made.peers(now)[1].password == "s3cret", "a password that is known must not be lost"
 
 
+def test_before_secrets_are_listed_the_speaker_keeps_the_passwords() -> None:
+    secrets: dict[ObjectRef, DataObject] = {}
+    listed = asyncio.Event()
+    made = Neighbours(secrets, listed.is_set, names.NAMESPACE, None)
+    a, b = made.peers(accepted())
+    assert (a.keep_password, b.keep_password, b.password) == (False, True, None)
+    assert not made.missing
+    listed.set()
+    assert [peer.name for peer in made.peers(accepted())] == ["a"], "there is no such Secret"
+    found = secret("tor", password=b"s3cret")
+    secrets[found.ref] = found
+    assert made.peers(accepted())[1] == replace(b, password="s3cret", keep_password=False)
+
+
+def test_the_speaker_keeps_a_password_that_its_manager_does_not_know(tmp_path: Path) -> None:
+    known = Peer("b", ip_address("192.0.2.2"), 64501, 64512, local_address=ip_address("192.0.2.9"))
+    known = replace(known, password="s3cret")
+    unknown = replace(known, password=None, keep_password=True)
+    keeper = Keeper(tmp_path)
+    keeper._obey(messages.Peers([messages.from_peer(known)]))
+    text = keeper.render()
+    keeper.changed.clear()
+    keeper._obey(messages.Peers([messages.from_peer(unknown)]))
+    assert keeper.peers == (known,) and not keeper.changed.is_set(), "the session must not end"
+    started_anew = Keeper(tmp_path)
+    started_anew._obey(messages.Peers([messages.from_peer(unknown)]))
+    assert started_anew.render() is None and not started_anew.usable()
+    assert "password" in started_anew._problems["b"]
+    started_anew._obey(messages.Peers([messages.from_peer(known)]))
+    assert started_anew.render() == text and not started_anew._problems
+
+
 @pytest.mark.parametrize("bad", [b"", b"x" * 81, b"two\nlines", "ü".encode()])
 def test_unusable_passwords_leave_the_peer_out(bad: bytes) -> None:
     found = secret("tor", password=bad)
-    made = Neighbours({found.ref: found}, names.NAMESPACE, None)
+    made = Neighbours({found.ref: found}, lambda: True, names.NAMESPACE, None)
     assert [peer.name for peer in made.peers(accepted())] == ["a"]
 
 

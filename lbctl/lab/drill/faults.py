@@ -11,6 +11,7 @@ import inspect
 import signal
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Final, Literal, TypeVar, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
@@ -213,6 +214,14 @@ def fake_clocks(site: Site, of: Literal["managers", "agents"], monotonic: bool =
 def step_clock(site: Site, what: str, by: int) -> None:
     """Set the clock of `manager@WHERE`, `speaker@WHERE` or `agent@WHERE` to so many s from now."""
     clocks.step(site, what, by)
+
+
+@fault("forgetSnapshot")
+def forget_snapshot(site: Site, of: str) -> None:
+    """Delete what managers (`manager@…`) keep for their next start."""
+    for pid in site.processes(of):
+        for file in Path(f"/proc/{pid.pid}/root{names.MANAGER_SNAPSHOT_DIR}").glob("*.json"):
+            file.unlink(missing_ok=True)
 
 
 @fault("killContainer")
