@@ -37,7 +37,8 @@ _UNREAD: Final = [
 
 
 class FakeApi:
-    """Serves HTTP on a free port of the loopback. Use as an async context manager.
+    """Serves HTTP on a free port of the loopback. Use as an async context manager; again, it is
+    back at the same port.
 
     key: of the probes, as the Secret has it for managers.
     """
@@ -46,9 +47,11 @@ class FakeApi:
         self._lists = dict(_lists(cluster, key))
         self._watches: dict[str, asyncio.StreamWriter] = {}
         self._version = 1
+        self._port = 0
 
     async def __aenter__(self) -> FakeApi:
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", self._port)
+        self._port = self._server.sockets[0].getsockname()[1]
         return self
 
     async def __aexit__(self, *_exc: object) -> None:
@@ -56,8 +59,7 @@ class FakeApi:
 
     def kubeconfig(self, directory: Path) -> Path:
         """Write one that leads here."""
-        port = self._server.sockets[0].getsockname()[1]
-        one = {"cluster": {"server": f"http://127.0.0.1:{port}"}, "name": "bench"}
+        one = {"cluster": {"server": f"http://127.0.0.1:{self._port}"}, "name": "bench"}
         context = {"context": {"cluster": "bench", "user": "bench"}, "name": "bench"}
         made = {"clusters": [one], "contexts": [context], "users": [{"name": "bench", "user": {}}]}
         path = directory / "kubeconfig"

@@ -5,12 +5,23 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
+from lbctl.core.exabgp import Verb
 from manager.speaker import messages
-from manager.speaker.messages import Done, Flush, Flushed, HeldPart, Peers, Run, SessionState
+from manager.speaker.messages import (
+    Done,
+    Flush,
+    Flushed,
+    HeldEntry,
+    HeldPart,
+    Peers,
+    Run,
+    SessionState,
+)
 
 
 class FakeSpeaker:
-    """Every peer has a session with ADD-PATH at once; every command is done at once.
+    """Every peer has a session with ADD-PATH at once; every command is done at once, and a manager
+    that connects is told what is held.
 
     `runs` are the commands so far; `on_run` is called with each, before it is acknowledged.
     """
@@ -18,12 +29,14 @@ class FakeSpeaker:
     def __init__(self) -> None:
         self.runs: list[Run] = []
         self.on_run: Callable[[Run], None] = lambda _run: None
+        self._held: dict[tuple[str, str], set[str]] = {}  # by peer and attributes
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One connection, for asyncio.start_unix_server."""
         peers: list[str] = []
         await reader.readline()
-        writer.write(messages.encode(HeldPart([], 1, True)))
+        held = [HeldEntry(*key, True, sorted(routes)) for key, routes in self._held.items()]
+        writer.write(messages.encode(HeldPart(held, 1, True)))
         while line := await reader.readline():
             message = messages.decode_from_manager(line)
             if isinstance(message, Peers):
@@ -34,7 +47,16 @@ class FakeSpeaker:
             elif isinstance(message, Run):
                 self.runs.append(message)
                 self.on_run(message)
+                self._hold(message)
                 writer.write(messages.encode(Done(message.id, True)))
             elif isinstance(message, Flush):
                 writer.write(messages.encode(Flushed(message.id, dict.fromkeys(peers, True))))
         writer.close()
+
+    def _hold(self, run: Run) -> None:
+        for peer in run.peers:
+            known = self._held.setdefault((peer, run.attributes), set())
+            if run.verb is Verb.ANNOUNCE:
+                known.update(run.prefixes)
+            else:
+                known.difference_update(run.prefixes)

@@ -76,6 +76,11 @@ def told(found: Live, kind: str | None = "LoadBalancer") -> str:
     return out.file.getvalue()  # type: ignore[attr-defined, no-any-return]
 
 
+def test_a_manager_that_works_by_its_snapshot_is_told() -> None:
+    (problem,) = merge(live(ONE, replace(TWO, snapshot_age_s=61.2))).problems
+    assert problem.startswith("two has not reached the API server") and "61 s old" in problem
+
+
 def test_all_is_well() -> None:
     merged = merge(live(ONE, TWO))
     assert merged.problems == () and merged.leader == "one"
