@@ -183,7 +183,7 @@ class Manager:
         if self._watch is not None:
             nodes = {node.name: node for node in self.inputs.nodes.cache.items.values()}
             self._probed = self._expected()
-            self._watch.prober.set_nodes(nodes, self._probed)
+            self._watch.prober.set_nodes(nodes, self._probed, self.agents.ready())
 
     def _expected(self) -> frozenset[str] | None:
         current = self.configuration.current

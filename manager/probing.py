@@ -162,8 +162,14 @@ class Prober:
         self._base = limits
         self._grow()
 
-    def set_nodes(self, nodes: Mapping[str, Node], agents: frozenset[str] | None = None) -> None:
-        """Take all nodes of the cluster. agents: names of those to probe, None for all.
+    def set_nodes(
+        self,
+        nodes: Mapping[str, Node],
+        agents: frozenset[str] | None = None,
+        working: frozenset[str] = frozenset(),
+    ) -> None:
+        """Take all nodes of the cluster. agents: names of those to probe, None for all. working:
+        of those whose agent Kubernetes calls ready.
 
         A node that is not probed has no view; nor has one without an address.
         """
@@ -179,21 +185,22 @@ class Prober:
             node, target = probed[name], self._targets.get(name)
             if target is None or target.node.uid != node.uid:
                 self._remove(name)
-                self._add(node)
+                self._add(node, name in working)
                 changed.add(name)
                 continue
             target.node, target.address = node, node.addresses[0]
-            if target.health.ready != node.ready:
-                target.health = replace(target.health, ready=node.ready)
+            told = node.ready, name in working
+            if (target.health.ready, target.health.agent) != told:
+                target.health = replace(target.health, ready=told[0], agent=told[1])
                 self._touched.add(name)
         self._order = sorted(self._targets)
         self._grow()
         if changed:
             self._on_change(frozenset(changed))
 
-    def _add(self, node: Node) -> None:
+    def _add(self, node: Node, agent: bool) -> None:
         now_s = time.monotonic()
-        health = Health(node.name, ready=node.ready, since_s=now_s)
+        health = Health(node.name, ready=node.ready, agent=agent, since_s=now_s)
         target = _Target(node, node.addresses[0], self._keys.node(node.name), health)
         self._targets[node.name] = target
         self._views[node.name] = _view(target, False, now_s)

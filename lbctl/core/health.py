@@ -13,9 +13,10 @@ Rules beyond the table:
   `held`. The other manager decides; without one, NotReady or PANIC_S do.
 - A node that fell is back after RETURN_ANSWERS answers in a row. From its second fall on it is Up
   but not `stable` for a time that doubles to STABLE_MAX_S.
-- A node of which no manager ever had an answer stays Unknown, whatever else is said of it: it is in
-  no down set and no panic. A manager that has just started takes over what another one, that did
-  have answers, calls it (Suspect there is CONFIRMED here).
+- A node of which no manager ever had an answer stays Unknown: it is in no down set and no panic.
+  But one whose agent Kubernetes calls ready has had an agent, and is Suspect once agent and kernel
+  have been silent for UNHEARD_S: it died while no manager ran. A manager that has just started
+  takes over what another one calls it (Suspect there is CONFIRMED here).
 - An agent whose kernel answers is AgentSilent only after SILENT_S: nothing is decided differently
   before, and on a busy node answers come in bursts.
 - A kernel that answers after a silence of more than REBOOT_S may have rebooted, and has lost its
@@ -38,6 +39,7 @@ PANIC_S = 30.0
 AT_ONCE_S = 1.0  # falls within this time are "at once", or four intervals where those are longer
 REBOOT_S = 2.0
 SILENT_S = 1.0
+UNHEARD_S = 2.0
 STABLE_FIRST_S = 1.0
 STABLE_MAX_S = 60.0
 FORGIVE_S = 300.0  # Up for so long: earlier falls are forgotten
@@ -98,7 +100,7 @@ TABLE: Mapping[tuple[NodeState, Signal], NodeState] = {
     (_S.UNKNOWN, Signal.ANSWERS): _S.UP,
     (_S.UNKNOWN, Signal.STEADY): _S.UP,
     (_S.UNKNOWN, Signal.KERNEL): _S.UNKNOWN,
-    (_S.UNKNOWN, Signal.LOST): _S.UNKNOWN,
+    (_S.UNKNOWN, Signal.LOST): _S.SUSPECT,
     (_S.UNKNOWN, Signal.CONFIRMED): _S.DOWN,
     (_S.UP, Signal.NOT_READY): _S.DOWN,
     (_S.UP, Signal.WAIT): _S.UP,
@@ -137,6 +139,7 @@ _SERVING = frozenset({_S.UP, _S.AGENT_SILENT})
 class Health:
     """Evidence on one node, and the judgement.
 
+    ready, agent: what Kubernetes says of the node, and of its agent's Pod.
     misses, answers: in a row. silent_s: when the misses began. alive_s: last sign of life in an
     unbroken chain; kernel_s: last answer of the kernel within it. since_s: when `state` began.
     settled: gone, and nothing holds it any more. falls: times that it was gone, lately.
@@ -145,6 +148,7 @@ class Health:
     name: str
     state: NodeState = NodeState.UNKNOWN
     ready: bool = True
+    agent: bool = False
     misses: int = 0
     answers: int = 0
     silent_s: float = 0.0
@@ -160,6 +164,11 @@ class Health:
     def stable(self, now_s: float) -> bool:
         """Return False while a node that keeps falling has to prove itself."""
         return now_s >= self.stable_from_s
+
+    @property
+    def expected(self) -> bool:
+        """Return True for a node that has never answered us, and should."""
+        return self.state is NodeState.UNKNOWN and self.agent and self.misses > 0
 
     @property
     def decided(self) -> bool:
@@ -302,12 +311,14 @@ def _signal(
         if health.answers >= RETURN_ANSWERS:
             return Signal.STEADY
         return Signal.ANSWERS if health.answers else Signal.WAIT
-    in_grace = now_s - health.silent_s <= limits.agent_grace_s
-    if in_grace and _kernel_alive(health, now_s, limits):
-        brief = health.state is NodeState.UP and now_s - health.silent_s < SILENT_S
+    silence_s = now_s - health.silent_s
+    if (unknown or silence_s <= limits.agent_grace_s) and _kernel_alive(health, now_s, limits):
+        brief = health.state is NodeState.UP and silence_s < SILENT_S
         return Signal.WAIT if brief else Signal.KERNEL
     if any(node_hash(health.name) in peer.gone for peer in peers):
         return Signal.CONFIRMED
+    if unknown and not (health.agent and silence_s >= UNHEARD_S):
+        return Signal.WAIT
     # No manager left to ask: what was confirmed stays confirmed.
     confirmed = not peers and health.state is NodeState.DOWN and health.settled
     return Signal.CONFIRMED if confirmed else Signal.LOST
@@ -374,7 +385,7 @@ def _panic(nodes: Mapping[str, Health], now_s: float, limits: Limits) -> frozens
             going.append(name)
         elif health.state is NodeState.DOWN:
             going_or_gone += health.ready and now_s - health.since_s < limits.at_once_s
-        elif health.state in _SERVING:
+        elif health.state in _SERVING or health.expected:
             about_to = health.misses >= max(limits.misses - 1, 1)
             if about_to and not _kernel_alive(health, now_s, limits):
                 going.append(name)

@@ -57,15 +57,6 @@ class Meta(msgspec.Struct):
         return ObjectRef(self.namespace, self.name)
 
 
-class Condition(msgspec.Struct):
-    """An entry of status.conditions."""
-
-    type: str
-    status: str = "Unknown"
-    reason: str = ""
-    message: str = ""
-
-
 class _Port(msgspec.Struct):
     port: int
     name: str | None = None
@@ -107,7 +98,7 @@ class _LoadBalancer(msgspec.Struct):
 
 class _ServiceStatus(msgspec.Struct):
     loadBalancer: _LoadBalancer | None = None
-    conditions: list[Condition] | None = None
+    conditions: list[values.Condition] | None = None
 
 
 class _Service(msgspec.Struct):
@@ -164,7 +155,7 @@ class _NodeAddress(msgspec.Struct):
 
 class _NodeStatus(msgspec.Struct):
     addresses: list[_NodeAddress] | None = None
-    conditions: list[Condition] | None = None
+    conditions: list[values.Condition] | None = None
 
 
 class _Node(msgspec.Struct):
@@ -213,6 +204,7 @@ class _PodSpec(msgspec.Struct):
 class _PodStatus(msgspec.Struct):
     podIP: str | None = None
     phase: str = ""
+    conditions: list[values.Condition] | None = None
 
 
 class _Pod(msgspec.Struct):
@@ -261,6 +253,7 @@ class Pod:
     app: str = ""  # label app.kubernetes.io/name
     phase: str = ""
     deleting: bool = False
+    ready: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -358,7 +351,7 @@ def to_node(raw: bytes | msgspec.Raw) -> Node:
         uid=meta.uid,
         addresses=tuple(values.address(text) for text in internal),
         pod_cidrs=tuple(values.network(text) for text in cidrs),
-        ready=any(c.type == "Ready" and c.status == "True" for c in found.status.conditions or ()),
+        ready=values.is_ready(found.status.conditions),
         excluded=names.LABEL_EXCLUDE in labels,
         out_of_service=any(t.key == names.TAINT_OUT_OF_SERVICE for t in found.spec.taints or ()),
         draining=annotations.get(names.ANNOTATION_DRAIN, "false") != "false",
@@ -444,6 +437,7 @@ def to_pod(raw: bytes | msgspec.Raw) -> Pod:
         app=(meta.labels or {}).get("app.kubernetes.io/name", ""),
         phase=status.phase,
         deleting=meta.deletionTimestamp is not None,
+        ready=values.is_ready(status.conditions),
     )
 
 

@@ -1,18 +1,34 @@
-"""Single values of API objects: times, addresses, labels.
+"""Single values of API objects: times, addresses, labels, conditions.
 
 Rule: nonsense raises `errors.KubeError`, and so does a zone (`%…`); for a time it is None.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from ipaddress import IPv4Address, ip_network
 from socket import AF_INET, inet_pton
 
+import msgspec
+
 from lbctl import errors
 from lbctl.core.config_values import parse_address
 from lbctl.core.model import Address, Network, Protocol
+
+
+class Condition(msgspec.Struct):
+    """An entry of status.conditions."""
+
+    type: str
+    status: str = "Unknown"
+    reason: str = ""
+    message: str = ""
+
+
+def is_ready(conditions: Iterable[Condition] | None) -> bool:
+    """Whether they say that a Node or a Pod is ready."""
+    return any(c.type == "Ready" and c.status == "True" for c in conditions or ())
 
 
 def seconds(text: str | None) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from ipaddress import ip_address
 
 from lbctl.core import names
@@ -148,7 +149,11 @@ def test_agents_are_expected_where_their_pods_are_and_for_a_while_after() -> Non
     manager = pod("m", "control")
     assert not hosts.change(manager.ref, manager)
     assert hosts.nodes(300) == frozenset({"n1", "n2"})
+    assert hosts.ready() == frozenset()
+    assert hosts.change(two.ref, replace(two, ready=True))
+    assert hosts.ready() == frozenset({"n2"})
     assert hosts.change(two.ref, None)
+    assert hosts.ready() == frozenset()
     now[0] = 300.0
     assert hosts.nodes(300) == frozenset({"n1", "n2"}), "its forwarding is still there"
     now[0] = 301.0

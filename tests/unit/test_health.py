@@ -108,6 +108,44 @@ def test_a_node_that_never_answered_anybody_stays_unknown() -> None:
     assert world.states() == "Unknown Unknown Unknown Suspect"  # alone: not held as if four went
 
 
+def working(*names: str) -> World:
+    """Of a manager that has just started: Kubernetes calls the agents ready."""
+    world = World(*names)
+    world.nodes = {name: replace(known, agent=True) for name, known in world.nodes.items()}
+    return world
+
+
+def test_a_node_that_died_before_we_began_is_suspect_if_its_agent_had_worked() -> None:
+    world = working(*"abcd")
+    world.wait(h.UNHEARD_S - 0.5, silent="a")
+    assert world.states() == "Unknown Up Up Up"
+    world.wait(1.0, silent="a")
+    assert (world.states(), world.reason("a")) == ("Suspect Up Up Up", Reason.NODE_SUSPECT)
+    assert h.down_set(world.nodes.values()) == {node_hash("a")}
+    world.peer_says("a")
+    world.step(silent="a")
+    assert world.states() == "Down Up Up Up"
+    world.step(times=3)
+    assert world.states() == "Up Up Up Up" and world.reason("a") is None
+
+
+def test_a_node_whose_kernel_answers_has_not_died_before_we_began() -> None:
+    world = working("a", "b")
+    world.wait(LIMITS.agent_grace_s + 10, silent="a", kernel="a")
+    assert world.states() == "Unknown Up"
+
+
+@pytest.mark.parametrize(
+    ("silent", "states"),
+    [("abc", "Suspect* Suspect* Suspect* Up"), ("ab", "Suspect Suspect Up Up")],
+)
+def test_most_that_never_answered_are_a_panic(silent: str, states: str) -> None:
+    """It may well be that we see nothing."""
+    world = working(*"abcd")
+    world.wait(h.UNHEARD_S + 1, silent=silent)
+    assert world.states() == states
+
+
 def test_a_fresh_manager_believes_one_that_had_answers() -> None:
     world = World("a", "b")
     world.peer_says("a")
