@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from lbctl.errors import LabError
 from lbctl.lab import preflight
+from lbctl.lab.drill.opening import opened
 
 from .rack import ROOT, lbctl
 
@@ -55,3 +61,22 @@ def test_a_missing_kernel_feature_is_named(tmp_path: Path) -> None:
     done = lbctl("lab", "up", "--lab", "never", env={"PATH": f"{tmp_path}:/usr/sbin:/usr/bin"})
     assert done.returncode == 2
     assert done.stderr == "lbctl: this kernel has no macvlan: it needs CONFIG_MACVLAN\n"
+
+
+def test_drills_are_run_by_one_command_at_a_time() -> None:
+    """The second one says so before it touches the first one's lab."""
+    name = f"claimed-{os.getpid()}"
+    with pytest.raises(LabError, match="is not up"), opened("small", "embedded", "never", name):
+        raise AssertionError("there is no such lab")
+    file = Path(f"/run/lbctl-lab/{name}.drills")
+    try:
+        with file.open("w") as held:
+            fcntl.flock(held, fcntl.LOCK_EX)
+            done = lbctl("drill", "run", "node-dies", "--lab", name)
+    finally:
+        file.unlink()
+    assert done.returncode == 2
+    assert done.stderr == (
+        f"lbctl: drills are being run in lab '{name}': wait for them, or bring up a lab of another"
+        " name and say --lab\n"
+    )

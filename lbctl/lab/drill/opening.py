@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
+from lbctl.errors import LabError
 from lbctl.lab.api import Api
 from lbctl.lab.bringup import KUBECONFIG, bring_up
 from lbctl.lab.cluster.handle import ClusterKind
 from lbctl.lab.drill.site import Site
-from lbctl.lab.lab import Lab, take_down
+from lbctl.lab.lab import Lab, directory_of, take_down
 
 _TOPOLOGIES: Final = Path(__file__).parents[3] / "bgp-lab"
 
@@ -21,19 +23,36 @@ def opened(topology: str, kind: ClusterKind, own: str, given: str = "") -> Itera
     """A site whose managers and agents are ready.
 
     given: the name of a lab that is up, and stays so; without it one named `own` is made, and taken
-    down at the end. Raises LabError if it does not come up.
+    down at the end. Raises LabError if it does not come up, or drills are run in it.
     """
-    if not given:
-        take_down(own)
-    try:
-        lab = Lab.load(given) if given else _made(topology, kind, own)
-        with Api(lab.directory / KUBECONFIG) as api:
-            site = Site(lab, api)
-            site.configure()
-            yield site
-    finally:
+    with _claimed(given or own):
         if not given:
             take_down(own)
+        try:
+            lab = Lab.load(given) if given else _made(topology, kind, own)
+            with Api(lab.directory / KUBECONFIG) as api:
+                site = Site(lab, api)
+                site.configure()
+                yield site
+        finally:
+            if not given:
+                take_down(own)
+
+
+@contextmanager
+def _claimed(name: str) -> Iterator[None]:
+    """One run at a time: two would see each other's faults, and take the lab from each other."""
+    file = directory_of(name).with_name(f"{name}.drills")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w") as held:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise LabError(
+                f"drills are being run in lab {name!r}: wait for them, or bring up a lab of another"
+                " name and say --lab"
+            ) from error
+        yield
 
 
 def _made(topology: str, kind: ClusterKind, own: str) -> Lab:
