@@ -35,7 +35,6 @@ from lbctl.core.model import (
     Peer,
     Phase,
     Service,
-    ServiceEndpoints,
     Session,
     eip_object_name,
 )
@@ -235,7 +234,7 @@ class Announcing:
         everything, self._all = self._all, False
         touched, self._touched = self._touched, set()
         if everything:
-            touched = self._eips.keys() | self.selections.keys()
+            touched = set(self._eips).union(self.selections)
         moved, self._moved = self._moved, set()
         ordered = sorted(touched, key=lambda a: (self._order(a, moved), a.version, int(a)))
         size = self._chunk()
@@ -258,9 +257,10 @@ class Announcing:
 
     def _order(self, address: Address, moved: set[str]) -> int:
         """First what goes through a node that moved, and may lose a path; what has none last."""
-        if self._hopless(address):
+        found = self.selections.get(address)
+        if found is None or not found.paths:
             return 2
-        return int(moved.isdisjoint([path.node for path in self.selections[address].paths]))
+        return int(moved.isdisjoint([path.node for path in found.ranked]))
 
     def _hopless(self, address: Address) -> bool:
         found = self.selections.get(address)
@@ -282,16 +282,10 @@ class Announcing:
         return self._verdicts
 
     def _select(self, accepted: Accepted, touched: Sequence[Address]) -> None:
-        eips = [self._eips[address] for address in touched if address in self._eips]
-        services: dict[ObjectRef, Service] = {}
-        endpoints: dict[ObjectRef, ServiceEndpoints] = {}
-        for ref in (ref for eip in eips for ref in eip.members):
-            service = self._inputs.services.cache.get(ref)
-            if service is not None:
-                services[ref] = service
-                endpoints[ref] = self._inputs.index.of(ref)
-        verdicts = self._judged(accepted)
-        found = select(verdicts, eips, services, endpoints, self._confirmations, self.selections)
+        eips = [eip for address in touched if (eip := self._eips.get(address)) is not None]
+        behind = self._inputs.services.cache.get, self._inputs.index.of
+        known = self._confirmations, self.selections
+        found = select(self._judged(accepted), eips, *behind, *known)
         changed = []
         steps: Counter[tuple[frozenset[Path], frozenset[Path]]] = Counter()
         for address in touched:

@@ -54,6 +54,7 @@ class Confirmations:
 
     def __init__(self) -> None:
         self._of: tuple[_Names, _Names, _Names] = _Names(), _Names(), _Names()
+        self._told: dict[Address, tuple[frozenset[str], frozenset[str]]] = {}
 
     def take(self, name: str, old: NodeView | None, new: NodeView | None) -> set[Address]:
         """Take a node's next view in; the EIPs of which it says something else than the last."""
@@ -67,9 +68,16 @@ class Confirmations:
             touched = differing(was, now)
             known.put(name, now, touched)
             found |= touched
+        for address in found:
+            self._told.pop(address, None)
         return found
 
     def __call__(self, address: Address) -> tuple[frozenset[str], frozenset[str]]:
         """The nodes that confirmed the EIP with endpoints; those that have a ready one."""
-        confirmed, empty, local = (known.of(address) for known in self._of)
-        return confirmed - empty if empty else confirmed, local
+        told = self._told.get(address)
+        if told is None:
+            confirmed, empty, local = (known.of(address) for known in self._of)
+            told = confirmed - empty if empty else confirmed, local
+            if confirmed:  # what nobody confirms any more is forgotten
+                self._told[address] = told
+        return told

@@ -54,16 +54,30 @@ class EipSelection:
     """The paths of one EIP. `reason`: of the EIP as a whole; `reasons`: per node, sorted by name.
 
     A node whose path is announced in spite of something has that as its reason: AGENT_SILENT,
-    HELD_BY_PANIC or LAST_NEXT_HOP. `hop`: what may be announced in place of the paths. `ranked`,
-    `ranking`: how it came to its paths, for the next time.
+    HELD_BY_PANIC or LAST_NEXT_HOP. `hop`: what may be announced in place of the paths. `case`,
+    `ranked`, `ranking`: how it came to its paths, for the next time.
     """
 
     paths: frozenset[Path]
     reason: Reason
     reasons: Mapping[str, Reason]
     hop: VirtualHop | None = None
+    case: Case | None = field(default=None, repr=False, compare=False)
     ranked: tuple[Path, ...] = field(default=(), repr=False)
     ranking: Ranking | None = field(default=None, repr=False, compare=False)
+
+
+class Case(NamedTuple):
+    """What selection makes of an EIP before it looks at how nodes are judged.
+
+    of: all that this rests on. reason: why it has no path whoever is up. confirmed: the nodes that
+    have endpoints for it; only: those that may have its path, with policy Local.
+    """
+
+    of: tuple[object, ...]
+    reason: Reason | None = None
+    confirmed: frozenset[str] = frozenset()
+    only: frozenset[str] | None = None
 
 
 class PathIds:
@@ -151,8 +165,8 @@ class Rules:
 def select(
     verdicts: Verdicts,
     eips: Iterable[Eip],
-    services: Mapping[ObjectRef, Service],
-    endpoints: Mapping[ObjectRef, ServiceEndpoints],
+    services: Callable[[ObjectRef], Service | None],
+    endpoints: Callable[[ObjectRef], ServiceEndpoints | None],
     confirmations: Confirmations,
     previous: Mapping[Address, EipSelection],
 ) -> dict[Address, EipSelection]:
@@ -165,25 +179,25 @@ def select(
         behind = standing(eip, services, endpoints)
         evidence = confirmations(eip.address)
         old = previous.get(eip.address)
-        selections[eip.address] = _select(verdicts, eip, *behind, evidence, old)
+        selections[eip.address] = _select(verdicts, eip, behind, evidence, old)
     return selections
 
 
 def standing(
     eip: Eip,
-    services: Mapping[ObjectRef, Service],
-    endpoints: Mapping[ObjectRef, ServiceEndpoints],
+    services: Callable[[ObjectRef], Service | None],
+    endpoints: Callable[[ObjectRef], ServiceEndpoints | None],
 ) -> tuple[Service | None, ServiceEndpoints | None]:
     """The Service that speaks for an EIP, and the endpoints behind all Services on it.
 
     Those that share one agree on what a route depends on (`lbctl.core.sharing`).
     """
     if not eip.sharers:
-        return services.get(eip.owner), endpoints.get(eip.owner)
-    every = [services[ref] for ref in eip.members if ref in services]
+        return services(eip.owner), endpoints(eip.owner)
+    every = [service for ref in eip.members if (service := services(ref)) is not None]
     here = [service for service in every if not service.deleting] or every
-    behind = [endpoints[service.ref] for service in here if service.ref in endpoints]
-    ports = tuple(port for known in behind for port in known.ports)
+    behind = [endpoints(service.ref) for service in here]
+    ports = tuple(port for known in behind if known is not None for port in known.ports)
     return here[0] if here else None, ServiceEndpoints(eip.owner, ports)
 
 
@@ -192,12 +206,14 @@ class _Judged(NamedTuple):
 
     names: of whom they go through, before the ranking. ranked: the paths that they all have, None
     if each has a ranking of its own; paths: the same. virtual: their virtual next hop, if any.
+    reasons: of them all.
     """
 
     names: frozenset[str]
     ranked: tuple[Path, ...] | None
     paths: frozenset[Path]
     virtual: VirtualHop | None
+    reasons: _Reasons
 
 
 class Verdicts:
@@ -223,20 +239,18 @@ class Verdicts:
         ]
         self._known: dict[object, _Judged] = {}
 
-    def judged(
-        self, version: int, confirmed: frozenset[str], only: frozenset[str] | None
-    ) -> _Judged:
-        """confirmed: the nodes that have endpoints for it; only: with policy Local.
+    def judged(self, version: int, case: Case) -> _Judged:
+        """What EIPs of a family with such a case come to.
 
         A table without endpoints refuses new connections: it is not enough that the manager knows
         some.
         """
-        key = version, confirmed, only
+        key = version, case.confirmed, case.only
         judged = self._known.get(key)
         if judged is None:
             if len(self._known) >= _MANY:
                 self._known.clear()
-            judged = self._known[key] = self._judge(version, confirmed, only)
+            judged = self._known[key] = self._judge(*key)
         return judged
 
     def first(self, version: int, ranking: Ranking) -> tuple[Path, ...]:
@@ -265,16 +279,16 @@ class Verdicts:
         chosen = _chosen(tiers, self.nodes)
         announce = self.rules.config.announce
         ranges = announce.virtual_next_hops if announce.next_hop == "recursive" else ()
-        address = virtual_address(ranges, version, group)
+        address, names, every = virtual_address(ranges, version, group), frozenset(chosen), None
         if address is not None:
-            ranking = ranked(address, frozenset(chosen), announce.max_paths)
-            first = self.first(version, ranking)
-            paths = frozenset(first)
-            return _Judged(ranking.names, first, paths, VirtualHop(address, group, paths))
-        if announce.paths == "addPath" and len(chosen) <= announce.max_paths:
+            ranking = ranked(address, names, announce.max_paths)
+            names, every = ranking.names, self.first(version, ranking)
+        elif announce.paths == "addPath" and len(chosen) <= announce.max_paths:
             every = self._paths(version, chosen)
-            return _Judged(frozenset(chosen), every, frozenset(every), None)
-        return _Judged(frozenset(chosen), None, frozenset(), None)
+        paths = frozenset(every or ())
+        virtual = None if address is None else VirtualHop(address, group, paths)
+        reasons = _Reasons(self.nodes, version, (confirmed, only), names, every or ())
+        return _Judged(names, every, paths, virtual, reasons)
 
 
 class _Reasons(Mapping[str, Reason]):
@@ -314,35 +328,48 @@ class _Reasons(Mapping[str, Reason]):
 def _select(
     verdicts: Verdicts,
     eip: Eip,
-    service: Service | None,
-    endpoints: ServiceEndpoints | None,
+    behind: tuple[Service | None, ServiceEndpoints | None],
     evidence: tuple[frozenset[str], frozenset[str]],
     old: EipSelection | None,
 ) -> EipSelection:
-    rules, version = verdicts.rules, eip.address.version
-    refusal = _refusal(rules.config, eip, service)
-    if refusal is not None or service is None:
-        return EipSelection(frozenset(), refusal or Reason.NO_ENDPOINTS, {})
-    alone = None if eip.sharers else service
-    behind = serving(alone, endpoints, version, verdicts.locator, rules.config.endpoints.external)
-    if behind.reason is not None:
-        return EipSelection(frozenset(), behind.reason, {})
-    (confirmed, local), only = evidence, None
-    if service.policy is TrafficPolicy.LOCAL:
-        confirmed, only = confirmed & local, behind.nodes
-    judged, ranking = verdicts.judged(version, confirmed, only), None
-    first, paths = judged.ranked, judged.paths
+    of = verdicts.rules.config, verdicts.locator, eip, behind, evidence
+    case = old.case if old is not None else None
+    if case is None or case.of != of:
+        case = _case(verdicts, eip, behind, evidence, of)
+    if case.reason is not None:
+        return EipSelection(frozenset(), case.reason, {}, case=case)
+    version = eip.address.version
+    judged, ranking = verdicts.judged(version, case), None
+    first, paths, reasons = judged.ranked, judged.paths, judged.reasons
     if first is None:
-        most = rules.config.announce.max_paths
+        most = verdicts.rules.config.announce.max_paths
         ranking = ranked(eip.address, judged.names, most, old.ranking if old else None)
         first = verdicts.first(version, ranking)
+        reasons = _Reasons(verdicts.nodes, version, case[2:], judged.names, first)
     if old is not None and old.ranked == first:
         paths = old.paths
     elif ranking is not None:
         paths = frozenset(first)
-    reasons = _Reasons(verdicts.nodes, version, (confirmed, only), judged.names, first)
     reason = Reason.ANNOUNCED if paths else Reason.NO_NEXT_HOP
-    return EipSelection(paths, reason, reasons, judged.virtual, first, ranking)
+    return EipSelection(paths, reason, reasons, judged.virtual, case, first, ranking)
+
+
+def _case(
+    verdicts: Verdicts,
+    eip: Eip,
+    behind: tuple[Service | None, ServiceEndpoints | None],
+    evidence: tuple[frozenset[str], frozenset[str]],
+    of: tuple[object, ...],
+) -> Case:
+    config, (service, endpoints), (confirmed, local) = verdicts.rules.config, behind, evidence
+    refusal = _refusal(config, eip, service)
+    if refusal is not None or service is None:
+        return Case(of, refusal or Reason.NO_ENDPOINTS)
+    alone, external = None if eip.sharers else service, config.endpoints.external
+    found = serving(alone, endpoints, eip.address.version, verdicts.locator, external)
+    if service.policy is TrafficPolicy.LOCAL:
+        return Case(of, found.reason, confirmed & local, found.nodes)
+    return Case(of, found.reason, confirmed)
 
 
 def _refusal(config: Config, eip: Eip, service: Service | None) -> Reason | None:

@@ -87,9 +87,9 @@ class Levels:
         for eip, _, hop in listed:
             self._claim(eip, hop)
         for eip, paths, hop in listed:
-            left = self._standing.get(self._through.pop(eip, eip))
+            left = self._through.pop(eip, None)
             if left is not None:
-                left.users -= 1
+                self._standing[left].users -= 1
             found[host_route(eip)] = paths
             if hop is not None and self._free(hop):
                 found[host_route(eip)] = _through(hop.address)

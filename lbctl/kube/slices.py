@@ -36,6 +36,7 @@ class SliceIndex:
 
     def __init__(self) -> None:
         self._slices: dict[ObjectRef, dict[ObjectRef, Slice]] = {}
+        self._merged: dict[ObjectRef, ServiceEndpoints] = {}
 
     def change(self, old: Slice | None, new: Slice | None) -> tuple[ObjectRef, ...]:
         """Take one change in; the Services that it touches, sorted."""
@@ -49,11 +50,18 @@ class SliceIndex:
         if new is not None and new.service is not None:
             self._slices.setdefault(new.service, {})[new.ref] = new
             touched.add(new.service)
+        for service in touched:
+            self._merged.pop(service, None)
         return tuple(sorted(touched))
 
     def of(self, service: ObjectRef) -> ServiceEndpoints:
         """The merged endpoints of a Service; without slices it has no ports."""
-        return merge(service, list(self._slices.get(service, {}).values()))
+        known = self._merged.get(service)
+        if known is None:
+            known = merge(service, list(self._slices.get(service, {}).values()))
+            if service in self._slices:
+                self._merged[service] = known
+        return known
 
     def all(self) -> tuple[ServiceEndpoints, ...]:
         """Of every Service that has slices, sorted."""

@@ -62,11 +62,8 @@ class ManagerSide:
         """Select these EIPs again."""
         c = self.cluster
         eips = [c.eips[c.addresses[n]] for n in numbers]
-        refs = [eip.owner for eip in eips]
-        services = {ref: c.services[ref] for ref in refs}
-        behind = {ref: c.endpoints[ref] for ref in refs}
         known = (self.confirmations, self.selections)
-        found = select(self.verdicts, eips, services, behind, *known)
+        found = select(self.verdicts, eips, c.services.get, c.endpoints.get, *known)
         self.selections.update(found)
         put = {host_route(a): chosen.paths for a, chosen in found.items()}
         kept = {prefix: paths for prefix, paths in put.items() if paths}

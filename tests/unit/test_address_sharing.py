@@ -113,12 +113,12 @@ def test_who_turns_local_beside_others_has_no_ports() -> None:
 def test_the_route_stands_as_long_as_one_of_them_does() -> None:
     endpoints = {ONE.ref: ServiceEndpoints(ONE.ref), TWO.ref: behind(TWO, 3)}
     services: dict[ObjectRef, Service] = {ONE.ref: ONE, TWO.ref: TWO}
-    speaker, known = standing(EIP, services, endpoints)
+    speaker, known = standing(EIP, services.get, endpoints.get)
     assert speaker == ONE and known is not None and known.ports == behind(TWO, 3).ports
     services[ONE.ref] = replace(ONE, deleting=True)
-    assert standing(EIP, services, endpoints)[0] == TWO
+    assert standing(EIP, services.get, endpoints.get)[0] == TWO
     del services[ONE.ref], services[TWO.ref]
-    assert standing(EIP, services, endpoints)[0] is None
+    assert standing(EIP, services.get, endpoints.get)[0] is None
 
 
 def test_the_object_says_who_shares() -> None:

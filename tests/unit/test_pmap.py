@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lbctl.core import pmap
-from lbctl.core.pmap import PMap, PSet, changed, differing
+from lbctl.core.pmap import PMap, PSet, changed, differences, differing
 
 # Few keys, of which many share a leaf: multiples of 4,096 hash into the same one.
 KEYS = st.integers(-3, 3).map(lambda n: n * 4096) | st.integers(0, 300)
@@ -32,6 +32,8 @@ def test_it_is_a_map_and_old_versions_stay(steps: list[tuple[dict[int, str], set
         for other, as_dict in versions:
             apart = {k for k in plain.keys() | as_dict.keys() if plain.get(k) != as_dict.get(k)}
             assert changed(made, other) == apart == changed(plain, as_dict)
+            both = {(k, plain.get(k), as_dict.get(k)) for k in apart}
+            assert set(differences(made, other)) == both == set(differences(plain, as_dict))
             assert differing(PSet(plain), PSet(as_dict)) == plain.keys() ^ as_dict.keys()
             assert (PSet(plain) == PSet(as_dict)) == (plain.keys() == as_dict.keys())
 

@@ -81,12 +81,14 @@ class World:
         self.services = {WEB: service(WEB), DB: service(DB)}
         self.endpoints = {WEB: behind(WEB, "n1", "n2"), DB: behind(DB, "n1")}
         self.ids = PathIds()
+        self.locator = Locator(self.nodes.values())
 
     def view(self, name: str, **changes: object) -> None:
         self.views[name] = replace(self.views[name], **changes)  # type: ignore[arg-type]
 
     def node(self, name: str, **changes: object) -> None:
         self.nodes[name] = replace(self.nodes[name], **changes)  # type: ignore[arg-type]
+        self.locator = Locator(self.nodes.values())
 
     def select(
         self, previous: Mapping[Address, EipSelection] | None = None
@@ -94,8 +96,8 @@ class World:
         confirmations = Confirmations()
         for name, view in self.views.items():
             confirmations.take(name, None, view)
-        known = (self.rules, self.nodes, self.views, self.ids, Locator(self.nodes.values()))
-        behind = (self.services, self.endpoints, confirmations)
+        known = (self.rules, self.nodes, self.views, self.ids, self.locator)
+        behind = (self.services.get, self.endpoints.get, confirmations)
         return select(Verdicts(*known), self.eips.values(), *behind, previous or {})
 
     def one(self) -> EipSelection:
@@ -385,7 +387,8 @@ def test_incremental_selection_equals_a_fresh_one(data: st.DataObject) -> None:
     names = st.sampled_from(sorted(world.nodes))
     for _ in range(data.draw(st.integers(1, 8))):
         name = data.draw(names)
-        match data.draw(st.sampled_from(["state", "confirmed", "node", "endpoints", "eip"])):
+        kinds = ["state", "confirmed", "node", "endpoints", "policy", "eip"]
+        match data.draw(st.sampled_from(kinds)):
             case "state":
                 held = data.draw(st.booleans())
                 world.view(name, state=data.draw(st.sampled_from(NodeState)), held=held)
@@ -395,6 +398,9 @@ def test_incremental_selection_equals_a_fresh_one(data: st.DataObject) -> None:
                 world.node(name, draining=data.draw(st.booleans()))
             case "endpoints":
                 world.endpoints[WEB] = behind(WEB, *data.draw(st.lists(names, max_size=3)))
+            case "policy":
+                policy = data.draw(st.sampled_from(TrafficPolicy))
+                world.services[WEB] = replace(world.services[WEB], policy=policy)
             case "eip":
                 world.eips[B] = replace(world.eips[B], phase=data.draw(st.sampled_from(Phase)))
         previous = world.select(previous)
