@@ -77,8 +77,8 @@ class Snapshots:
         """Let the caches serve what the last run knew. All of it is there, or nothing is known."""
         if all([await file.recall() for file in self._files]):
             self._inputs.known.set()
-            age_s = self._inputs.snapshot_age_s()
-            _log.warning("snapshot_in_use", age_s=None if age_s is None else round(age_s, 1))
+            if (age_s := self._inputs.snapshot_age_s()) is not None:
+                _log.warning("snapshot_in_use", age_s=round(age_s, 1))
 
 
 class _File(Generic[T]):
@@ -115,9 +115,9 @@ class _File(Generic[T]):
     def _content(self) -> bytes:
         # A copy is one step for the event loop's thread, which goes on changing the cache.
         items = self._cache.items.copy()
-        packed = [(key.namespace, key.name, item) for key, item in items.items()]
-        whole = {"version": VERSION, "kind": self._label, "items": packed}
-        return msgspec.json.encode(whole, enc_hook=str)
+        # One by one: a long call would keep the event loop, and with it the probes, waiting.
+        packed = [_packed((key.namespace, key.name, item)) for key, item in items.items()]
+        return msgspec.json.encode({"version": VERSION, "kind": self._label, "items": packed})
 
     def _load(self) -> tuple[Mapping[ObjectRef, T], float] | None:
         """The objects of the last run, and their age in seconds; None if there are none."""
@@ -132,3 +132,7 @@ class _File(Generic[T]):
         except (MessageError, KeyError, ValueError, TypeError, OSError) as error:
             self._kept.refuse(error)
             return None
+
+
+def _packed(entry: tuple[str, str, object]) -> msgspec.Raw:
+    return msgspec.Raw(msgspec.json.encode(entry, enc_hook=str))
