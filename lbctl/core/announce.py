@@ -15,11 +15,11 @@ asks `take()` what to send. Rules:
   and of each how many paths. If that changes, everything of the old kind is withdrawn and on the
   wire before the new is sent.
 - What a lost command did is unknown: such routes are `unsure`, and are sent again or withdrawn.
-- The desired state is taken whole, as a persistent map by prefix (`by_prefix`): the difference to
-  the last is worked out here, at the cost of the prefixes that changed. `want` notes which prefixes
-  changed; `plan` looks at some of them at a time, always at the newest desired state, and at those
-  that lose a path first. Until these are all planned no announce is sent: a node that goes
-  overtakes a load in progress, whatever of it is not in flight yet.
+- The desired state is taken whole, as a persistent map by prefix: the difference to the last is
+  worked out here, at the cost of the prefixes that changed. `want` notes what these shall have now;
+  `plan` takes some of them at a time, those that lose a path first. Until these are all planned
+  no announce is sent: a node that goes overtakes a load in progress, whatever of it is not in
+  flight yet.
 - End-of-RIB (RFC 4724) is due to each session once, when the desired state that it found is on its
   wire: before the first `want` there is none, and a refused route holds it back.
 - `settled` is the greatest number whose routes are acknowledged and, by a later barrier, on the
