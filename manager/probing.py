@@ -189,9 +189,9 @@ class Prober:
                 changed.add(name)
                 continue
             target.node, target.address = node, node.addresses[0]
-            told = node.ready, name in working
-            if (target.health.ready, target.health.agent) != told:
-                target.health = replace(target.health, ready=told[0], agent=told[1])
+            known = judging.told(target.health, node.ready, name in working, time.monotonic())
+            if known is not target.health:
+                target.health = known
                 self._touched.add(name)
         self._order = sorted(self._targets)
         self._grow()

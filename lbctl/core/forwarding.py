@@ -98,8 +98,8 @@ class Refusal:
 class EipTable:
     """One EIP as every node forwards it.
 
-    `inputs`, `nodes` (of its endpoints), `down` and `fallen` (those of them) are what it was made
-    of, to see that nothing changed.
+    `inputs`, `nodes` (of its endpoints) and `judged` (those of them that are down, fallen or
+    NotReady) are what it was made of, to see that nothing changed.
     """
 
     address: Address
@@ -110,17 +110,20 @@ class EipTable:
     sources: tuple[Network, ...] = ()  # loadBalancerSourceRanges of the family; () lets all in
     inputs: object = field(default=None, repr=False, compare=False)
     nodes: frozenset[str] = field(default=frozenset(), repr=False, compare=False)
-    down: frozenset[str] = field(default=frozenset(), repr=False, compare=False)
-    fallen: frozenset[str] = field(default=frozenset(), repr=False, compare=False)
+    judged: tuple[frozenset[str], ...] = field(default=(), repr=False, compare=False)
 
 
 class Locator:
-    """Which node an endpoint's address is on. A function of the nodes alone."""
+    """Which node an endpoint's address is on. A function of the nodes alone.
 
-    __slots__ = ("_addresses", "_cidrs", "_names", "_shifts", "key")
+    unready: those that Kubernetes calls NotReady, not in `key`.
+    """
+
+    __slots__ = ("_addresses", "_cidrs", "_names", "_shifts", "key", "unready")
 
     def __init__(self, nodes: Iterable[Node]) -> None:
         every = sorted(nodes, key=lambda node: node.name)
+        self.unready = frozenset(node.name for node in every if not node.ready)
         self.key = tuple((node.name, node.addresses, node.pod_cidrs) for node in every)
         self._names = frozenset(node.name for node in every)
         # By numbers: to hash an address takes longer than all the rest of `locate`.
@@ -185,6 +188,11 @@ class Sources:
         """What every EIP depends on; compared to see that nothing changed."""
         return self.locator.key, self.options.local_delivery, self.options.external
 
+    @property
+    def judged(self) -> tuple[frozenset[str], ...]:
+        """What EIPs depend on that have endpoints on these nodes."""
+        return self.down, self.fallen, self.locator.unready
+
 
 _NO_SOURCES: Final = Sources(PMap(), PMap(), PMap(), Locator(()))
 
@@ -243,10 +251,11 @@ def revise(previous: Table, sources: Sources) -> Table:
     else:
         refs = changed(old.services, sources.services) | changed(old.endpoints, sources.endpoints)
         touched = touched.union(*(owned.get(ref, ()) for ref in refs))
-        judged = (old.down ^ sources.down) | (old.fallen ^ sources.fallen)
-        if judged:
+        pairs = zip(old.judged, sources.judged, strict=True)
+        differ = frozenset[str]().union(*(was ^ now for was, now in pairs))
+        if differ:
             every = previous.eips.items()
-            touched |= {a for a, entry in every if not judged.isdisjoint(entry.nodes)}
+            touched |= {a for a, entry in every if not differ.isdisjoint(entry.nodes)}
     fresh: dict[Address, EipTable] = {}
     gone: list[Address] = []
     digest = previous.digest
@@ -293,10 +302,12 @@ def _entry(address: Address, sources: Sources, previous: Table) -> EipTable | No
     )
     inputs = (members, sources.common)
     old = previous.eips.get(address)
-    if old is not None and old.inputs == inputs:
-        judged = sources.down & old.nodes, sources.fallen & old.nodes
-        if (old.down, old.fallen) == judged:
-            return old
+    if (
+        old is not None
+        and old.inputs == inputs
+        and old.judged == tuple(names & old.nodes for names in sources.judged)
+    ):
+        return old
     return _eip(eip, members, sources, inputs, old)
 
 
@@ -336,8 +347,7 @@ def _eip(
         allowed,
         inputs,
         frozenset(nodes),
-        sources.down & nodes,
-        sources.fallen & nodes,
+        tuple(names & nodes for names in sources.judged),
     )
 
 
@@ -364,6 +374,11 @@ class _Located(NamedTuple):
     name: str  # the holder's identity: making it takes longer than most of what is done with it
     holder: Holder
     endpoint: Endpoint
+
+    @property
+    def node(self) -> str:
+        """Where it is."""
+        return self.holder.node
 
 
 _Names = tuple[str, ...]  # of a port's endpoints
@@ -410,8 +425,7 @@ def _port(
     """The port's table, the old one if it says the same, and the identities of its endpoints."""
     down, gone = sources.down, sources.down - sources.fallen
     alive = [entry for entry in located if entry.holder.node not in down]
-    takers = {id(endpoint) for endpoint in taking(tuple(entry.endpoint for entry in alive))}
-    chosen = [entry for entry in alive if id(entry.endpoint) in takers]
+    chosen = taking(alive, sources.locator.unready)
     # With nowhere to send new flows, established ones stay where they are, on down nodes too:
     # should the judgement be wrong, nothing was lost by it.
     entries = chosen or alive or located

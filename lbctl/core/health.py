@@ -17,6 +17,8 @@ Rules beyond the table:
   But one whose agent Kubernetes calls ready has had an agent, and is Suspect once agent and kernel
   have been silent for UNHEARD_S: it died while no manager ran. A manager that has just started
   takes over what another one calls it (Suspect there is CONFIRMED here).
+- NotReady of a node that answers counts after NOT_READY_S: if it is all of them, as at the return of
+  an API server that was away, then not at all, but Kubernetes says it of one after the other.
 - An agent whose kernel answers is AgentSilent only after SILENT_S: nothing is decided differently
   before, and on a busy node answers come in bursts.
 - A kernel that answers after a silence of more than REBOOT_S may have rebooted, and has lost its
@@ -25,6 +27,7 @@ Rules beyond the table:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum, auto
@@ -40,6 +43,7 @@ AT_ONCE_S = 1.0  # falls within this time are "at once", or four intervals where
 REBOOT_S = 2.0
 SILENT_S = 1.0
 UNHEARD_S = 2.0
+NOT_READY_S = 2.0
 STABLE_FIRST_S = 1.0
 STABLE_MAX_S = 60.0
 FORGIVE_S = 300.0  # Up for so long: earlier falls are forgotten
@@ -139,7 +143,8 @@ _SERVING = frozenset({_S.UP, _S.AGENT_SILENT})
 class Health:
     """Evidence on one node, and the judgement.
 
-    ready, agent: what Kubernetes says of the node, and of its agent's Pod.
+    ready, agent: what Kubernetes says of the node, and of its agent's Pod. unready_s: since when it
+    is not.
     misses, answers: in a row. silent_s: when the misses began. alive_s: last sign of life in an
     unbroken chain; kernel_s: last answer of the kernel within it. since_s: when `state` began.
     settled: gone, and nothing holds it any more. falls: times that it was gone, lately.
@@ -149,6 +154,7 @@ class Health:
     state: NodeState = NodeState.UNKNOWN
     ready: bool = True
     agent: bool = False
+    unready_s: float = -math.inf
     misses: int = 0
     answers: int = 0
     silent_s: float = 0.0
@@ -185,6 +191,14 @@ class PeerView:
     announcing: bool
     seen: int
     gone: frozenset[int]
+
+
+def told(health: Health, ready: bool, agent: bool, now_s: float) -> Health:
+    """Note what Kubernetes says of the node, and of its agent's Pod."""
+    if (health.ready, health.agent) == (ready, agent):
+        return health
+    unready_s = health.unready_s if ready or not health.ready else now_s
+    return replace(health, ready=ready, agent=agent, unready_s=unready_s)
 
 
 def probe_answered(health: Health, now_s: float) -> Health:
@@ -305,8 +319,10 @@ def _signal(
 ) -> Signal:
     lost = health.misses >= limits.misses
     unknown = health.state is NodeState.UNKNOWN
-    if not health.ready and not unknown and (lost or not ignore_not_ready):
-        return Signal.NOT_READY
+    if not health.ready and not unknown:
+        late = now_s - health.unready_s >= NOT_READY_S and not ignore_not_ready
+        if lost or late:
+            return Signal.NOT_READY
     if not lost:
         if health.answers >= RETURN_ANSWERS:
             return Signal.STEADY

@@ -10,8 +10,9 @@ no node.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
+from lbctl.core.endpoints import taking
 from lbctl.core.forwarding import Locator
 from lbctl.core.model import Endpoint, External, Service, ServiceEndpoints
 from lbctl.core.reasons import Reason
@@ -31,6 +32,11 @@ class Serving:
     reason: Reason | None = None
 
 
+class _Placed(NamedTuple):
+    node: str
+    endpoint: Endpoint
+
+
 def serving(
     service: Service | None,
     known: ServiceEndpoints | None,
@@ -48,17 +54,14 @@ def serving(
     for port in known.ports if known else ():
         if wanted is not None and (port.name, port.protocol) not in wanted:
             continue
-        # As `endpoints.eligible`, without sorting: this runs for every EIP when a node changes.
-        ready, ending = set(), set()
+        placed = []
         for endpoint in port.endpoints:
             if endpoint.address.version == version:
-                node = _place(endpoint, locator, external)
-                stray = stray or (not node and endpoint.ready)
-                if endpoint.ready:
-                    ready.add(node)
-                elif endpoint.serving and endpoint.terminating:
-                    ending.add(node)
-        nodes |= ready - {""} or ending - {""}
+                if node := _place(endpoint, locator, external):
+                    placed.append(_Placed(node, endpoint))
+                else:
+                    stray = stray or endpoint.ready
+        nodes.update(entry.node for entry in taking(placed, locator.unready))
     if nodes:
         return Serving(frozenset(nodes - {_NOWHERE}), _NOWHERE in nodes)
     if stray:

@@ -52,7 +52,7 @@ class World:
         self.peers = (PeerView("m2", judging, True, seen, hashes),)
 
     def ready(self, name: str, ready: bool) -> None:
-        self.nodes[name] = replace(self.nodes[name], ready=ready)
+        self.nodes[name] = h.told(self.nodes[name], ready, False, self.now_s)
         self.judge()
 
     def states(self) -> str:
@@ -259,18 +259,22 @@ def test_answers_slower_than_the_interval_still_count() -> None:
 def test_not_ready_is_down_though_it_answers() -> None:
     world = up(*"abcd")
     world.ready("a", False)
-    world.step(times=10)
+    world.wait(h.NOT_READY_S - 0.2)
+    assert world.states() == "Up Up Up Up"  # it may be the first of all
+    world.wait(0.4)
     assert (world.states(), world.reason("a")) == ("Down Up Up Up", Reason.NODE_NOT_READY)
     world.ready("a", True)
     assert world.states() == "Up Up Up Up"
 
 
 def test_not_ready_of_most_answering_nodes_is_kubernetes_problem() -> None:
+    """It says so of one after the other."""
     world = up(*"abc")
     for name in "abc":
-        world.nodes[name] = replace(world.nodes[name], ready=False)
-    world.judge()
-    world.step(times=5)
+        world.ready(name, False)
+        world.wait(0.5)
+        assert world.states() == "Up Up Up"
+    world.wait(60)
     assert world.states() == "Up Up Up"
     world.step(silent="a", times=3)
     assert world.states() == "Down Up Up"

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from ipaddress import ip_address, ip_network
+from typing import NamedTuple
 
 import pytest
 from hypothesis import given, settings
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from lbctl.core.config import parse
 from lbctl.core.confirmations import Confirmations
-from lbctl.core.endpoints import eligible
+from lbctl.core.endpoints import taking
 from lbctl.core.forwarding import Locator
 from lbctl.core.model import (
     Address,
@@ -429,16 +430,25 @@ def test_path_ids_that_collide_get_a_salt() -> None:
     assert [ids.get(node, hop).path_id for node in "aba"] == [7, 8, 7]
 
 
-def test_eligible_endpoints() -> None:
+class Placed(NamedTuple):
+    node: str
+    endpoint: Endpoint
+
+
+def test_which_endpoints_take_traffic() -> None:
     address = ip_address("10.244.1.2")
-    ready = Endpoint(address, 80, "n1", "a")
-    ending = Endpoint(address, 81, "n1", "b", ready=False, serving=True, terminating=True)
-    dead = Endpoint(address, 82, "n1", "c", ready=False, serving=False, terminating=True)
-    starting = Endpoint(address, 83, "n1", "d", ready=False, serving=False)
-    nowhere = Endpoint(address, 79, "", "e")
-    assert eligible((ending, ready, dead, ready, nowhere)) == (ready,)
-    assert eligible((dead, ending, starting, nowhere)) == (ending,)
-    assert eligible((dead, starting, nowhere)) == ()
+
+    def placed(node: str, *conditions: bool) -> Placed:
+        return Placed(node, Endpoint(address, 80, node, "p", *conditions))
+
+    ready = placed("n1", True, True, False)
+    ending, dead = placed("n1", False, True, True), placed("n2", False, False, True)
+    starting, unknown = placed("n1", False, False, False), placed("n2", False, False, False)
+    n2 = frozenset({"n2"})
+    assert taking((ending, unknown, ready, dead), n2) == [ready]
+    assert taking((dead, unknown, ending, starting), n2) == [ending]
+    assert taking((dead, unknown, starting), n2) == [unknown]
+    assert taking((dead, unknown, starting), frozenset()) == []
 
 
 VIEWS = st.builds(
