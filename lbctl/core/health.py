@@ -17,8 +17,8 @@ Rules beyond the table:
   But one whose agent Kubernetes calls ready has had an agent, and is Suspect once agent and kernel
   have been silent for UNHEARD_S: it died while no manager ran. A manager that has just started
   takes over what another one calls it (Suspect there is CONFIRMED here).
-- NotReady of a node that answers counts after NOT_READY_S: if it is all of them, as at the return of
-  an API server that was away, then not at all, but Kubernetes says it of one after the other.
+- NotReady of a node that answers counts after NOT_READY_S, and not at all if it is most of them, as
+  when an API server is back that was away: Kubernetes says it of one after the other.
 - An agent whose kernel answers is AgentSilent only after SILENT_S: nothing is decided differently
   before, and on a busy node answers come in bursts.
 - A kernel that answers after a silence of more than REBOOT_S may have rebooted, and has lost its

@@ -118,8 +118,8 @@ class Site:
         """The processes of `WHAT@WHERE`; WHERE is a machine, a role, or `*`.
 
         WHAT: a container of ours (`manager`, `speaker`, `agent`), a program in one (`exabgp`,
-        `relay`), a daemon of FRR (`bgpd`, `zebra`, `vrrpd`), or `cluster`, all of the API server.
-        Raises DrillError if there is none.
+        `relay`), a daemon of FRR (`bgpd`, `zebra`, `vrrpd`), or without WHERE `cluster`, all of the
+        API server, or `kubelets`, which are one process. Raises DrillError if there is none.
         """
         what, _, where = target.partition("@")
         if what in _CONTAINERS:
@@ -127,6 +127,9 @@ class Site:
             found = self._in_containers(container, match, where or "*")
         elif what == "cluster":
             found = processes.members([self.lab.of_role("cluster")[0].netns])
+        elif what == "kubelets":
+            kubelet = self.lab.process("kubelet")
+            found = [kubelet] if kubelet else []
         else:
             found = self._daemons(what, where or "*")
         if not found:
