@@ -312,7 +312,14 @@ class Engine:
         fallen = frozenset(name for name in down if self._fell_s.get(name, 0.0) > since_s)
         options, locator = inputs.forwarding, self._located(inputs.nodes)
         return Sources(
-            inputs.eips, inputs.services, inputs.endpoints, locator, down, options, fallen
+            inputs.eips,
+            inputs.services,
+            inputs.endpoints,
+            locator,
+            down,
+            options,
+            fallen,
+            inputs.unready,
         )
 
     def _others(self, before: State, table: Table, sources: Sources) -> View:

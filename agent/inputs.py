@@ -8,6 +8,7 @@ changes nothing. Inputs are immutable: a change makes new ones and shares what d
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
@@ -15,6 +16,7 @@ from typing import Any, Final
 import structlog
 
 from lbctl.core import config
+from lbctl.core.endpoints import UNREADY_S, Unready
 from lbctl.core.model import (
     Address,
     Eip,
@@ -41,14 +43,15 @@ _log = structlog.get_logger()
 class Inputs:
     """All that the forwarding of a node is made of.
 
-    ranges: the accepted pools, first and last address. config_generation: of the accepted
-    configuration, 0 before there is one.
+    unready: the nodes whose Pods' readiness is not known (`Unready`). ranges: the accepted pools,
+    first and last address. config_generation: of the accepted configuration, 0 before there is one.
     """
 
     eips: Mapping[Address, Eip] = field(default_factory=PMap)
     services: Mapping[ObjectRef, Service] = field(default_factory=PMap)
     endpoints: Mapping[ObjectRef, ServiceEndpoints] = field(default_factory=PMap)
     nodes: tuple[Node, ...] = ()
+    unready: frozenset[str] = frozenset()
     ranges: tuple[tuple[Address, Address], ...] = ()
     forwarding: ForwardingOptions = field(default_factory=ForwardingOptions)
     config_generation: int = 0
@@ -73,7 +76,8 @@ class Watcher:
     def __init__(self, client: Client, on_change: Callable[[Inputs], None]) -> None:
         self._report = on_change
         self._dirty = asyncio.Event()
-        self._index = SliceIndex()
+        self._index = SliceIndex(self._endpoints_due)
+        self._unready = Unready()
         self._last = Inputs()
         self._touched_services: set[ObjectRef] = set()
         self._touched_slices: set[ObjectRef] = set()  # by their Service
@@ -128,6 +132,7 @@ class Watcher:
             services=_followed(last.services, services),
             endpoints=_followed(last.endpoints, merged),
             nodes=tuple(self._nodes.items.values()) if self._nodes_changed else last.nodes,
+            unready=self._unready.names(time.monotonic()) if self._nodes_changed else last.unready,
             ranges=ranges,
             forwarding=options,
             config_generation=generation,
@@ -140,7 +145,12 @@ class Watcher:
         self._touched_services.add(key)
         self._dirty.set()
 
-    def _node(self, _key: ObjectRef, _old: Node | None, _new: Node | None) -> None:
+    def _node(self, key: ObjectRef, _old: Node | None, new: Node | None) -> None:
+        if self._unready.note(key.name, new.ready if new else None, time.monotonic()):
+            asyncio.get_running_loop().call_later(UNREADY_S, self._nodes_due)
+        self._nodes_due()
+
+    def _nodes_due(self) -> None:
         self._nodes_changed = True
         self._dirty.set()
 
@@ -157,6 +167,10 @@ class Watcher:
             # Another node may have the table between two changes of one Service.
             self._report(self._snapshot())
         self._touched_slices.update(self._index.change(old, new))
+        self._dirty.set()
+
+    def _endpoints_due(self, service: ObjectRef) -> None:
+        self._touched_slices.add(service)
         self._dirty.set()
 
     def _config(self, key: ObjectRef, _old: DataObject | None, new: DataObject | None) -> None:

@@ -96,6 +96,7 @@ def _packed(node: str, state: State, parts: _Parts) -> dict[str, Any]:
         "forwarding": inputs.forwarding,
         "ranges": [[str(first), str(last)] for first, last in inputs.ranges],
         "nodes": [_node(entry) for entry in inputs.nodes],
+        "unready": sorted(inputs.unready),
         **parts.of(state),
     }
 
@@ -153,6 +154,7 @@ def _unpacked(found: Mapping[str, Any]) -> State:
         services=PMap({s.ref: s for s in map(_service_of, found["services"])}),
         endpoints=PMap({e.service: e for e in map(_endpoints_of, found["endpoints"])}),
         nodes=tuple(map(_node_of, found["nodes"])),
+        unready=frozenset(found.get("unready", ())),  # not in those of an older version
         ranges=tuple((ip_address(a), ip_address(b)) for a, b in found["ranges"]),
         forwarding=msgspec.convert(found["forwarding"], ForwardingOptions),
         config_generation=int(found["config_generation"]),
@@ -160,7 +162,13 @@ def _unpacked(found: Mapping[str, Any]) -> State:
     down = frozenset(found["down"])
     locator = Locator(inputs.nodes)
     sources = Sources(
-        inputs.eips, inputs.services, inputs.endpoints, locator, down, inputs.forwarding
+        inputs.eips,
+        inputs.services,
+        inputs.endpoints,
+        locator,
+        down,
+        inputs.forwarding,
+        unready=inputs.unready,
     )
     table = forwarding.revise(forwarding.EMPTY, sources)
     bare = State(

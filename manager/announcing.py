@@ -22,6 +22,7 @@ import structlog
 from lbctl import errors
 from lbctl.core.announce import Paths
 from lbctl.core.confirmations import Confirmations
+from lbctl.core.endpoints import UNREADY_S, Unready
 from lbctl.core.forwarding import Locator
 from lbctl.core.model import (
     Address,
@@ -45,6 +46,7 @@ from lbctl.core.virtual import Levels
 from lbctl.kube import client as api
 from lbctl.kube.client import Client
 from lbctl.kube.objects import Slice
+from lbctl.kube.slices import SliceIndex
 from lbctl.kube.values import timestamp
 from manager.configuration import Accepted
 from manager.inputs import Inputs
@@ -110,6 +112,7 @@ class Announcing:
         self._owned: dict[ObjectRef, set[Address]] = {}
         self._nodes: dict[str, Node] = {}
         self._locator: Locator | None = None  # of these
+        self._unready, self._index = Unready(), SliceIndex(self._endpoints_due)
         self._verdicts: Verdicts | None = None  # on these
         self._ids, self._levels = PathIds(), Levels()
         self._paths: Paths = PMap()
@@ -185,10 +188,15 @@ class Announcing:
         self._touch(self._owned.get(key, ()))
 
     def _slice_changed(self, _key: ObjectRef, old: Slice | None, new: Slice | None) -> None:
-        for ref in self._inputs.index.change(old, new):
-            self._touch(self._owned.get(ref, ()))
+        for ref in self._index.change(old, new):
+            self._endpoints_due(ref)
 
-    def _node_changed(self, _key: ObjectRef, old: Node | None, new: Node | None) -> None:
+    def _endpoints_due(self, service: ObjectRef) -> None:
+        self._touch(self._owned.get(service, ()))
+
+    def _node_changed(self, key: ObjectRef, old: Node | None, new: Node | None) -> None:
+        if self._unready.note(key.name, new.ready if new else None, time.monotonic()):
+            asyncio.get_running_loop().call_later(UNREADY_S, self._touch_all)
         if new is not None:
             self._nodes[new.name] = new
             self._moved.add(new.name)
@@ -278,12 +286,13 @@ class Announcing:
             self._locator = self._locator or Locator(self._nodes.values())
             rules = Rules(accepted.config, self._me, self._managers)
             known = (self._nodes, self._views, self._ids, self._locator)
-            self._verdicts = Verdicts(rules, *known)
+            unready = self._unready.names(time.monotonic())
+            self._verdicts = Verdicts(rules, *known, unready)
         return self._verdicts
 
     def _select(self, accepted: Accepted, touched: Sequence[Address]) -> None:
         eips = [eip for address in touched if (eip := self._eips.get(address)) is not None]
-        behind = self._inputs.services.cache.get, self._inputs.index.of
+        behind = self._inputs.services.cache.get, self._index.of
         known = self._confirmations, self.selections
         found = select(self._judged(accepted), eips, *behind, *known)
         changed = []

@@ -16,7 +16,6 @@ from lbctl.kube import objects
 from lbctl.kube.cache import Cache
 from lbctl.kube.client import Client
 from lbctl.kube.objects import DataObject, Kind, Namespace, Pod, Slice
-from lbctl.kube.slices import SliceIndex
 from manager.metrics import Metrics
 
 T = TypeVar("T")
@@ -62,7 +61,6 @@ class Inputs:
         )
         self.secrets: Feed[DataObject] = Feed(client, objects.SECRET, namespace=namespace)
         self.pods: Feed[Pod] = Feed(client, objects.POD, namespace=namespace)
-        self.index = SliceIndex()
         self.known = asyncio.Event()  # all that announcing needs is here: listed, or recalled
 
     def feeds(self) -> tuple[Feed[Service] | Feed[Slice] | Feed[Node] | Feed[Eip], ...]:

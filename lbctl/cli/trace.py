@@ -121,6 +121,7 @@ async def fetch_scene(client: Client) -> tuple[Scene, Live]:
         Locator(nodes),
         tracing.down_set(managers, nodes),
         options=config.forwarding_options,
+        unready=frozenset(node.name for node in nodes if not node.ready),
     )
     return Scene(config, table, tuple(nodes), managers, live.agents), live
 

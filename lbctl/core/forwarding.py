@@ -99,7 +99,7 @@ class EipTable:
     """One EIP as every node forwards it.
 
     `inputs`, `nodes` (of its endpoints) and `judged` (those of them that are down, fallen or
-    NotReady) are what it was made of, to see that nothing changed.
+    unready) are what it was made of, to see that nothing changed.
     """
 
     address: Address
@@ -114,16 +114,12 @@ class EipTable:
 
 
 class Locator:
-    """Which node an endpoint's address is on. A function of the nodes alone.
+    """Which node an endpoint's address is on. A function of the nodes alone."""
 
-    unready: those that Kubernetes calls NotReady, not in `key`.
-    """
-
-    __slots__ = ("_addresses", "_cidrs", "_names", "_shifts", "key", "unready")
+    __slots__ = ("_addresses", "_cidrs", "_names", "_shifts", "key")
 
     def __init__(self, nodes: Iterable[Node]) -> None:
         every = sorted(nodes, key=lambda node: node.name)
-        self.unready = frozenset(node.name for node in every if not node.ready)
         self.key = tuple((node.name, node.addresses, node.pod_cidrs) for node in every)
         self._names = frozenset(node.name for node in every)
         # By numbers: to hash an address takes longer than all the rest of `locate`.
@@ -172,7 +168,8 @@ class Sources:
     """All that a table is made of. down: nodes whose endpoints take no new flows.
 
     fallen: those of `down` that fell so lately that they may be back in a moment: their endpoints'
-    established flows are still handed to them, and not reset by another endpoint.
+    established flows are still handed to them, and not reset by another endpoint. unready: nodes
+    whose Pods' readiness is not known.
     """
 
     eips: Mapping[Address, Eip]
@@ -182,6 +179,7 @@ class Sources:
     down: frozenset[str] = frozenset()
     options: ForwardingOptions = DEFAULTS
     fallen: frozenset[str] = frozenset()
+    unready: frozenset[str] = frozenset()
 
     @property
     def common(self) -> object:
@@ -191,7 +189,7 @@ class Sources:
     @property
     def judged(self) -> tuple[frozenset[str], ...]:
         """What EIPs depend on that have endpoints on these nodes."""
-        return self.down, self.fallen, self.locator.unready
+        return self.down, self.fallen, self.unready
 
 
 _NO_SOURCES: Final = Sources(PMap(), PMap(), PMap(), Locator(()))
@@ -224,10 +222,12 @@ def build(
     previous: Table = EMPTY,
     options: ForwardingOptions = DEFAULTS,
     fallen: frozenset[str] = frozenset(),
+    unready: frozenset[str] = frozenset(),
 ) -> Table:
     """Return the tables of all EIPs that are to be forwarded: `revise` for plain collections."""
     known = {eip.address: eip for eip in eips}
-    return revise(previous, Sources(known, services, endpoints, locator, down, options, fallen))
+    sources = Sources(known, services, endpoints, locator, down, options, fallen, unready)
+    return revise(previous, sources)
 
 
 def revise(previous: Table, sources: Sources) -> Table:
@@ -425,7 +425,7 @@ def _port(
     """The port's table, the old one if it says the same, and the identities of its endpoints."""
     down, gone = sources.down, sources.down - sources.fallen
     alive = [entry for entry in located if entry.holder.node not in down]
-    chosen = taking(alive, sources.locator.unready)
+    chosen = taking(alive, sources.unready)
     # With nowhere to send new flows, established ones stay where they are, on down nodes too:
     # should the judgement be wrong, nothing was lost by it.
     entries = chosen or alive or located

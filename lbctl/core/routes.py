@@ -219,7 +219,8 @@ class _Judged(NamedTuple):
 class Verdicts:
     """The nodes in view of all EIPs; what is alike for many of these is worked out once.
 
-    To be made anew when something of it changes. locator: of these nodes.
+    To be made anew when something of it changes. locator: of these nodes. unready: those whose
+    Pods' readiness is not known.
     """
 
     def __init__(
@@ -229,9 +230,10 @@ class Verdicts:
         views: Mapping[str, NodeView],
         ids: PathIds,
         locator: Locator,
+        unready: frozenset[str] = frozenset(),
     ) -> None:
         self.rules = rules
-        self.locator = locator
+        self.locator, self.unready = locator, unready
         self.nodes = {name: _verdict(nodes[name], views.get(name), ids) for name in sorted(nodes)}
         self._by_family = [
             {path.node: path for verdict in self.nodes.values() if (path := verdict.paths[family])}
@@ -332,7 +334,7 @@ def _select(
     evidence: tuple[frozenset[str], frozenset[str]],
     old: EipSelection | None,
 ) -> EipSelection:
-    of = verdicts.rules.config, verdicts.locator, eip, behind, evidence
+    of = verdicts.rules.config, verdicts.locator, verdicts.unready, eip, behind, evidence
     case = old.case if old is not None else None
     if case is None or case.of != of:
         case = _case(verdicts, eip, behind, evidence, of)
@@ -366,7 +368,8 @@ def _case(
     if refusal is not None or service is None:
         return Case(of, refusal or Reason.NO_ENDPOINTS)
     alone, external = None if eip.sharers else service, config.endpoints.external
-    found = serving(alone, endpoints, eip.address.version, verdicts.locator, external)
+    nodes = verdicts.locator, external, verdicts.unready
+    found = serving(alone, endpoints, eip.address.version, *nodes)
     if service.policy is TrafficPolicy.LOCAL:
         return Case(of, found.reason, confirmed & local, found.nodes)
     return Case(of, found.reason, confirmed)

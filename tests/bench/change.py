@@ -124,7 +124,7 @@ class AgentSide:
             self.services,
             self.endpoints,
             self.cluster.nodes,
-            tuple((r.first, r.last) for pool in CONFIG.pools for r in pool.addresses),
+            ranges=tuple((r.first, r.last) for pool in CONFIG.pools for r in pool.addresses),
         )
         usable = tuple(self.index)
         state = State(inputs, down, table, view, self.index, self.macs, usable=usable)

@@ -10,10 +10,11 @@ from typing import Any, cast
 
 from lbctl.core.announce import Paths
 from lbctl.core.config import Config, parse
-from lbctl.core.model import Network, NodeState, Peer, Phase, Session, host_route
+from lbctl.core.model import Network, NodeState, ObjectRef, Peer, Phase, Session, host_route
 from lbctl.core.reasons import Reason
 from lbctl.core.routes import EipSelection
 from lbctl.kube.client import Client
+from lbctl.kube.objects import Slice
 from manager.announcing import CHUNK, Announcing
 from manager.configuration import Accepted
 from manager.inputs import Inputs
@@ -71,10 +72,7 @@ class World:
     def __init__(self, config: Config = CONFIG) -> None:
         self.cluster = Cluster(4 * CHUNK)
         self.feeds = {name: Feed() for name in ("eips", "services", "slices", "nodes")}
-        endpoints = self.cluster.endpoints
-
-        index = SimpleNamespace(of=endpoints.__getitem__)
-        inputs = SimpleNamespace(**self.feeds, index=index, known=asyncio.Event())
+        inputs = SimpleNamespace(**self.feeds, known=asyncio.Event())
         inputs.known.set()
         self.speaker = Speaker()
         self.announcing = Announcing(
@@ -89,13 +87,14 @@ class World:
         self.announcing.configure(Accepted(config, "h", 1))
         self.announcing.set_views(self.cluster.views)
         for node in self.cluster.nodes:
-            self.feeds["nodes"].put(node.name, node)
+            self.feeds["nodes"].put(ObjectRef("", node.name), node)
 
     def add(self, numbers: range) -> list[Network]:
         """These Services, with their EIPs; their routes."""
         for n in numbers:
             ref, address = self.cluster.refs[n], self.cluster.addresses[n]
             self.feeds["services"].cache[ref] = self.cluster.services[ref]
+            self.feeds["slices"].put(ref, Slice(ref, ref, self.cluster.endpoints[ref].ports))
             self.feeds["eips"].put(address, self.cluster.eips[address])
         return [host_route(self.cluster.addresses[n]) for n in numbers]
 

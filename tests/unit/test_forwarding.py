@@ -426,17 +426,16 @@ def test_terminating_ones_serve_when_nothing_else_does() -> None:
 
 def test_pods_of_nodes_that_kubernetes_calls_not_ready_serve_when_nothing_else_does() -> None:
     """As at the return of an API server: nodes and pods are NotReady, and our probes answered."""
-    silent = [replace(node, ready=node.name == "n3") for node in nodes()]
-    unknown = _as("", *PODS)
-    found = table(*unknown, locator=Locator(silent))
+    silent, unknown = frozenset({"n1", "n2"}), _as("", *PODS)
+    found = table(*unknown, unready=silent)
     entry = found.eips[EIP].ports[0]
     assert not entry.closed and {e.node for e in entry.endpoints} == {"n1", "n2"}
-    down = table(*unknown, locator=Locator(silent), down=frozenset({"n1"})).eips[EIP].ports[0]
+    down = table(*unknown, unready=silent, down=frozenset({"n1"})).eips[EIP].ports[0]
     assert not down.closed and {e.node for e in down.endpoints} == {"n2"}
-    assert table(*unknown, locator=Locator(nodes())).eips[EIP].ports[0].closed
-    ready = table(*PODS[:1], *unknown[1:], locator=Locator(silent), previous=found)
+    assert table(*unknown).eips[EIP].ports[0].closed
+    ready = table(*PODS[:1], *unknown[1:], unready=silent, previous=found)
     assert [e.node for e in ready.eips[EIP].ports[0].endpoints] == ["n1"]
-    back = table(*unknown, locator=Locator(nodes()), previous=found)
+    back = table(*unknown, previous=found)
     assert back.eips[EIP].ports[0].closed
 
 

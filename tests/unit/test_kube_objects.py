@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from dataclasses import replace
 from ipaddress import ip_address, ip_network
@@ -249,6 +250,38 @@ def test_slices_of_a_service_are_merged_and_sorted() -> None:
         ("10.244.1.9", True),
         ("10.244.1.10", True),
     ]
+
+
+async def test_the_last_endpoints_count_as_ready_a_moment_longer_while_they_are_there() -> None:
+    due: asyncio.Queue[ObjectRef] = asyncio.Queue()
+    index, web = SliceIndex(due.put_nowait, ready_s=0.05), ObjectRef("default", "web")
+
+    def ready() -> list[bool]:
+        return [e.ready for port in index.of(web).ports for e in port.endpoints]
+
+    both = part("web-1", end("10.244.1.1"), end("10.244.1.2"))
+    index.change(None, both)
+    assert ready() == [True, True]
+    one = part("web-1", end("10.244.1.1", ready=False), end("10.244.1.2"))
+    index.change(both, one)
+    assert ready() == [False, True]  # another one serves: what is not ready does not count
+    none = part("web-1", end("10.244.1.1", ready=False), end("10.244.1.2", ready=False))
+    index.change(one, none)
+    assert ready() == [False, True] and due.empty()
+    more = part("web-2", end("10.244.1.3", ready=False))
+    index.change(None, more)
+    assert ready() == [False, True, False] and due.empty()
+    assert await asyncio.wait_for(due.get(), 30) == web
+    assert ready() == [False, False, False]
+    index.change(none, both)
+    assert ready() == [True, True, False]
+    index.change(both, none)
+    index.of(web)
+    index.change(none, both)
+    index.of(web)
+    index.change(both, None)
+    assert ready() == [False]  # what is gone does not count
+    assert due.empty()
 
 
 def test_a_slice_that_changes_hands_touches_both_services() -> None:
