@@ -54,6 +54,10 @@ class Holder(NamedTuple):
     port: int
     node: str
 
+    def at(self, node: str) -> bool:
+        """Whether a node delivers to it itself."""
+        return self.node in (node, EVERYWHERE)
+
 
 @snapshot
 class PortTable:
@@ -452,7 +456,7 @@ def restricted(table: PortTable, node: str) -> PortTable:
     """A strict port's table on one node: its own endpoints alone."""
     groups = (table.endpoints, table.members, table.ending)
     own, members, ending = (
-        tuple(holder for holder in group if holder.node in (node, EVERYWHERE)) for group in groups
+        tuple(holder for holder in group if holder.at(node)) for group in groups
     )
     owners = maglev.table([identity(holder) for holder in own])
     return replace(table, endpoints=own, owners=owners, members=members, ending=ending)

@@ -24,7 +24,6 @@ from typing import Final, TypeAlias
 
 from lbctl.core import maglev
 from lbctl.core.forwarding import (
-    EVERYWHERE,
     Holder,
     PortTable,
     Sources,
@@ -256,7 +255,7 @@ def elements(address: Address, view: PortView, me: str, index: Mapping[str, int]
     handed: list[Target] = [_first_node(line) for line in lines]
     passed = [_next_node(line) if table.protocol is Protocol.TCP else None for line in lines]
     pods = [aim for aim in aims if isinstance(aim, tuple)]
-    ending = [] if pods else [(h.address, h.port) for h in table.ending if _here(h, me)]
+    ending = [] if pods else [(h.address, h.port) for h in table.ending if h.at(me)]
     targets: tuple[Target, ...] = tuple(dict.fromkeys((None, *aims, *handed, *passed, *ending)))
     place = {target: number for number, target in enumerate(targets)}
     own = [place[aim] for aim in aims]
@@ -304,8 +303,4 @@ def _next_node(line: list[Target]) -> int | None:
 
 
 def _aim(holder: Holder, me: str, index: Mapping[str, int]) -> Target:
-    return (holder.address, holder.port) if _here(holder, me) else index.get(holder.node)
-
-
-def _here(holder: Holder, me: str) -> bool:
-    return holder.node in (me, EVERYWHERE)
+    return (holder.address, holder.port) if holder.at(me) else index.get(holder.node)

@@ -365,12 +365,18 @@ def _locked(name: str) -> Iterator[None]:
             break
     else:
         raise LabError(f"cannot create {directory}")
+    with held(fd, f"another command is changing lab {name!r}; try again"):
+        yield
+
+
+@contextmanager
+def held(fd: int, otherwise: str) -> Iterator[None]:
+    """Hold an open file or directory, then close it. LabError(otherwise) if others hold it."""
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(fd)
-        raise LabError(f"another command is changing lab {name!r}; try again") from error
-    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise LabError(otherwise) from error
         yield
     finally:
         os.close(fd)

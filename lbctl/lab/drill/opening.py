@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import fcntl
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-from lbctl.errors import LabError
 from lbctl.lab.api import Api
 from lbctl.lab.bringup import KUBECONFIG, bring_up
 from lbctl.lab.cluster.handle import ClusterKind
 from lbctl.lab.drill.site import Site
-from lbctl.lab.lab import Lab, directory_of, take_down
+from lbctl.lab.lab import Lab, directory_of, held, take_down
 
 _TOPOLOGIES: Final = Path(__file__).parents[3] / "bgp-lab"
 
@@ -44,14 +43,8 @@ def _claimed(name: str) -> Iterator[None]:
     """One run at a time: two would see each other's faults, and take the lab from each other."""
     file = directory_of(name).with_name(f"{name}.drills")
     file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("w") as held:
-        try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise LabError(
-                f"drills are being run in lab {name!r}: wait for them, or bring up a lab of another"
-                " name and say --lab"
-            ) from error
+    busy = f"drills are being run in lab {name!r}: wait for them, or bring up a lab of another name"
+    with held(os.open(file, os.O_RDWR | os.O_CREAT, 0o600), f"{busy} and say --lab"):
         yield
 
 
