@@ -319,7 +319,7 @@ class Engine:
             down,
             options,
             fallen,
-            inputs.unready,
+            inputs.doubtful,
         )
 
     def _others(self, before: State, table: Table, sources: Sources) -> View:

@@ -16,7 +16,7 @@ from typing import Any, Final
 import structlog
 
 from lbctl.core import config
-from lbctl.core.endpoints import UNREADY_S, Unready
+from lbctl.core.endpoints import KUBELETS_S, Doubt
 from lbctl.core.model import (
     Address,
     Eip,
@@ -43,7 +43,7 @@ _log = structlog.get_logger()
 class Inputs:
     """All that the forwarding of a node is made of.
 
-    unready: the nodes whose Pods' readiness is not known (`Unready`). ranges: the accepted pools,
+    doubtful: the nodes whose Pods' readiness is not known (`Doubt`). ranges: the accepted pools,
     first and last address. config_generation: of the accepted configuration, 0 before there is one.
     """
 
@@ -51,7 +51,7 @@ class Inputs:
     services: Mapping[ObjectRef, Service] = field(default_factory=PMap)
     endpoints: Mapping[ObjectRef, ServiceEndpoints] = field(default_factory=PMap)
     nodes: tuple[Node, ...] = ()
-    unready: frozenset[str] = frozenset()
+    doubtful: frozenset[str] = frozenset()
     ranges: tuple[tuple[Address, Address], ...] = ()
     forwarding: ForwardingOptions = field(default_factory=ForwardingOptions)
     config_generation: int = 0
@@ -77,7 +77,7 @@ class Watcher:
         self._report = on_change
         self._dirty = asyncio.Event()
         self._index = SliceIndex(self._endpoints_due)
-        self._unready = Unready()
+        self._doubt = Doubt()
         self._last = Inputs()
         self._touched_services: set[ObjectRef] = set()
         self._touched_slices: set[ObjectRef] = set()  # by their Service
@@ -132,7 +132,7 @@ class Watcher:
             services=_followed(last.services, services),
             endpoints=_followed(last.endpoints, merged),
             nodes=tuple(self._nodes.items.values()) if self._nodes_changed else last.nodes,
-            unready=self._unready.names(time.monotonic()) if self._nodes_changed else last.unready,
+            doubtful=self._doubt.nodes(time.monotonic()) if self._nodes_changed else last.doubtful,
             ranges=ranges,
             forwarding=options,
             config_generation=generation,
@@ -146,8 +146,8 @@ class Watcher:
         self._dirty.set()
 
     def _node(self, key: ObjectRef, _old: Node | None, new: Node | None) -> None:
-        if self._unready.note(key.name, new.ready if new else None, time.monotonic()):
-            asyncio.get_running_loop().call_later(UNREADY_S, self._nodes_due)
+        if self._doubt.note(key.name, new.ready if new else None, time.monotonic()):
+            asyncio.get_running_loop().call_later(KUBELETS_S, self._nodes_due)
         self._nodes_due()
 
     def _nodes_due(self) -> None:

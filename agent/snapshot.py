@@ -96,7 +96,7 @@ def _packed(node: str, state: State, parts: _Parts) -> dict[str, Any]:
         "forwarding": inputs.forwarding,
         "ranges": [[str(first), str(last)] for first, last in inputs.ranges],
         "nodes": [_node(entry) for entry in inputs.nodes],
-        "unready": sorted(inputs.unready),
+        "doubtful": sorted(inputs.doubtful),
         **parts.of(state),
     }
 
@@ -154,7 +154,7 @@ def _unpacked(found: Mapping[str, Any]) -> State:
         services=PMap({s.ref: s for s in map(_service_of, found["services"])}),
         endpoints=PMap({e.service: e for e in map(_endpoints_of, found["endpoints"])}),
         nodes=tuple(map(_node_of, found["nodes"])),
-        unready=frozenset(found.get("unready", ())),  # not in those of an older version
+        doubtful=frozenset(found.get("doubtful", ())),  # not in those of an older version
         ranges=tuple((ip_address(a), ip_address(b)) for a, b in found["ranges"]),
         forwarding=msgspec.convert(found["forwarding"], ForwardingOptions),
         config_generation=int(found["config_generation"]),
@@ -168,7 +168,7 @@ def _unpacked(found: Mapping[str, Any]) -> State:
         locator,
         down,
         inputs.forwarding,
-        unready=inputs.unready,
+        doubtful=inputs.doubtful,
     )
     table = forwarding.revise(forwarding.EMPTY, sources)
     bare = State(

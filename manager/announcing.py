@@ -22,7 +22,7 @@ import structlog
 from lbctl import errors
 from lbctl.core.announce import Paths
 from lbctl.core.confirmations import Confirmations
-from lbctl.core.endpoints import UNREADY_S, Unready
+from lbctl.core.endpoints import KUBELETS_S, Doubt
 from lbctl.core.forwarding import Locator
 from lbctl.core.model import (
     Address,
@@ -112,7 +112,7 @@ class Announcing:
         self._owned: dict[ObjectRef, set[Address]] = {}
         self._nodes: dict[str, Node] = {}
         self._locator: Locator | None = None  # of these
-        self._unready, self._index = Unready(), SliceIndex(self._endpoints_due)
+        self._doubt, self._index = Doubt(), SliceIndex(self._endpoints_due)
         self._verdicts: Verdicts | None = None  # on these
         self._ids, self._levels = PathIds(), Levels()
         self._paths: Paths = PMap()
@@ -195,8 +195,8 @@ class Announcing:
         self._touch(self._owned.get(service, ()))
 
     def _node_changed(self, key: ObjectRef, old: Node | None, new: Node | None) -> None:
-        if self._unready.note(key.name, new.ready if new else None, time.monotonic()):
-            asyncio.get_running_loop().call_later(UNREADY_S, self._touch_all)
+        if self._doubt.note(key.name, new.ready if new else None, time.monotonic()):
+            asyncio.get_running_loop().call_later(KUBELETS_S, self._touch_all)
         if new is not None:
             self._nodes[new.name] = new
             self._moved.add(new.name)
@@ -286,8 +286,8 @@ class Announcing:
             self._locator = self._locator or Locator(self._nodes.values())
             rules = Rules(accepted.config, self._me, self._managers)
             known = (self._nodes, self._views, self._ids, self._locator)
-            unready = self._unready.names(time.monotonic())
-            self._verdicts = Verdicts(rules, *known, unready)
+            doubtful = self._doubt.nodes(time.monotonic())
+            self._verdicts = Verdicts(rules, *known, doubtful)
         return self._verdicts
 
     def _select(self, accepted: Accepted, touched: Sequence[Address]) -> None:

@@ -33,6 +33,7 @@ from lbctl.cli.status import merge_or_stop
 from lbctl.core import forwarding, names
 from lbctl.core import trace as tracing
 from lbctl.core.config import Config, parse
+from lbctl.core.endpoints import Doubt
 from lbctl.core.forwarding import EVERYWHERE, Locator
 from lbctl.core.model import Address, Protocol
 from lbctl.core.nftrules import UDP_MEMORY_S
@@ -110,7 +111,9 @@ async def fetch_scene(client: Client) -> tuple[Scene, Live]:
         _every(client, objects.SLICE),
         _every(client, objects.NODE),
     )
-    index = SliceIndex()
+    index, doubt = SliceIndex(), Doubt()
+    for node in nodes:
+        doubt.note(node.name, node.ready, 0.0)
     for one in slices:
         index.change(None, one)
     managers = tuple(answer.state for answer in live.answers if answer.state is not None)
@@ -121,7 +124,7 @@ async def fetch_scene(client: Client) -> tuple[Scene, Live]:
         Locator(nodes),
         tracing.down_set(managers, nodes),
         options=config.forwarding_options,
-        unready=frozenset(node.name for node in nodes if not node.ready),
+        doubtful=doubt.nodes(0.0),
     )
     return Scene(config, table, tuple(nodes), managers, live.agents), live
 

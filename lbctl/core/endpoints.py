@@ -1,13 +1,13 @@
 """Which endpoints of a Service port take traffic: one rule for announcing and forwarding alike.
 
 Rule (KEP-1669): the ready ones; when none is ready, those that still serve while they terminate.
-When there are none of these either, those on nodes that Kubernetes calls NotReady: their readiness
-is not known. When the API server was away for long, all nodes are called so at its return, and with
-them all their Pods, before the kubelets have been heard; whether a node lives, our probes say.
-What Kubernetes said a moment ago counts a little longer (`Unready`, `still_ready`), for it says one
-thing after the other: a port is not closed in between.
-An endpoint on no node is left out first: nothing could deliver to it. And one rule for what is
-there twice: it counts once.
+An endpoint on no node is left out first: nothing could deliver to it. One that is there twice
+counts once. Two more, since Kubernetes calls all Pods of a NotReady node not ready:
+- Where most nodes are NotReady it is Kubernetes that has a problem, as when an API server is back
+  that was away, and what it says of their Pods is not known: they count as ready (`Doubt`). Whether
+  a node lives, our probes say.
+- It says one thing after the other. So the last endpoints of a Service that were ready stay so for
+  `READY_S` more (`still_ready`); what makes them doubtful may be on its way.
 """
 
 from __future__ import annotations
@@ -19,11 +19,10 @@ from typing import Final, Protocol, TypeVar
 
 from lbctl.core.model import Endpoint, ServiceEndpoints
 
-# A kubelet that is heard again says so of its node at once, of its Pods when it next looks at them
-# all, every 10 s.
-UNREADY_S: Final = 15.0
-# A node's NotReady and that of its Pods come by different watches.
-READY_S: Final = 2.0
+# In so long all kubelets that can be heard have been, of their nodes and of their Pods: they renew
+# their leases, and look through their Pods, every 10 s.
+KUBELETS_S: Final = 15.0
+READY_S: Final = 2.0  # nodes and Pods come by different watches
 
 
 class OnNode(Protocol):
@@ -38,13 +37,13 @@ class OnNode(Protocol):
 P = TypeVar("P", bound=OnNode)
 
 
-def taking(placed: Sequence[P], unready: frozenset[str]) -> list[P]:
-    """Return those that take traffic, in their order. unready: as `Unready.names`."""
-    return (
-        [entry for entry in placed if entry.endpoint.ready]
-        or [e for e in placed if e.endpoint.serving and e.endpoint.terminating]
-        or [e for e in placed if e.node in unready and not e.endpoint.terminating]
-    )
+def taking(placed: Sequence[P], doubtful: frozenset[str]) -> list[P]:
+    """Return those that take traffic, in their order. doubtful: as `Doubt.nodes`."""
+    return [
+        entry
+        for entry in placed
+        if entry.endpoint.ready or (entry.node in doubtful and not entry.endpoint.terminating)
+    ] or [entry for entry in placed if entry.endpoint.serving and entry.endpoint.terminating]
 
 
 def distinct(endpoints: Iterable[Endpoint]) -> tuple[Endpoint, ...]:
@@ -57,26 +56,25 @@ def distinct(endpoints: Iterable[Endpoint]) -> tuple[Endpoint, ...]:
     return tuple([found[key] for key in sorted(found)])
 
 
-class Unready:
-    """The nodes whose Pods' readiness is not known: NotReady ones, and those that were lately."""
+class Doubt:
+    """The nodes of whose Pods it is not known whether they are ready."""
 
     def __init__(self) -> None:
-        self._until_s: dict[str, float] = {}
+        self._until_s: dict[str, float] = {}  # of every node, when its word counts
 
     def note(self, node: str, ready: bool | None, now_s: float) -> bool:
-        """Take in how a node is, None if it is no more; True if it is known again in UNREADY_S."""
+        """Take in how a node is, None if it is no more; True if that counts in KUBELETS_S only."""
+        until_s = self._until_s.pop(node, -inf)
         if ready is None:
-            self._until_s.pop(node, None)
-        elif not ready:
-            self._until_s[node] = inf
-        elif self._until_s.get(node) == inf:
-            self._until_s[node] = now_s + UNREADY_S
-            return True
-        return False
+            return False
+        returns = ready and until_s == inf
+        self._until_s[node] = now_s + KUBELETS_S if returns else until_s if ready else inf
+        return returns
 
-    def names(self, now_s: float) -> frozenset[str]:
-        """Their names."""
-        return frozenset(name for name, until_s in self._until_s.items() if until_s > now_s)
+    def nodes(self, now_s: float) -> frozenset[str]:
+        """Those that are NotReady, or were so lately, if they are more than half of all."""
+        found = frozenset(name for name, until_s in self._until_s.items() if until_s > now_s)
+        return found if 2 * len(found) > len(self._until_s) else frozenset()
 
 
 def serves(known: ServiceEndpoints) -> bool:

@@ -64,10 +64,10 @@ class PortTable:
     """The buckets of one EIP:protocol:port.
 
     `owners[b]` indexes `endpoints`; `members` are all endpoints that established flows may still be
-    with, also those without a bucket; `ending` are those of them that still serve while they
-    terminate. `affinity_s`: None, or the hash takes the client's address alone, and a client keeps
-    its pod for so long after its last packet. `strict`: a node delivers to its own endpoints only,
-    by a table of its own (`restricted`).
+    with, also those without a bucket; `spare` are those of them that may well answer a new flow:
+    they do not terminate, or serve on. `affinity_s`: None, or the hash takes the client's address
+    alone, and a client keeps its pod for so long after its last packet. `strict`: a node delivers
+    to its own endpoints only, by a table of its own (`restricted`).
     """
 
     protocol: Protocol
@@ -78,7 +78,7 @@ class PortTable:
     owners: maglev.Row
     members: tuple[Holder, ...]
     strict: bool = False
-    ending: tuple[Holder, ...] = ()
+    spare: tuple[Holder, ...] = ()
 
     @property
     def by_client(self) -> bool:
@@ -103,7 +103,7 @@ class EipTable:
     """One EIP as every node forwards it.
 
     `inputs`, `nodes` (of its endpoints) and `judged` (those of them that are down, fallen or
-    unready) are what it was made of, to see that nothing changed.
+    doubtful) are what it was made of, to see that nothing changed.
     """
 
     address: Address
@@ -172,7 +172,7 @@ class Sources:
     """All that a table is made of. down: nodes whose endpoints take no new flows.
 
     fallen: those of `down` that fell so lately that they may be back in a moment: their endpoints'
-    established flows are still handed to them, and not reset by another endpoint. unready: nodes
+    established flows are still handed to them, and not reset by another endpoint. doubtful: nodes
     whose Pods' readiness is not known.
     """
 
@@ -183,7 +183,7 @@ class Sources:
     down: frozenset[str] = frozenset()
     options: ForwardingOptions = DEFAULTS
     fallen: frozenset[str] = frozenset()
-    unready: frozenset[str] = frozenset()
+    doubtful: frozenset[str] = frozenset()
 
     @property
     def common(self) -> object:
@@ -193,7 +193,7 @@ class Sources:
     @property
     def judged(self) -> tuple[frozenset[str], ...]:
         """What EIPs depend on that have endpoints on these nodes."""
-        return self.down, self.fallen, self.unready
+        return self.down, self.fallen, self.doubtful
 
 
 _NO_SOURCES: Final = Sources(PMap(), PMap(), PMap(), Locator(()))
@@ -226,11 +226,11 @@ def build(
     previous: Table = EMPTY,
     options: ForwardingOptions = DEFAULTS,
     fallen: frozenset[str] = frozenset(),
-    unready: frozenset[str] = frozenset(),
+    doubtful: frozenset[str] = frozenset(),
 ) -> Table:
     """Return the tables of all EIPs that are to be forwarded: `revise` for plain collections."""
     known = {eip.address: eip for eip in eips}
-    sources = Sources(known, services, endpoints, locator, down, options, fallen, unready)
+    sources = Sources(known, services, endpoints, locator, down, options, fallen, doubtful)
     return revise(previous, sources)
 
 
@@ -429,7 +429,7 @@ def _port(
     """The port's table, the old one if it says the same, and the identities of its endpoints."""
     down, gone = sources.down, sources.down - sources.fallen
     alive = [entry for entry in located if entry.holder.node not in down]
-    chosen = taking(alive, sources.unready)
+    chosen = taking(alive, sources.doubtful)
     # With nowhere to send new flows, established ones stay where they are, on down nodes too:
     # should the judgement be wrong, nothing was lost by it.
     entries = chosen or alive or located
@@ -439,27 +439,25 @@ def _port(
     holders = tuple(entry.holder for entry in entries)
     members = tuple(entry.holder for entry in located if entry.holder.node not in gone)
     members = holders if members == holders else members
-    ends = (entry for entry in alive if entry.endpoint.serving and entry.endpoint.terminating)
-    ending = () if members is holders else tuple(entry.holder for entry in ends)
+    able = (entry for entry in alive if entry.endpoint.serving or not entry.endpoint.terminating)
+    spare = () if members is holders else tuple(entry.holder for entry in able)
     names = tuple([entry.name for entry in entries])
     if old is not None and old.endpoints == holders:
         holders, owners = old.endpoints, old.owners
     else:
         owners = maglev.table(names)
     table = PortTable(
-        port.protocol, port.port, affinity_s, not chosen, holders, owners, members, strict, ending
+        port.protocol, port.port, affinity_s, not chosen, holders, owners, members, strict, spare
     )
     return old if old is not None and table == old else table, names
 
 
 def restricted(table: PortTable, node: str) -> PortTable:
     """A strict port's table on one node: its own endpoints alone."""
-    groups = (table.endpoints, table.members, table.ending)
-    own, members, ending = (
-        tuple(holder for holder in group if holder.at(node)) for group in groups
-    )
+    groups = (table.endpoints, table.members, table.spare)
+    own, members, spare = (tuple(holder for holder in group if holder.at(node)) for group in groups)
     owners = maglev.table([identity(holder) for holder in own])
-    return replace(table, endpoints=own, owners=owners, members=members, ending=ending)
+    return replace(table, endpoints=own, owners=owners, members=members, spare=spare)
 
 
 def identity(holder: Holder) -> str:

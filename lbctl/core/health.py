@@ -17,8 +17,9 @@ Rules beyond the table:
   But one whose agent Kubernetes calls ready has had an agent, and is Suspect once agent and kernel
   have been silent for UNHEARD_S: it died while no manager ran. A manager that has just started
   takes over what another one calls it (Suspect there is CONFIRMED here).
-- NotReady of a node that answers counts after NOT_READY_S, and not at all if it is most of them, as
-  when an API server is back that was away: Kubernetes says it of one after the other.
+- NotReady of a node that answers counts after KUBELETS_S: leases run out, and kubelets are heard
+  again, one after the other. It does not count at all while it is most nodes, as when an API server
+  is back that was away, nor for KUBELETS_S after that.
 - An agent whose kernel answers is AgentSilent only after SILENT_S: nothing is decided differently
   before, and on a busy node answers come in bursts.
 - A kernel that answers after a silence of more than REBOOT_S may have rebooted, and has lost its
@@ -32,6 +33,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum, auto
 
+from lbctl.core.endpoints import KUBELETS_S
 from lbctl.core.model import NodeState
 from lbctl.core.probe import node_hash
 from lbctl.core.reasons import Reason
@@ -43,7 +45,6 @@ AT_ONCE_S = 1.0  # falls within this time are "at once", or four intervals where
 REBOOT_S = 2.0
 SILENT_S = 1.0
 UNHEARD_S = 2.0
-NOT_READY_S = 2.0
 STABLE_FIRST_S = 1.0
 STABLE_MAX_S = 60.0
 FORGIVE_S = 300.0  # Up for so long: earlier falls are forgotten
@@ -144,7 +145,7 @@ class Health:
     """Evidence on one node, and the judgement.
 
     ready, agent: what Kubernetes says of the node, and of its agent's Pod. unready_s: since when it
-    is not.
+    counts that it is not, infinite while it does not.
     misses, answers: in a row. silent_s: when the misses began. alive_s: last sign of life in an
     unbroken chain; kernel_s: last answer of the kernel within it. since_s: when `state` began.
     settled: gone, and nothing holds it any more. falls: times that it was gone, lately.
@@ -258,13 +259,13 @@ def judge(
         return {}
     judging = tuple(peer for peer in peers if peer.judging)
     panic = _panic(nodes, now_s, limits)
-    ignore_not_ready = _mass_not_ready(nodes)
+    mass = _mass_not_ready(nodes)
     seen_here = seen(nodes.values())
     changed: dict[str, Health] = {}
     for name in uneasy:
         old = nodes[name]
-        signal = _signal(old, judging, ignore_not_ready, now_s, limits)
-        new = _enter(old, TABLE[old.state, signal], now_s)
+        known = _counted(old, mass, now_s)
+        new = _enter(known, TABLE[old.state, _signal(known, judging, now_s, limits)], now_s)
         new = _hold(new, panic, judging, seen_here, now_s, limits)
         if (reason := _reason(new, now_s)) is not new.reason:
             new = replace(new, reason=reason)
@@ -313,16 +314,13 @@ def _kernel_alive(health: Health, now_s: float, limits: Limits) -> bool:
 def _signal(
     health: Health,
     peers: tuple[PeerView, ...],
-    ignore_not_ready: bool,
     now_s: float,
     limits: Limits,
 ) -> Signal:
     lost = health.misses >= limits.misses
     unknown = health.state is NodeState.UNKNOWN
-    if not health.ready and not unknown:
-        late = now_s - health.unready_s >= NOT_READY_S and not ignore_not_ready
-        if lost or late:
-            return Signal.NOT_READY
+    if not health.ready and not unknown and (lost or now_s - health.unready_s >= KUBELETS_S):
+        return Signal.NOT_READY
     if not lost:
         if health.answers >= RETURN_ANSWERS:
             return Signal.STEADY
@@ -420,6 +418,13 @@ def _mass_not_ready(nodes: Mapping[str, Health]) -> bool:
     """
     odd = sum(not h.ready and h.answers > 0 and h.misses == 0 for h in nodes.values())
     return odd >= 2 and 2 * odd > len(nodes)
+
+
+def _counted(health: Health, mass: bool, now_s: float) -> Health:
+    """With the time from which NotReady counts, where most nodes are so (`mass`), or were."""
+    if health.ready or mass == (health.unready_s == math.inf):
+        return health
+    return replace(health, unready_s=math.inf if mass else now_s)
 
 
 def _reason(health: Health, now_s: float) -> Reason | None:

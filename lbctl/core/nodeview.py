@@ -7,8 +7,8 @@ to the first (`prev`: the second chance), who passes those that it does not know
 A datagram does not say whether its flow is new: of a port that is not TCP, new flows are handed
 over too, so only an owner that takes these is remembered, and only until `settle`.
 What a node gets from another by an older or other table goes to one of its own pods (`spare`), to
-one that ends if there is no other, but for established TCP that it does not know: the pod would
-reset it.
+one that ends or is not ready if there is no other, but for established TCP that it does not know:
+the pod would reset it.
 Sizes are powers of two and a bucket is a range of the hash. Where a Service changes its size, the
 past is kept at the finer of the two sizes, and no flow's former owner is forgotten; it goes back to
 the table's own size as soon as nothing is lost by that.
@@ -255,8 +255,8 @@ def elements(address: Address, view: PortView, me: str, index: Mapping[str, int]
     handed: list[Target] = [_first_node(line) for line in lines]
     passed = [_next_node(line) if table.protocol is Protocol.TCP else None for line in lines]
     pods = [aim for aim in aims if isinstance(aim, tuple)]
-    ending = [] if pods else [(h.address, h.port) for h in table.ending if h.at(me)]
-    targets: tuple[Target, ...] = tuple(dict.fromkeys((None, *aims, *handed, *passed, *ending)))
+    spares = [] if pods else [(h.address, h.port) for h in table.spare if h.at(me)]
+    targets: tuple[Target, ...] = tuple(dict.fromkeys((None, *aims, *handed, *passed, *spares)))
     place = {target: number for number, target in enumerate(targets)}
     own = [place[aim] for aim in aims]
     # Without an endpoint (a strict port of other nodes) there is a chain, but no entry: dropped.
@@ -275,7 +275,7 @@ def elements(address: Address, view: PortView, me: str, index: Mapping[str, int]
                 for new, owned, lent in zip(here, give, give_on, strict=True)
             ]
         )
-    taking = [place[pod] for pod in pods or ending]
+    taking = [place[pod] for pod in pods or spares]
     spare = b"" if table.closed else maglev.row((taking * SPARES)[:SPARES])
     pinned = _sticky(table, aims)
     head = (address, table.protocol, table.port, pinned, table.closed)

@@ -219,7 +219,7 @@ class _Judged(NamedTuple):
 class Verdicts:
     """The nodes in view of all EIPs; what is alike for many of these is worked out once.
 
-    To be made anew when something of it changes. locator: of these nodes. unready: those whose
+    To be made anew when something of it changes. locator: of these nodes. doubtful: those whose
     Pods' readiness is not known.
     """
 
@@ -230,10 +230,10 @@ class Verdicts:
         views: Mapping[str, NodeView],
         ids: PathIds,
         locator: Locator,
-        unready: frozenset[str] = frozenset(),
+        doubtful: frozenset[str] = frozenset(),
     ) -> None:
         self.rules = rules
-        self.locator, self.unready = locator, unready
+        self.locator, self.doubtful = locator, doubtful
         self.nodes = {name: _verdict(nodes[name], views.get(name), ids) for name in sorted(nodes)}
         self._by_family = [
             {path.node: path for verdict in self.nodes.values() if (path := verdict.paths[family])}
@@ -334,7 +334,7 @@ def _select(
     evidence: tuple[frozenset[str], frozenset[str]],
     old: EipSelection | None,
 ) -> EipSelection:
-    of = verdicts.rules.config, verdicts.locator, verdicts.unready, eip, behind, evidence
+    of = verdicts.rules.config, verdicts.locator, verdicts.doubtful, eip, behind, evidence
     case = old.case if old is not None else None
     if case is None or case.of != of:
         case = _case(verdicts, eip, behind, evidence, of)
@@ -368,7 +368,7 @@ def _case(
     if refusal is not None or service is None:
         return Case(of, refusal or Reason.NO_ENDPOINTS)
     alone, external = None if eip.sharers else service, config.endpoints.external
-    nodes = verdicts.locator, external, verdicts.unready
+    nodes = verdicts.locator, external, verdicts.doubtful
     found = serving(alone, endpoints, eip.address.version, *nodes)
     if service.policy is TrafficPolicy.LOCAL:
         return Case(of, found.reason, confirmed & local, found.nodes)

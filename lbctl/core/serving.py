@@ -43,12 +43,12 @@ def serving(
     version: int,
     locator: Locator,
     external: External = "refuse",
-    unready: frozenset[str] = frozenset(),
+    doubtful: frozenset[str] = frozenset(),
 ) -> Serving:
     """Who serves the EIP of one family (4 or 6).
 
-    service: whose ports count; None: all ports of `known` do (Services that share an EIP). unready:
-    the nodes whose Pods' readiness is not known.
+    service: whose ports count; None: all ports of `known` do (Services that share an EIP).
+    doubtful: the nodes whose Pods' readiness is not known.
     """
     wanted = {(port.name, port.protocol) for port in service.ports} if service else None
     nodes: set[str] = set()
@@ -63,7 +63,7 @@ def serving(
                     placed.append(_Placed(node, endpoint))
                 else:
                     stray = stray or endpoint.ready
-        nodes.update(entry.node for entry in taking(placed, unready))
+        nodes.update(entry.node for entry in taking(placed, doubtful))
     if nodes:
         return Serving(frozenset(nodes - {_NOWHERE}), _NOWHERE in nodes)
     if stray:

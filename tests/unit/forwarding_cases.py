@@ -84,7 +84,7 @@ def table(
     of: Service | None = None,
     eips: tuple[Address, ...] = (EIP,),
     fallen: frozenset[str] = frozenset(),
-    unready: frozenset[str] = frozenset(),
+    doubtful: frozenset[str] = frozenset(),
 ) -> Table:
     of = of or service()
     found = tuple(PortEndpoints(p.name, p.protocol, pods) for p in of.ports)
@@ -96,7 +96,7 @@ def table(
         down,
         previous,
         fallen=fallen,
-        unready=unready,
+        doubtful=doubtful,
     )
 
 

@@ -389,8 +389,11 @@ def test_a_node_that_fell_and_is_back_finds_its_flows() -> None:
 
 
 @pytest.mark.parametrize("flags", ["st", "t", ""])
-def test_what_comes_astray_goes_to_pods_that_end_where_there_are_no_others(flags: str) -> None:
-    """A node is drained, and another has not heard of it; only one that serves yet takes any."""
+def test_what_comes_astray_goes_to_pods_that_left_where_there_are_no_others(flags: str) -> None:
+    """A node is drained or loses its pods' readiness, and another has not heard of it.
+
+    One that ends and does not serve takes none.
+    """
     cluster = Cluster()
     cluster.apply(table(*PODS))
     leaving = [e for e in PODS if e.node == "n1"]
@@ -401,7 +404,7 @@ def test_what_comes_astray_goes_to_pods_that_end_where_there_are_no_others(flags
     assert theirs
     for client in theirs:
         assert not cluster.lands("n1", client).endswith("@n1")
-        assert (cluster.lands("n2", client) == "stray @n1") == (flags != "st")
+        assert (cluster.lands("n2", client) == "stray @n1") == (flags == "t")
 
 
 def test_closed_ports_keep_established_flows() -> None:
@@ -424,17 +427,22 @@ def test_terminating_ones_serve_when_nothing_else_does() -> None:
     assert {e.node for e in entry.endpoints} == {"n1", "n2"}
 
 
-def test_pods_of_nodes_that_kubernetes_calls_not_ready_serve_when_nothing_else_does() -> None:
-    """As at the return of an API server: nodes and pods are NotReady, and our probes answered."""
+def test_pods_serve_whose_readiness_is_not_known() -> None:
+    """As at the return of an API server: nodes and pods are NotReady, and our probes answered.
+
+    Nothing changes when some are called ready again.
+    """
     silent, unknown = frozenset({"n1", "n2"}), _as("", *PODS)
-    found = table(*unknown, unready=silent)
+    found = table(*unknown, doubtful=silent)
     entry = found.eips[EIP].ports[0]
     assert not entry.closed and {e.node for e in entry.endpoints} == {"n1", "n2"}
-    down = table(*unknown, unready=silent, down=frozenset({"n1"})).eips[EIP].ports[0]
+    down = table(*unknown, doubtful=silent, down=frozenset({"n1"})).eips[EIP].ports[0]
     assert not down.closed and {e.node for e in down.endpoints} == {"n2"}
     assert table(*unknown).eips[EIP].ports[0].closed
-    ready = table(*PODS[:1], *unknown[1:], unready=silent, previous=found)
-    assert [e.node for e in ready.eips[EIP].ports[0].endpoints] == ["n1"]
+    ready = table(*PODS[:1], *unknown[1:], doubtful=silent, previous=found)
+    assert ready.digest == found.digest
+    ending = table(*_as("t", *PODS), doubtful=silent, previous=found)
+    assert ending.eips[EIP].ports[0].closed
     back = table(*unknown, previous=found)
     assert back.eips[EIP].ports[0].closed
 

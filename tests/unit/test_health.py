@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lbctl.core import health as h
+from lbctl.core.endpoints import KUBELETS_S
 from lbctl.core.health import Health, Limits, PeerView, Signal
 from lbctl.core.model import NodeState as S
 from lbctl.core.probe import node_hash
@@ -259,7 +260,7 @@ def test_answers_slower_than_the_interval_still_count() -> None:
 def test_not_ready_is_down_though_it_answers() -> None:
     world = up(*"abcd")
     world.ready("a", False)
-    world.wait(h.NOT_READY_S - 0.2)
+    world.wait(KUBELETS_S - 0.2)
     assert world.states() == "Up Up Up Up"  # it may be the first of all
     world.wait(0.4)
     assert (world.states(), world.reason("a")) == ("Down Up Up Up", Reason.NODE_NOT_READY)
@@ -276,6 +277,19 @@ def test_not_ready_of_most_answering_nodes_is_kubernetes_problem() -> None:
         assert world.states() == "Up Up Up"
     world.wait(60)
     assert world.states() == "Up Up Up"
+    for name in "bc":  # and takes it back so
+        world.ready(name, True)
+        world.wait(KUBELETS_S - 0.2)
+        assert world.states() == "Up Up Up"
+    world.wait(0.4)
+    assert world.states() == "Down Up Up"
+
+
+def test_not_ready_of_most_counts_for_one_that_falls_silent() -> None:
+    world = up(*"abc")
+    for name in "abc":
+        world.ready(name, False)
+    world.wait(60)
     world.step(silent="a", times=3)
     assert world.states() == "Down Up Up"
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from lbctl.core.config import parse
 from lbctl.core.confirmations import Confirmations
-from lbctl.core.endpoints import UNREADY_S, Unready, taking
+from lbctl.core.endpoints import KUBELETS_S, Doubt, taking
 from lbctl.core.forwarding import Locator
 from lbctl.core.model import (
     Address,
@@ -83,7 +83,7 @@ class World:
         self.endpoints = {WEB: behind(WEB, "n1", "n2"), DB: behind(DB, "n1")}
         self.ids = PathIds()
         self.locator = Locator(self.nodes.values())
-        self.unready = frozenset[str]()
+        self.doubtful = frozenset[str]()
 
     def view(self, name: str, **changes: object) -> None:
         self.views[name] = replace(self.views[name], **changes)  # type: ignore[arg-type]
@@ -98,7 +98,7 @@ class World:
         confirmations = Confirmations()
         for name, view in self.views.items():
             confirmations.take(name, None, view)
-        known = (self.rules, self.nodes, self.views, self.ids, self.locator, self.unready)
+        known = (self.rules, self.nodes, self.views, self.ids, self.locator, self.doubtful)
         behind = (self.services.get, self.endpoints.get, confirmations)
         return select(Verdicts(*known), self.eips.values(), *behind, previous or {})
 
@@ -446,32 +446,32 @@ def test_which_endpoints_take_traffic() -> None:
     ending, dead = placed("n1", False, True, True), placed("n2", False, False, True)
     starting, unknown = placed("n1", False, False, False), placed("n2", False, False, False)
     n2 = frozenset({"n2"})
-    assert taking((ending, unknown, ready, dead), n2) == [ready]
-    assert taking((dead, unknown, ending, starting), n2) == [ending]
-    assert taking((dead, unknown, starting), n2) == [unknown]
+    assert taking((ending, unknown, ready, dead), frozenset()) == [ready]
+    assert taking((ending, unknown, ready, dead), n2) == [unknown, ready]
+    assert taking((dead, ending, starting), n2) == [ending]
     assert taking((dead, unknown, starting), frozenset()) == []
 
 
-def test_readiness_is_unknown_a_while_longer_than_the_node_is_not_ready() -> None:
-    unready = Unready()
-    assert not unready.note("n1", True, 1.0) and not unready.note("n2", False, 1.0)
-    assert unready.names(2.0) == {"n2"} == unready.names(1000.0)
-    assert unready.note("n2", True, 1000.0)
-    assert not unready.note("n2", True, 1001.0)  # something else of it changed
-    assert unready.names(999.9 + UNREADY_S) == {"n2"} and not unready.names(1000.0 + UNREADY_S)
-    assert not unready.note("n2", False, 1002.0) and unready.names(5000.0) == {"n2"}
-    assert not unready.note("n2", None, 1003.0) and not unready.names(1003.0)
-    assert not unready.note("n2", True, 1004.0) and not unready.names(1004.0)
+def test_readiness_is_in_doubt_where_most_nodes_are_not_ready_or_were_so_lately() -> None:
+    doubt = Doubt()
+    assert not any(doubt.note(name, True, 1.0) for name in ("n1", "n2", "n3"))
+    assert not doubt.note("n1", False, 2.0) and not doubt.nodes(2.0)
+    assert not doubt.note("n2", False, 3.0) and doubt.nodes(1000.0) == {"n1", "n2"}
+    assert doubt.note("n1", True, 1000.0) and not doubt.note("n1", True, 1001.0)
+    assert doubt.nodes(999.9 + KUBELETS_S) == {"n1", "n2"} and not doubt.nodes(1000.0 + KUBELETS_S)
+    assert not doubt.note("n3", None, 1002.0) and not doubt.note("n1", None, 1003.0)
+    assert doubt.nodes(1003.0) == {"n2"}
+    assert not doubt.note("n1", True, 1004.0) and not doubt.nodes(1004.0)
 
 
-def test_the_last_ready_pods_of_a_node_that_is_back_serve_until_they_are_said_ready() -> None:
+def test_pods_serve_while_their_readiness_is_in_doubt() -> None:
     world = World()
     world.endpoints[WEB] = behind(WEB, "n1", "n2", ready=False)
     assert world.one().reason is Reason.NO_ENDPOINTS
-    world.unready = frozenset({"n2"})
+    world.doubtful = frozenset({"n2"})
     assert world.one().reason is Reason.ANNOUNCED and len(world.hops()) == 3
     assert world.one(previous={A: world.one()}).reason is Reason.ANNOUNCED
-    world.unready, last = frozenset(), {A: world.one()}
+    world.doubtful, last = frozenset(), {A: world.one()}
     assert world.one(previous=last).reason is Reason.NO_ENDPOINTS
 
 
