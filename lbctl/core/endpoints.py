@@ -2,12 +2,12 @@
 
 Rule (KEP-1669): the ready ones; when none is ready, those that still serve while they terminate.
 An endpoint on no node is left out first: nothing could deliver to it. One that is there twice
-counts once. Two more, since Kubernetes calls all Pods of a NotReady node not ready:
-- Where most nodes are NotReady it is Kubernetes that has a problem, as when an API server is back
-  that was away, and what it says of their Pods is not known: they count as ready (`Doubt`). Whether
-  a node lives, our probes say.
-- It says one thing after the other. So the last endpoints of a Service that were ready stay so for
-  `READY_S` more (`still_ready`); what makes them doubtful may be on its way.
+counts once. Two more, since Kubernetes calls all Pods of a NotReady node not ready, and all nodes
+are NotReady when an API server is back that was away for long and has not heard the kubelets:
+- When there are none of these either, those on nodes that are NotReady, or were lately (`Doubt`):
+  whether they are ready is not known. Whether a node lives, our probes say.
+- Nodes and Pods come by different watches. So the last endpoints of a Service that were ready stay
+  so for `READY_S` more (`still_ready`); what makes them doubtful may be on its way.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lbctl.core.model import Endpoint, ServiceEndpoints
 # In so long all kubelets that can be heard have been, of their nodes and of their Pods: they renew
 # their leases, and look through their Pods, every 10 s.
 KUBELETS_S: Final = 15.0
-READY_S: Final = 2.0  # nodes and Pods come by different watches
+READY_S: Final = 2.0
 
 
 class OnNode(Protocol):
@@ -39,11 +39,11 @@ P = TypeVar("P", bound=OnNode)
 
 def taking(placed: Sequence[P], doubtful: frozenset[str]) -> list[P]:
     """Return those that take traffic, in their order. doubtful: as `Doubt.nodes`."""
-    return [
-        entry
-        for entry in placed
-        if entry.endpoint.ready or (entry.node in doubtful and not entry.endpoint.terminating)
-    ] or [entry for entry in placed if entry.endpoint.serving and entry.endpoint.terminating]
+    return (
+        [entry for entry in placed if entry.endpoint.ready]
+        or [e for e in placed if e.endpoint.serving and e.endpoint.terminating]
+        or [e for e in placed if e.node in doubtful and not e.endpoint.terminating]
+    )
 
 
 def distinct(endpoints: Iterable[Endpoint]) -> tuple[Endpoint, ...]:
@@ -60,21 +60,22 @@ class Doubt:
     """The nodes of whose Pods it is not known whether they are ready."""
 
     def __init__(self) -> None:
-        self._until_s: dict[str, float] = {}  # of every node, when its word counts
+        self._until_s: dict[str, float] = {}
 
     def note(self, node: str, ready: bool | None, now_s: float) -> bool:
-        """Take in how a node is, None if it is no more; True if that counts in KUBELETS_S only."""
-        until_s = self._until_s.pop(node, -inf)
+        """Take in how a node is, None if it is no more; True if it is known again in KUBELETS_S."""
         if ready is None:
-            return False
-        returns = ready and until_s == inf
-        self._until_s[node] = now_s + KUBELETS_S if returns else until_s if ready else inf
-        return returns
+            self._until_s.pop(node, None)
+        elif not ready:
+            self._until_s[node] = inf
+        elif self._until_s.get(node) == inf:
+            self._until_s[node] = now_s + KUBELETS_S
+            return True
+        return False
 
     def nodes(self, now_s: float) -> frozenset[str]:
-        """Those that are NotReady, or were so lately, if they are more than half of all."""
-        found = frozenset(name for name, until_s in self._until_s.items() if until_s > now_s)
-        return found if 2 * len(found) > len(self._until_s) else frozenset()
+        """Those that are NotReady, or were so until KUBELETS_S ago."""
+        return frozenset(name for name, until_s in self._until_s.items() if until_s > now_s)
 
 
 def serves(known: ServiceEndpoints) -> bool:
