@@ -2,8 +2,9 @@
 
 Rules (DESIGN.md, "Probe protocol"): a node is in the set when every manager heard in the last
 second calls it down; out again as soon as one disagrees; at most half of the nodes, beyond that
-nothing is added; the set stays as it is while no manager is heard. A manager that does not judge
-yet is not heard in this sense. Each request counts once: (boot, sequence) must rise per manager.
+nothing is added, unless two managers say so (as announcing does in a panic); the set stays as it is
+while no manager is heard. A manager that does not judge yet is not heard in this sense. Each
+request counts once: (boot, sequence) must rise per manager.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def resolve(state: DownSet, nodes: Iterable[str], now_s: float) -> DownSet:
     owners = _owners(names)
     agreed = frozenset.intersection(*(voice.down for voice in heard))
     down = frozenset(owners[number] for number in agreed if owners.get(number))
-    if 2 * len(down) > len(names):
+    if 2 * len(down) > len(names) and len(heard) == 1:
         down = down & state.down
     return state if down == state.down else DownSet(state.voices, down)
 

@@ -49,6 +49,15 @@ def test_at_most_half_is_added_but_what_is_undone_is_undone() -> None:
     assert say(state, "m1", "bcd", 0.1).down == frozenset()
 
 
+def test_more_than_half_is_added_when_two_managers_agree() -> None:
+    state = say(say(DownSet(), "m1", "abc", 0.0), "m2", "abd", 0.1)
+    assert state.down == {"a", "b"}
+    state = say(state, "m2", "abcd", 0.2)
+    assert state.down == {"a", "b", "c"}
+    # The one that is left adds nothing, and takes nothing back.
+    assert say(state, "m1", "abcd", 0.3 + HEARD_S).down == {"a", "b", "c"}
+
+
 def test_a_manager_that_does_not_judge_yet_neither_agrees_nor_disagrees() -> None:
     state = say(DownSet(), "m1", "a", 0.0)
     fresh = Request("m2", 1, 1, nonce=1, judging=False)
