@@ -6,7 +6,7 @@ before is repaired for the nodes that moved. Rules:
   (`lbctl.core.serving`) have paths. The pool check is made here on its own, whatever the
   allocator believes.
 - A next hop is a node that is Up (or AgentSilent, or held by panic) and has confirmed the EIP, with
-  an address of the EIP's family, neither excluded, out of service nor draining; with policy Local
+  an address of the EIP's family that a switch takes, neither excluded, out of service nor draining; with policy Local
   it has a ready endpoint, and says so itself.
 - If nobody is left: nodes that flap or lag; after those, the node that became Suspect last. Down is
   the only state that takes the last next hop away.
@@ -385,13 +385,21 @@ def _refusal(config: Config, eip: Eip, service: Service | None) -> Reason | None
 
 def _verdict(node: Node, view: NodeView | None, ids: PathIds) -> _Verdict:
     def path(version: int) -> Path | None:
-        found = (a for a in (*node.next_hops, *node.addresses) if a.version == version)
-        address = next(found, None)
+        known = (*node.next_hops, *node.addresses)
+        address = next((a for a in known if a.version == version and _announceable(a)), None)
         return None if address is None else ids.get(node.name, address)
 
     tier, reason = _tier(node, view or NodeView(node.name))
     since_s = view.since_s if view and tier is _Tier.SUSPECT else 0.0
     return _Verdict(tier, reason, since_s, (path(4), path(6)))
+
+
+def _announceable(hop: Address) -> bool:
+    """Whether a switch takes it as a next hop; over another, FRR ends the session and with it every
+    EIP's routes (RFC 4271 section 6.3)."""
+    if hop.is_multicast or hop.is_unspecified or hop.is_loopback or hop.is_reserved:
+        return False
+    return int(hop) >> 24 != 0 if hop.version == 4 else not hop.is_link_local
 
 
 def _tier(node: Node, view: NodeView) -> tuple[_Tier, Reason]:

@@ -326,6 +326,23 @@ def test_next_hop_annotation_and_family() -> None:
     assert result[V6].reasons["n1"] is Reason.NODE_NO_ADDRESS
 
 
+@pytest.mark.parametrize(
+    "hop", ["0.0.0.0", "0.1.2.3", "127.0.0.1", "224.0.0.5", "240.0.0.1", "255.255.255.255"]
+)
+def test_no_switch_is_told_of_a_next_hop_that_it_would_end_the_session_over(hop: str) -> None:
+    """Whoever may annotate one node, or say its InternalIP."""
+    world = World()
+    world.node("n1", next_hops=(ip_address(hop),))
+    assert sorted(str(path.next_hop)[-2:] for path in world.one().paths) == ["21", "22", "23"]
+    world.node("n2", addresses=(ip_address(hop),))
+    world.node("n3", addresses=(*map(ip_address, ("::1", "fe80::1%eth0", "ff02::1", "fe80::1")),))
+    assert world.hops() == ["n1"] and world.one().reasons["n2"] is Reason.NODE_NO_ADDRESS
+    world.eips[V6] = Eip(V6, "public", WEB, "web")
+    six = PortEndpoints("", Protocol.TCP, (Endpoint(ip_address("fd00::1"), 80, "n3", "pod-1"),))
+    world.endpoints[WEB] = ServiceEndpoints(WEB, (six,))
+    assert world.select()[V6].reasons["n3"] is Reason.NODE_NO_ADDRESS
+
+
 def test_max_paths_is_a_stable_subset() -> None:
     world = World(9, "announce: {maxPaths: 4}\n")
     chosen = world.hops()
