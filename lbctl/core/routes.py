@@ -6,8 +6,8 @@ before is repaired for the nodes that moved. Rules:
   (`lbctl.core.serving`) have paths. The pool check is made here on its own, whatever the
   allocator believes.
 - A next hop is a node that is Up (or AgentSilent, or held by panic) and has confirmed the EIP, with
-  an address of the EIP's family that a switch takes, neither excluded, out of service nor draining; with policy Local
-  it has a ready endpoint, and says so itself.
+  an address of the EIP's family that a switch takes. It is neither excluded, out of service nor
+  draining; with policy Local it has a ready endpoint, and says so itself.
 - If nobody is left: nodes that flap or lag; after those, the node that became Suspect last. Down is
   the only state that takes the last next hop away.
 - Of more than `max_paths` a stable subset by rendezvous hashing (`lbctl.core.ranking`).

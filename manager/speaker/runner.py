@@ -19,6 +19,8 @@ it still behaves:
 - A helper that died while ExaBGP wrote to it does not stop the peers once it is started again.
 - Reconnecting after 1 s at first and 5 s at last (ExaBGP: 60 s): a switch that restarts is back in
   seconds, and has no route until we are.
+- Its timers go by the monotonic clock. By the wall clock, one that is set forward ends every
+  session, one that is set back stops keepalives, and dialling for as long as it went back.
 - Commands are run as they come, without a scan of all of them and a new event loop per turn.
 - It sleeps until there is something to do; ExaBGP looks a thousand times a second, and sleeps
   while commands wait.
@@ -38,6 +40,7 @@ from collections import deque
 from collections.abc import Iterator
 from functools import partial
 from importlib.metadata import version
+from types import SimpleNamespace
 from typing import Any, Final
 
 from lbctl.core.exabgp import BARRIER, END_OF_RIB
@@ -249,6 +252,15 @@ def forgive_helpers() -> None:
     Processes._start = _start
 
 
+def ignore_clock_steps() -> None:
+    """Hold times, keepalives and the back-off count what has passed, whatever the time of day."""
+    from exabgp.bgp import timer
+    from exabgp.reactor import delay
+
+    for module in (timer, delay):
+        module.time = SimpleNamespace(time=time.monotonic)
+
+
 def reconnect_soon() -> None:
     """Another back-off: at once, then by a fifth longer each time."""
     from exabgp.reactor.delay import Delay
@@ -256,7 +268,7 @@ def reconnect_soon() -> None:
     first_s, longest_s = RECONNECT_S
 
     def increase(self: Any) -> None:
-        self._time = time.time() + self._next
+        self._time = time.monotonic() + self._next
         self._next = min(max(first_s, self._next * 1.2), longest_s)
 
     Delay.increase = increase
@@ -330,6 +342,7 @@ def repair() -> None:
     say_cease()
     keep_routes_packed()
     forgive_helpers()
+    ignore_clock_steps()
     reconnect_soon()
     run_commands()
     sleep_when_idle()

@@ -15,6 +15,7 @@ from manager.speaker.runner import EXABGP_VERSION
 
 # What the runner replaces parts of, or stands in for, as ExaBGP 5.0.15 has it.
 READ = {
+    "bgp/timer.py": "3ae52b9ba3019bc8",
     "bgp/message/open/capability/capabilities.py": "a4fadbac10b5b001",
     "bgp/message/update/__init__.py": "437c91aab7bd04c5",
     "reactor/api/command/announce.py": "c5dbde71fff5bf58",
@@ -193,6 +194,25 @@ print(sum(sum(waits[:n]) < 7 for n in range(20)), waits[-1])
 """
     assert run(code) == "5 5.0"
     assert run(code, repaired=False) == "4 60"
+
+
+def test_a_clock_that_is_set_ends_no_session_and_stops_no_dialling() -> None:
+    """Forward: no hold time runs out. Back: keepalives are due, and the back-off ends in time."""
+    code = """
+import time
+from exabgp.bgp.timer import ReceiveTimer, SendTimer
+from exabgp.reactor.delay import Delay
+receive = ReceiveTimer(lambda: "", 9, 4, 0)
+send, delay = SendTimer(lambda: "", SimpleNamespace(keepalive=lambda: -1)), Delay()  # due at once
+delay.increase()
+clock = time.time
+time.time = lambda: clock() + 3600
+receive.check_ka_timer()
+time.time = lambda: clock() - 3600
+print(send.need_ka(), delay.backoff())
+"""
+    assert run(code) == "True False"
+    assert run(code.replace("receive.check", "#"), repaired=False) == "False True"
 
 
 def test_exabgp_is_the_one_that_the_runner_was_written_for() -> None:
