@@ -1,9 +1,10 @@
 """Conntrack entries of flows whose pod has left.
 
 A UDP flow has no end: its entry lives as long as the client sends, and leads to the address of a
-pod that is no more. So when a local endpoint leaves, the entries of its EIP that lead to it are
-deleted (kube-proxy does the same for ClusterIPs), and the flow's next packet chooses anew. The same
-is done with flows that were handed over to a node, when none of its endpoints takes flows any more.
+pod that is no more. So when an endpoint leaves that this node delivers to (those on no node too),
+the entries of its EIP that lead to it are deleted (kube-proxy does the same for ClusterIPs), and
+the flow's next packet chooses anew. The same is done with flows that were handed over to a node,
+when none of its endpoints takes flows any more.
 A TCP connection that nobody could end stays for days, and swallows each new one from the same
 client port: its SYN follows the entry to where nobody is. So those go too, and even those that are
 over (TIME_WAIT): a SYN would replace them, but a connection that comes here when its bucket moves
@@ -54,7 +55,7 @@ _FAMILY: Final = {4: socket.AF_INET, 6: socket.AF_INET6}
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """An EIP:port, and the pod on this node that it led to.
+    """An EIP:port, and the pod that it led to from this node.
 
     mark: of the node that its flows were handed over to; then the pod is the EIP:port itself.
     """
@@ -102,7 +103,7 @@ def _targets(table: Table, address: Address, me: str, index: Mapping[str, int]) 
     for port in entry.ports if entry else ():
         own = (address, port.port)
         if port.protocol in _NUMBER:
-            pods = ((h.address, h.port) for h in port.members if h.node == me)
+            pods = ((h.address, h.port) for h in port.members if h.at(me))
             found |= {Target(*own, *pod, protocol=port.protocol) for pod in pods}
             keepers = port.members if port.protocol is Protocol.TCP else port.endpoints
             others = {h.node for h in keepers} & index.keys()

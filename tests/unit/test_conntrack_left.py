@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from ipaddress import ip_address
+
 from agent.conntrack import left, without
-from lbctl.core.forwarding import Table
-from lbctl.core.model import Protocol
+from lbctl.core.forwarding import EMPTY, Table, revise
+from lbctl.core.model import Endpoint, ForwardingOptions, Protocol
 from lbctl.core.names import MARK_BASE
 
 from .forwarding_cases import EIP, INDEX, pod, service, table
@@ -33,6 +36,17 @@ def test_a_pod_that_is_not_ready_or_ends_keeps_its_connections() -> None:
     before = table(HERE, AWAY, of=BOTH)
     for flags in ("", "st"):
         assert (TCP, "10.244.1.1") not in gone(before, table(pod(1, 1, flags), AWAY, of=BOTH))
+
+
+def test_an_endpoint_on_no_node_takes_its_flows_along_on_every_node() -> None:
+    outside = Endpoint(ip_address("192.0.2.200"), 8080)
+    masquerading = ForwardingOptions(external="masquerade")
+
+    def made(*endpoints: Endpoint) -> Table:
+        return revise(EMPTY, replace(table(*endpoints, of=BOTH).sources, options=masquerading))
+
+    flows = {(TCP, "192.0.2.200"), (UDP, "192.0.2.200")}
+    assert gone(made(outside, HERE), made(HERE)) == flows
 
 
 def test_pods_of_a_node_that_is_called_down_may_live_on() -> None:
