@@ -21,6 +21,7 @@ from lbctl.core.config import Config
 from lbctl.core.forwarding import EVERYWHERE, PortTable, Table, restricted
 from lbctl.core.model import (
     Address,
+    Eip,
     Node,
     NodeState,
     ObjectRef,
@@ -29,6 +30,7 @@ from lbctl.core.model import (
     Steering,
 )
 from lbctl.core.reasons import Reason
+from lbctl.core.sharing import served
 from lbctl.core.state import EipState, HopState, ManagerState, SessionState
 
 _GONE: Final = (NodeState.SUSPECT, NodeState.DOWN)
@@ -174,20 +176,28 @@ def judge(packet: Packet, config: Config, table: Table, node: str = "") -> Verdi
         return Verdict(Reason.SOURCE_REFUSED, Action.DROPS, eip.owner)
     wanted = (packet.protocol, packet.port)
     port = next((p for p in entry.ports if (p.protocol, p.port) == wanted), None)
+    service = _whose(eip, wanted, table)
+    if service is None:
+        return Verdict(Reason.NO_SUCH_PORT, Action.REFUSES, eip.owner)
     if port is None:
-        service = table.sources.services.get(eip.owner)
-        has = service is not None and wanted in {(p.protocol, p.port) for p in service.ports}
-        why = Reason.NO_ENDPOINTS if has else Reason.NO_SUCH_PORT
-        return Verdict(why, Action.REFUSES, eip.owner)
+        return Verdict(Reason.NO_ENDPOINTS, Action.REFUSES, service)
     if port.closed:
-        return Verdict(Reason.NO_NEW_FLOWS, Action.REFUSES, eip.owner, len(port.owners))
+        return Verdict(Reason.NO_NEW_FLOWS, Action.REFUSES, service, len(port.owners))
     if port.strict:
         if not node:
-            return Verdict(Reason.OWN_ENDPOINTS, Action.DELIVERS, eip.owner)
+            return Verdict(Reason.OWN_ENDPOINTS, Action.DELIVERS, service)
         port = restricted(port, node)
         if not port.owners:
-            return Verdict(Reason.NO_LOCAL_ENDPOINT, Action.DROPS, eip.owner)
-    return _delivered(packet, eip.owner, port, table.sources.endpoints.get(eip.owner))
+            return Verdict(Reason.NO_LOCAL_ENDPOINT, Action.DROPS, service)
+    return _delivered(packet, service, port, table.sources.endpoints.get(service))
+
+
+def _whose(eip: Eip, wanted: tuple[Protocol, int], table: Table) -> ObjectRef | None:
+    """Which of the Services on the address has the port there."""
+    known = (table.sources.services.get(ref) for ref in eip.members)
+    shown = served([service for service in known if service is not None])
+    ports = ((service.ref, (p.protocol, p.port)) for service, own in shown for p in own)
+    return next((ref for ref, port in ports if port == wanted), None)
 
 
 def _delivered(

@@ -30,6 +30,7 @@ from lbctl.core.model import (
     Service,
     ServiceEndpoints,
     ServicePort,
+    Sharer,
     TrafficPolicy,
 )
 from lbctl.core.reasons import Reason
@@ -39,7 +40,7 @@ from lbctl.core.trace import Action, Packet, Scene, Trace, Verdict, down_set, ju
 EIP, SIX = ip_address("198.51.100.1"), ip_address("2001:db8:100::1")
 EMPTY, LEAVING = ip_address("198.51.100.2"), ip_address("198.51.100.3")
 CLIENT = ip_address("203.0.113.10")
-WEB, IDLE = ObjectRef("default", "web"), ObjectRef("default", "idle")
+WEB, IDLE, DNS = (ObjectRef("default", name) for name in ("web", "idle", "dns"))
 CONFIG = parse(
     """\
 version: 1
@@ -172,6 +173,29 @@ def test_affinity_takes_the_client_alone() -> None:
     assert len({ask(table, source=n) for n in range(1, 200)}) == 1
     clients = [ip_address(f"203.0.113.{n}") for n in range(1, 200)]
     assert {ask(table, client=client).pod for client in clients} == {"web-1", "web-2", "web-3"}
+
+
+def test_on_a_shared_address_the_service_that_has_the_port_is_named() -> None:
+    alone = built().sources
+    port, later = ServicePort("c", Protocol.TCP, 81), ServicePort("d", Protocol.TCP, 82)
+    other = Service(DNS, "uid", 0.0, (port, later), True)
+    behind = ServiceEndpoints(DNS, (PortEndpoints("c", Protocol.TCP, pods(4)[:1]),))
+    shared = Eip(EIP, "public", WEB, "uid", sharers=(Sharer(DNS, "uid"),))
+    table = forwarding.revise(
+        forwarding.EMPTY,
+        replace(
+            alone,
+            eips={EIP: shared},
+            services={**alone.services, DNS: other},
+            endpoints={**alone.endpoints, DNS: behind},
+        ),
+    )
+    found = ask(table, port=81)
+    assert (found.reason, found.service, found.pod) == (Reason.DELIVERED, DNS, "web-1")
+    assert (ask(table).service, ask(table).pod[:4]) == (WEB, "web-")
+    found = ask(table, port=82)
+    assert (found.reason, found.service) == (Reason.NO_ENDPOINTS, DNS)
+    assert ask(table, port=83).reason is Reason.NO_SUCH_PORT
 
 
 def test_a_down_node_s_endpoint_gets_nothing_new() -> None:
