@@ -188,14 +188,16 @@ class Engine:
             self._wake.clear()
             if self._inputs is None:
                 continue
+            between: list[Endpoints] = []
             try:
                 async with self._turn:
-                    between = [self._between.popleft() for _ in range(len(self._between))]
+                    between, self._between = list(self._between), deque(maxlen=LIVED_THROUGH)
                     await _finished(self._pass(self._inputs, between, self._down))
                 failed = 0
             except DataplaneError as error:
                 self._failures += 1
                 _log.error("apply_failed", error=str(error))
+                self._between = deque([*between, *self._between], LIVED_THROUGH)
                 await asyncio.sleep(RETRY_S[min(failed, len(RETRY_S) - 1)])
                 failed += 1
                 self._wake.set()

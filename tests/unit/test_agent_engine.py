@@ -1,0 +1,100 @@
+"""The agent's loop on a kernel that refuses things."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+from ipaddress import IPv4Network, IPv6Network
+from types import SimpleNamespace
+from typing import Any, cast
+
+from agent.engine import Engine
+from agent.inputs import Inputs
+from agent.rendering import State
+from lbctl.core.model import Eip, Endpoint
+from lbctl.core.nft import Ruleset
+from lbctl.core.pmap import PMap
+from lbctl.core.ways import Survey
+from lbctl.errors import DataplaneError
+
+from .forwarding_cases import EIP, RANGES, WEB, nodes, pod, service, table
+
+ON_LINK = Survey(prefixes=((IPv4Network("192.0.2.0/24"), 2), (IPv6Network("2001:db8:1::/64"), 2)))
+
+
+class Kernel:
+    """Takes what it is given, but for the next `refuses` times."""
+
+    shape, lacking = "", ()
+
+    def __init__(self) -> None:
+        self.kernel: Ruleset | None = None
+        self.refuses = 0
+
+    async def survey(self) -> None:
+        pass
+
+    def blank(self) -> bool:
+        return True
+
+    def damaged(self) -> bool:
+        return False
+
+    async def set(self, stages: Iterable[Ruleset]) -> bool:
+        *_, last = stages
+        self.kernel = None
+        if self.refuses:
+            self.refuses -= 1
+            raise DataplaneError("busy")
+        self.kernel = last
+        return True
+
+
+class Links:
+    """One link with all nodes on it; nothing is to be changed, nobody is in the way."""
+
+    notices = SimpleNamespace(routes=lambda: 0, neighbours=lambda: 0)
+
+    async def survey(self, _wanted: tuple[str, ...]) -> Survey:
+        return ON_LINK
+
+    async def nothing(self, *_: object) -> int:
+        return 0
+
+    async def nobody(self, *_: object) -> dict[object, object]:
+        return {}
+
+    ensure = prune = prune_tunnel = resolve = nothing
+    neighbours = foreign_rules = foreign_routes = foreign_tunnels = nobody
+
+
+def behind(*pods: Endpoint) -> Inputs:
+    sources = table(*pods).sources
+    return Inputs(
+        eips=PMap({EIP: Eip(EIP, "public", WEB, "uid")}),
+        services=PMap({WEB: service()}),
+        endpoints=sources.endpoints,
+        nodes=nodes(),
+        ranges=RANGES,
+    )
+
+
+async def test_what_came_between_is_lived_through_though_the_kernel_refused_it_at_first() -> None:
+    """Other nodes may have had that table, and flows began by it."""
+    states: asyncio.Queue[State] = asyncio.Queue()
+    kernel = Kernel()
+    engine = Engine("n1", cast(Any, kernel), cast(Any, Links()), lambda _: None, states.put_nowait)
+    running = asyncio.ensure_future(engine.run())
+    try:
+        engine.feed(behind(pod(2, 2)))
+        await asyncio.wait_for(states.get(), 30)
+        kernel.refuses = 2
+        for pods in ((pod(2, 2), pod(3, 2)), (pod(1, 2), pod(2, 2), pod(3, 2))):
+            engine.feed(behind(*pods))
+        last = await asyncio.wait_for(states.get(), 30)
+    finally:
+        running.cancel()
+        await asyncio.wait({running})
+    assert kernel.refuses == 0 and engine.failures == 2
+    (view,) = last.view[EIP]
+    assert {holder.node for line in view.former for holder in line} == {"n2", "n3"}
