@@ -9,6 +9,7 @@ for a frozen manager must not announce dead nodes for ever; its next word opens 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
@@ -36,8 +37,11 @@ MAX_UNREAD: Final = 64 << 20  # bytes that a manager may leave unread
 class Keeper:
     """All of it, driven by `launch`. Single-threaded; no method blocks."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(
+        self, directory: Path, local: Callable[[Peer], Address | None] = process.local_address
+    ) -> None:
         self.config = directory / "exabgp.conf"
+        self._find_local = local
         self._run = process.relay_command(directory)
         self.peers: tuple[Peer, ...] = ()
         self.ring: KeyRing | None = None
@@ -67,12 +71,14 @@ class Keeper:
         """ExaBGP's configuration as of now, None if no peer can be spoken to.
 
         Peers that cannot be spoken to are left out, and named to the manager. A session that is up
-        keeps its address, wherever routes lead now.
+        keeps its address, wherever routes lead now. So does one that no route leads to any more:
+        ExaBGP forgets the routes of a peer that is left out, and would refuse all new ones.
         """
         up = set(self.established())
         for peer in self.peers:
             if peer.name not in self._local or str(peer.address) not in up:
-                self._local[peer.name] = peer.local_address or process.local_address(peer)
+                found = peer.local_address or self._find_local(peer)
+                self._local[peer.name] = found or self._local.get(peer.name)
         usable = tuple(peer for peer in self.peers if not self._lacks(peer))
         self._tell_problems({p.name: self._lacks(p) for p in self.peers if p not in usable})
         local = {name: address for name, address in self._local.items() if address is not None}

@@ -143,7 +143,9 @@ class Launcher:
         if text is None or text == self._text:
             self._loaded = peers
             return
+        # As it is before: a session may come up while the file is loaded, upon an empty RIB.
         changed = {a for a, peer in peers.items() if self._loaded.get(a) != peer}
+        changed |= peers.keys() - self.keeper.established()
         process.write_config(self.keeper.config, text)
         try:
             if not await self._loads():
@@ -154,7 +156,7 @@ class Launcher:
             self.keeper.changed.set()  # the link or ExaBGP went away: once more
             return
         self._text, self._loaded, self._usable = text, peers, self.keeper.usable()
-        self.keeper.reloaded(changed | {a for a in peers if a not in self.keeper.established()})
+        self.keeper.reloaded(changed)
 
     async def _loads(self) -> bool:
         """Signal until ExaBGP has loaded the file: it forgets the signal while updates wait."""

@@ -5,14 +5,20 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from dataclasses import replace
+from ipaddress import ip_address
 from pathlib import Path as FilePath
 
 import pytest
 
 from lbctl.core import exabgp
 from lbctl.core.announce import Held
-from lbctl.core.exabgp import Command, SessionEvent, Verb
+from lbctl.core.exabgp import BarrierAnswer, Command, SessionEvent, Verb
+from lbctl.core.model import Peer
 from lbctl.errors import SpeakerError
+from manager.speaker import messages
+from manager.speaker.keeper import Keeper
+from manager.speaker.launch import Launcher
 from manager.speaker.ledger import Ledger
 from manager.speaker.link import Link
 
@@ -143,3 +149,63 @@ async def test_an_exabgp_without_the_barrier_is_an_error(far: Far) -> None:
     far.say("error")
     with pytest.raises(SpeakerError, match="barrier"):
         await pending
+
+
+def tor(**more: object) -> Peer:
+    """A peer at A."""
+    return replace(Peer("tor", ip_address(A), 64500, 64512), **more)  # type: ignore[arg-type]
+
+
+def test_a_peer_that_no_route_leads_to_any_more_stays_in_the_configuration(
+    tmp_path: FilePath,
+) -> None:
+    """Left out, its routes would be refused for ever, and nothing settle."""
+    found = [ip_address("192.0.2.9")]
+    keeper = Keeper(tmp_path, lambda _peer: found[0] if found else None)
+    keeper._obey(messages.Peers([messages.from_peer(tor())]))
+    text = keeper.render()
+    keeper._session(SessionEvent(A, up=True))
+    keeper._session(SessionEvent(A, up=False))
+    found.clear()
+    assert keeper.render() == text and keeper.usable() == {A}
+    found.append(ip_address("192.0.2.10"))
+    assert "local-address 192.0.2.10;" in (keeper.render() or "")
+
+
+class Reloading:
+    """An ExaBGP whose session comes up before it has told that it loaded its file; and its link."""
+
+    synced = True
+
+    def __init__(self, keeper: Keeper) -> None:
+        self._keeper = keeper
+        self._reloads = 0
+
+    def reload(self) -> None:
+        self._reloads += 1
+        self._keeper._session(SessionEvent(A, up=True))
+
+    def in_flight(self) -> list[Command]:
+        return []
+
+    def barrier(self) -> asyncio.Future[BarrierAnswer]:
+        answer: asyncio.Future[BarrierAnswer] = asyncio.get_running_loop().create_future()
+        answer.set_result(BarrierAnswer("", {}, (), self._reloads, 0))
+        return answer
+
+
+async def test_a_session_that_comes_up_during_a_reload_is_upon_an_empty_rib(
+    tmp_path: FilePath,
+) -> None:
+    """Its address has changed: what the old one had must be sent again."""
+    launcher = Launcher(tmp_path)
+    keeper, peer = launcher.keeper, tor(local_address=ip_address("192.0.2.9"))
+    keeper._obey(messages.Peers([messages.from_peer(peer)]))
+    keeper._ledger.acknowledged(command())
+    exabgp = Reloading(keeper)
+    keeper.link, launcher._process = exabgp, exabgp  # type: ignore[assignment]
+    launcher._loaded = {A: peer}
+    keeper.synced.set()
+    await launcher._reload()
+    assert keeper.established() == [A]
+    assert keeper._ledger.entries(frozenset({A})) == [Held(A, OLD, (P,), False)]
