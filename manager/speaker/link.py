@@ -110,6 +110,7 @@ class Link:
                 if waiting.answer is not None and not waiting.answer.done():
                     waiting.answer.set_exception(SpeakerError("ExaBGP did not answer a barrier"))
                     waiting.answer.exception()
+                    self.broken = True  # whoever asked must not wait for ever
 
     def _barrier(self, nonce: str) -> asyncio.Future[BarrierAnswer]:
         future: asyncio.Future[BarrierAnswer] = asyncio.get_running_loop().create_future()

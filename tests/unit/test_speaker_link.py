@@ -149,6 +149,7 @@ async def test_an_exabgp_without_the_barrier_is_an_error(far: Far) -> None:
     far.say("error")
     with pytest.raises(SpeakerError, match="barrier"):
         await pending
+    assert far.link.broken, "the manager would wait for its flush for ever"
 
 
 def tor(**more: object) -> Peer:
