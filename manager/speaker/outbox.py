@@ -38,6 +38,7 @@ MP_REACH, MP_UNREACH = 14, 15
 OPTIONAL_LONG: Final = 0x90  # attribute flags: optional, two octets of length
 ADD_PATH: Final = 4
 IPV4: Final = 1
+FEW: Final = 64
 RESOLVE_S: Final = 0.5  # from a virtual next hop's routes to those that use it
 
 
@@ -158,6 +159,7 @@ class Outbox:
         held, gone = self._held.setdefault(group.kind, {}), list(routes)
         for route in gone:
             held.pop(route, None)
+        self._forget()
         later = self._later()
         if not later:
             self._queue(group.kind, None, gone)
@@ -165,6 +167,12 @@ class Outbox:
         for route in gone:
             newer, due_s = later.get(_address(group.kind, route), (route, 0.0))
             self._queue(group.kind, None, (route,), 0.0 if newer == route else due_s)
+
+    def _forget(self) -> None:
+        """Drop the times of addresses that are ours no more, when they may be most."""
+        if len(self._came_s) > 2 * sum(map(len, self._held.values())) + FEW:
+            ours = {_address(kind, route) for kind, held in self._held.items() for route in held}
+            self._came_s = {one: at_s for one, at_s in self._came_s.items() if one in ours}
 
     def _later(self) -> dict[bytes, tuple[bytes, float]]:
         """By address: what is not to be sent yet, and until when."""

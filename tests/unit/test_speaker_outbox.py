@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import islice
 from types import SimpleNamespace
+from typing import Any
 
-from manager.speaker.outbox import RESOLVE_S, Group, Outbox
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from manager.speaker.outbox import FEW, RESOLVE_S, Group, Outbox, Section
 
 FOUR, SIX = (1, 1), (2, 1)
 
@@ -244,3 +250,128 @@ def test_an_eip_that_goes_does_not_wait() -> None:
     assert sent(box) == [(None, [1])]
     now[0] += RESOLVE_S
     assert sent(box) == [(9, [2])]
+
+
+def test_addresses_that_came_and_went_are_forgotten() -> None:
+    """An EIP a second is given for years; one that stays, and what leads on, does not suffer."""
+    box, now = timed()
+    announce(box, ONE, VIRTUAL)
+    for number in range(1000):
+        address = f"198.51.{number // 256}.{number % 256}/32"
+        announce(box, TWO, address)
+        withdraw(box, TWO, address)
+        assert len(box._came_s) <= 2 * 2 + FEW
+    sent(box)
+    announce(box, LED, C)
+    assert sent(box) == []
+    now[0] += RESOLVE_S
+    assert sent(box) == [(9, [3])]
+
+
+V4 = [f"198.51.100.{number}/32" for number in range(4)]
+GROUPS = [ONE, TWO, group(1, SIX), group(5, path_id=ONE.path_id), LED]
+STEPS = st.lists(
+    st.one_of(
+        st.tuples(
+            st.sampled_from(["announce", "withdraw"]),
+            st.integers(0, len(GROUPS) - 1),
+            st.sets(st.integers(0, 4)),
+        ),
+        st.tuples(st.just("send"), st.integers(0, 5), st.none()),
+        st.tuples(st.just("flap"), st.booleans(), st.none()),
+        st.tuples(st.just("refresh"), st.sampled_from([FOUR, SIX]), st.none()),
+        st.tuples(st.just("wait"), st.sampled_from([0.1, RESOLVE_S]), st.none()),
+    ),
+    max_size=60,
+)
+
+
+class Switch:
+    """A session's other end: what it was told, and what it should have been."""
+
+    def __init__(self) -> None:
+        self.box, self.now = timed()
+        self.there: dict[bytes, Group] = {}
+        self.wanted: dict[bytes, Group] = {}
+        self.came_s = 0.0  # of the virtual next hop
+        self.updates: Iterator[Section] | None = None
+        self.refreshed = self.late = False  # a refresh is asked for, or is being sent
+
+    def announce(self, one: int, which: set[int]) -> None:
+        if GROUPS[one] is LED and not self.leads:
+            return  # as the announcer: first what it leads to
+        prefixes = self.prefixes(GROUPS[one], which)
+        if VIRTUAL in prefixes and not self.leads:
+            self.came_s = self.now[0]
+        announce(self.box, GROUPS[one], *prefixes)
+        self.wanted.update({GROUPS[one].route(p): GROUPS[one] for p in prefixes})
+
+    def withdraw(self, one: int, which: set[int]) -> None:
+        """What something leads to stays, as with the announcer."""
+        led = LED in self.wanted.values()
+        prefixes = [p for p in self.prefixes(GROUPS[one], which) if not (led and p == VIRTUAL)]
+        routes = [GROUPS[one].route(prefix) for prefix in prefixes]
+        self.box.withdraw(GROUPS[one], routes)
+        for route in routes:
+            self.wanted.pop(route, None)
+
+    @property
+    def leads(self) -> bool:
+        """Whether the virtual next hop is announced."""
+        return any(route[5:] == LED.next_hop for route in self.wanted)
+
+    def prefixes(self, one: Group, which: set[int]) -> list[str]:
+        """Only routes to nodes lead to the virtual next hop."""
+        if one.family == SIX:
+            return [f"2001:db8::{number}/128" for number in sorted(which)]
+        every = [*V4, V4[0] if one is LED else VIRTUAL]
+        return [every[number] for number in sorted(which)]
+
+    def send(self, count: int, _: None) -> None:
+        """So many updates; 0: all."""
+        if self.updates is None:
+            self.updates, self.late = self.box.updates(True), self.refreshed
+        for section in islice(self.updates, count or None):
+            for route in section.routes:
+                self.take(route, section.group)
+        if not count:
+            self.updates, self.refreshed = None, self.refreshed and not self.late
+
+    def take(self, route: bytes, one: Group | None) -> None:
+        if one is None:
+            self.there.pop(route, None)
+            return
+        if one is LED and not self.refreshed:
+            assert self.now[0] >= self.came_s + RESOLVE_S, "it cannot be resolved yet"
+        self.there[route] = one
+
+    def flap(self, twice: bool, _: None) -> None:
+        self.there.clear()
+        self.came_s = self.now[0]
+        self.updates = None
+        for _number in range(1 + twice):
+            self.box.reset()
+            self.box.replace_restart([], [])
+
+    def refresh(self, family: tuple[int, int], _: None) -> None:
+        self.refreshed = True
+        self.box.resend(False, family)
+
+    def wait(self, seconds: float, _: None) -> None:
+        self.now[0] += seconds
+
+
+@settings(max_examples=60, deadline=None)
+@given(STEPS)
+def test_any_history_ends_with_what_is_held(
+    steps: list[tuple[str, Any, Any]],
+) -> None:
+    """Whatever is sent when, and whenever the session ends: nothing missing, nothing stale."""
+    switch = Switch()
+    for kind, one, two in steps:
+        getattr(switch, kind)(one, two)
+    for _ in range(3):
+        switch.send(0, None)
+        switch.wait(RESOLVE_S, None)
+    assert switch.there == switch.wanted
+    assert switch.box.flushed
