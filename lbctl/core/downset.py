@@ -41,17 +41,14 @@ class DownSet:
 
 def hear(state: DownSet, request: Request, now_s: float) -> DownSet:
     """Take an authenticated, fresh request. A repeated or older one changes nothing."""
-    for voice in state.voices:
+    known = tuple(voice for voice in state.voices if now_s - voice.heard_s < FORGET_S)
+    for voice in known:
         if voice.manager == request.manager and (voice.boot, voice.sequence) >= (
             request.boot,
             request.sequence,
         ):
             return state
-    others = tuple(
-        voice
-        for voice in state.voices
-        if voice.manager != request.manager and now_s - voice.heard_s < FORGET_S
-    )
+    others = tuple(voice for voice in known if voice.manager != request.manager)
     voice = Voice(
         request.manager, request.boot, request.sequence, now_s, request.judging, request.down
     )

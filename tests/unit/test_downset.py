@@ -75,6 +75,8 @@ def test_a_replayed_request_changes_nothing() -> None:
 
 def test_a_manager_silent_for_long_may_come_back_with_an_older_clock() -> None:
     state = say(DownSet(), "m1", "", 0.0, boot=9)
+    assert say(state, "m1", "a", FORGET_S - 1, boot=2).down == frozenset()
+    assert say(state, "m1", "a", FORGET_S + 3, boot=2).down == {"a"}, "it is the only one"
     state = say(state, "m2", "", FORGET_S + 1)
     assert say(state, "m1", "a", FORGET_S + 3, boot=2).down == {"a"}
 
