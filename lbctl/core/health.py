@@ -259,7 +259,7 @@ def judge(
         return {}
     judging = tuple(peer for peer in peers if peer.judging)
     panic = _panic(nodes, now_s, limits)
-    mass = _mass_not_ready(nodes)
+    mass = _mass_not_ready(nodes, limits)
     seen_here = seen(nodes.values())
     changed: dict[str, Health] = {}
     for name in uneasy:
@@ -411,12 +411,12 @@ def _panic(nodes: Mapping[str, Health], now_s: float, limits: Limits) -> frozens
     return frozenset(going)
 
 
-def _mass_not_ready(nodes: Mapping[str, Health]) -> bool:
-    """Return whether more than half of the nodes, two at least, answer us but are NotReady.
+def _mass_not_ready(nodes: Mapping[str, Health], limits: Limits) -> bool:
+    """Return whether more than half of the nodes, two at least, are NotReady and not silent.
 
     Then it is Kubernetes that has a problem, not the nodes.
     """
-    odd = sum(not h.ready and h.answers > 0 and h.misses == 0 for h in nodes.values())
+    odd = sum(not health.ready and health.misses < limits.misses for health in nodes.values())
     return odd >= 2 and 2 * odd > len(nodes)
 
 

@@ -294,6 +294,18 @@ def test_not_ready_of_most_counts_for_one_that_falls_silent() -> None:
     assert world.states() == "Down Up Up"
 
 
+def test_not_ready_of_most_is_kubernetes_problem_for_a_manager_that_has_just_started_too() -> None:
+    """Their first answers come one by one."""
+    world = World(*"abcd")
+    world.nodes = {name: replace(known, ready=False) for name, known in world.nodes.items()}
+    for answers in "abcd":
+        world.nodes[answers] = h.probe_answered(world.nodes[answers], world.now_s)
+        world.judge()
+        world.judge()
+        assert "Down" not in world.states()
+    assert world.states() == "Up Up Up Up"
+
+
 def test_two_of_three_at_once_are_held_by_a_lone_manager_for_a_while() -> None:
     world = up(*"abc")
     world.step(silent="ab", times=3)
