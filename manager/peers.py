@@ -154,7 +154,7 @@ class Peers:
         for manager in [m for m, (at_s, _) in self._heard.items() if now_s - at_s > FORGET_S]:
             del self._heard[manager]
         views = tuple(
-            PeerView(manager, beat.judging, beat.announcing, beat.seen, beat.gone)
+            _view(manager, beat)
             for manager, (at_s, beat) in sorted(self._heard.items())
             if now_s - at_s <= ALIVE_S
         )
@@ -165,3 +165,8 @@ class Peers:
         if old != new:
             _log.info("managers_changed", appeared=sorted(new - old), gone=sorted(old - new))
         self._on_change()
+
+
+def _view(manager: str, beat: Heartbeat) -> PeerView:
+    whole = beat.gone_count <= len(beat.gone)
+    return PeerView(manager, beat.judging, beat.announcing, beat.seen, beat.gone, whole)

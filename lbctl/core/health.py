@@ -10,7 +10,8 @@ Rules beyond the table:
   turn (`early`); not if more than EARLY do, for then they may be most, and panic has to see them
   fall together.
 - More than half of the nodes (and at least two) gone at once is *panic*: such nodes are Suspect but
-  `held`. The other manager decides; without one, NotReady or PANIC_S do.
+  `held`. The other manager decides; without one, or if it cannot name all that it calls gone,
+  NotReady or PANIC_S do.
 - A node that fell is back after RETURN_ANSWERS answers in a row. From its second fall on it is Up
   but not `stable` for a time that doubles to STABLE_MAX_S.
 - A node of which no manager ever had an answer stays Unknown: it is in no down set and no panic.
@@ -185,13 +186,15 @@ class Health:
 
 @dataclass(frozen=True, slots=True)
 class PeerView:
-    """What another manager, heard within the last second, says. `gone`: node hashes."""
+    """What another manager, heard within the last second, says. `gone`: node hashes. `whole`: it
+    calls no more gone than it can name (probe.MAX_NODES)."""
 
     manager: str
     judging: bool
     announcing: bool
     seen: int
     gone: frozenset[int]
+    whole: bool = True
 
 
 def told(health: Health, ready: bool, agent: bool, now_s: float) -> Health:
@@ -373,7 +376,9 @@ def _hold(
         return health
     since_s = now_s - health.since_s
     if health.name in panic:
-        held = seen_here <= max(peer.seen for peer in peers) if peers else since_s < PANIC_S
+        most = max((peer.seen for peer in peers), default=seen_here)
+        told = bool(peers) and all(peer.whole for peer in peers)
+        held = seen_here <= most and (told or since_s < PANIC_S)
         return _held(health, held, not held)
     return _held(health, False, since_s >= limits.at_once_s)
 

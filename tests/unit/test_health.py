@@ -345,6 +345,16 @@ def test_panic_holds_for_as_long_as_the_other_sees_more() -> None:
     assert h.down_set(world.nodes.values()) == frozenset()
 
 
+def test_panic_ends_though_the_other_cannot_name_all_that_it_calls_gone() -> None:
+    """A heartbeat has room for so many; both see the same, so neither would ever give in."""
+    world = up(*"abcde")
+    world.peers = (PeerView("m2", True, True, 1, frozenset({node_hash("a")}), whole=False),)
+    world.wait(h.PANIC_S - 1, silent="abcd")
+    assert world.states() == "Down Suspect* Suspect* Suspect* Up"
+    world.wait(2, silent="abcd")
+    assert world.states() == "Down Suspect Suspect Suspect Up"
+
+
 def test_in_panic_the_one_that_sees_more_withdraws() -> None:
     world = up(*"abcde")
     world.peer_says("de", seen=1)
@@ -518,3 +528,41 @@ def test_any_history_keeps_the_promises(actions: list[tuple[str, str, str | None
     world.peers = ()
     world.step(times=h.RETURN_ANSWERS)
     assert set(world.states().split()) == {"Up"}, "who answers is Up in the end"
+
+
+def tell(one: World, other: World) -> None:
+    """A heartbeat."""
+    nodes = one.nodes.values()
+    other.peers = (PeerView("other", True, True, h.seen(nodes), h.gone(nodes)),)
+
+
+STEPS = st.tuples(
+    *(st.text("abcde", max_size=5) for _ in range(4)), st.booleans(), st.integers(1, 30)
+)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(STEPS, max_size=12), st.text("abcde", max_size=5))
+def test_two_managers_agree_in_the_end(
+    steps: list[tuple[str, str, str, str, bool, int]], dead: str
+) -> None:
+    """Whatever each saw, and whichever heartbeats were lost: what is dead for both is Down, what
+    answers is Up, and nothing is held any more."""
+    one, other = up(*"abcde"), up(*"abcde")
+    for silent, silent_there, kernel, kernel_there, heard, times in steps:
+        for _ in range(times):
+            one.step(silent, kernel)
+            other.step(silent_there, kernel_there)
+            if heard:
+                tell(one, other)
+                tell(other, one)
+            else:
+                one.peers = other.peers = ()
+    for silent in (dead, ""):
+        for _ in range(30):
+            one.step(silent)
+            other.step(silent)
+            tell(one, other)
+            tell(other, one)
+        expected = " ".join("Down" if name in silent else "Up" for name in "abcde")
+        assert (one.states(), other.states()) == (expected, expected)
