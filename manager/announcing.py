@@ -90,6 +90,7 @@ class Announcing:
     def __init__(
         self,
         manager_id: str,
+        address: Address | None,
         client: Client,
         inputs: Inputs,
         speaker: Speaker,
@@ -98,11 +99,10 @@ class Announcing:
         can_start: Callable[[], bool],
         on_selected: Callable[[ObjectRef], None] = lambda _ref: None,
     ) -> None:
-        self._me, self._client, self._inputs = manager_id, client, inputs
+        self._me, self._address, self._client, self._inputs = manager_id, address, client, inputs
         self._speaker, self._metrics = speaker, metrics
-        self._peers = peers
-        self._can_start = can_start
-        self._on_selected = on_selected
+        self._peers, self._can_start = peers, can_start
+        self._on_selected, self._others = on_selected, False
         self._accepted: Accepted | None = None
         self._managers: tuple[str, ...] = (manager_id,)
         self._views: Mapping[str, NodeView] = {}
@@ -135,12 +135,12 @@ class Announcing:
         self._accepted = accepted
         self._touch_all()
 
-    def set_managers(self, managers: tuple[str, ...]) -> None:
-        """Ids of the living managers, this one's included, sorted."""
-        if managers != self._managers:
-            self._managers = managers
-            if self._accepted and self._accepted.config.announce.paths == "perManager":
-                self._touch_all()
+    def set_managers(self, managers: tuple[str, ...], others: bool) -> None:
+        """Ids of the living managers, this one's included, sorted. others: one announces."""
+        several = self._accepted and self._accepted.config.announce.paths == "perManager"
+        if others != self._others or (several and managers != self._managers):
+            self._touch_all()
+        self._managers, self._others = managers, others
 
     def set_views(self, views: Mapping[str, NodeView]) -> None:
         """How the nodes are judged now, all of them."""
@@ -284,11 +284,16 @@ class Announcing:
     def _judged(self, accepted: Accepted) -> Verdicts:
         if self._verdicts is None or self._verdicts.rules.config is not accepted.config:
             self._locator = self._locator or Locator(self._nodes.values())
-            rules = Rules(accepted.config, self._me, self._managers)
+            rules = Rules(accepted.config, self._me, self._managers, self._left())
             known = (self._nodes, self._views, self._ids, self._locator)
             doubtful = self._doubt.nodes(time.monotonic())
             self._verdicts = Verdicts(rules, *known, doubtful)
         return self._verdicts
+
+    def _left(self) -> str:
+        """Our own host's node, if other managers announce it."""
+        mine = (name for name, node in self._nodes.items() if self._address in node.addresses)
+        return next(mine, "") if self._others else ""
 
     def _select(self, accepted: Accepted, touched: Sequence[Address]) -> None:
         eips = [eip for address in touched if (eip := self._eips.get(address)) is not None]

@@ -105,6 +105,7 @@ class Manager:
     def _build(self, client: Client, given: Settings) -> None:
         self.announcing = Announcing(
             given.manager_id,
+            given.address,
             client,
             self.inputs,
             self.speaker,
@@ -213,7 +214,8 @@ class Manager:
 
     def _managers_changed(self) -> None:
         if self._watch is not None:
-            self.announcing.set_managers(self._watch.peers.managers())
+            peers = self._watch.peers
+            self.announcing.set_managers(peers.managers(), peers.announcing())
             self.allocating.touch()
 
     def _sessions_changed(self) -> None:

@@ -68,6 +68,7 @@ class Reason(StrEnum):
     NOT_CONFIRMED = "NotConfirmedByAgent"
     AGENT_SILENT = "AgentSilent"
     OVER_MAX_PATHS = "OverMaxPaths"
+    LEFT_TO_OTHERS = "LeftToOthers"
     HELD_BY_PANIC = "HeldByPanic"
     LAST_NEXT_HOP = "LastNextHop"
     NO_NEXT_HOP = "NoNextHop"
@@ -139,6 +140,7 @@ SENTENCE: Final[dict[Reason, str]] = {
     Reason.NOT_CONFIRMED: "the node's agent has not confirmed the EIP's forwarding",
     Reason.AGENT_SILENT: "the agent is silent but its kernel answers; what it confirmed is kept",
     Reason.OVER_MAX_PATHS: "maxPaths is reached; other nodes rank higher",
+    Reason.LEFT_TO_OTHERS: "this manager runs there; the others announce it, and outlive it",
     Reason.HELD_BY_PANIC: "too many nodes went at once; held until another witness agrees",
     Reason.LAST_NEXT_HOP: "the node is doubtful but no other is left, so it stays a next hop",
     Reason.NO_NEXT_HOP: "no node can carry it",

@@ -12,6 +12,9 @@ before is repaired for the nodes that moved. Rules:
   the only state that takes the last next hop away.
 - Of more than `max_paths` a stable subset by rendezvous hashing (`lbctl.core.ranking`).
   `perManager`: each living manager announces another one of that ranking.
+- The path of this manager's own host is left to the other managers while one announces and the EIP
+  has another path: a host that dies takes its manager along, and a switch keeps that one's routes
+  for the hold time. Not with policy Local: there a route that changes hands may break connections.
 - With `nextHop: recursive` EIPs that the same nodes have confirmed share a virtual next hop, and
   the ranking is that of its address (`lbctl.core.virtual`).
 """
@@ -155,11 +158,13 @@ class Rules:
     """What of the configuration and of the other managers concerns selection.
 
     managers: ids of the living managers, this one's included; they count for `perManager` only.
+    left: the node that is left to other managers, "" if none announces.
     """
 
     config: Config
     me: str = ""
     managers: tuple[str, ...] = ()
+    left: str = ""
 
 
 def select(
@@ -255,18 +260,21 @@ class Verdicts:
             judged = self._known[key] = self._judge(*key)
         return judged
 
-    def first(self, version: int, ranking: Ranking) -> tuple[Path, ...]:
-        """By which paths something with this ranking goes."""
+    def first(self, version: int, ranking: Ranking, local: bool) -> tuple[Path, ...]:
+        """By which paths something with this ranking goes. local: with policy Local."""
         announce = self.rules.config.announce
         best = ranking.best[: announce.max_paths]
         if announce.paths == "perManager" and best:
             managers = sorted({*self.rules.managers, self.rules.me})
             best = (best[managers.index(self.rules.me) % len(best)],)
-        return self._paths(version, best)
+        return self._paths(version, best, local)
 
-    def _paths(self, version: int, names: Iterable[str]) -> tuple[Path, ...]:
+    def _paths(self, version: int, names: Iterable[str], local: bool) -> tuple[Path, ...]:
         paths = self._by_family[version == 6]
-        return tuple([paths[name] for name in names])
+        every = tuple([paths[name] for name in names])
+        if local or not self.rules.left:
+            return every
+        return tuple([path for path in every if path.node != self.rules.left]) or every
 
     def _judge(
         self, version: int, confirmed: frozenset[str], only: frozenset[str] | None
@@ -281,15 +289,16 @@ class Verdicts:
         chosen = _chosen(tiers, self.nodes)
         announce = self.rules.config.announce
         ranges = announce.virtual_next_hops if announce.next_hop == "recursive" else ()
+        local = only is not None
         address, names, every = virtual_address(ranges, version, group), frozenset(chosen), None
         if address is not None:
             ranking = ranked(address, names, announce.max_paths)
-            names, every = ranking.names, self.first(version, ranking)
+            names, every = ranking.names, self.first(version, ranking, local)
         elif announce.paths == "addPath" and len(chosen) <= announce.max_paths:
-            every = self._paths(version, chosen)
+            every = self._paths(version, chosen, local)
         paths = frozenset(every or ())
         virtual = None if address is None else VirtualHop(address, group, paths)
-        reasons = _Reasons(self.nodes, version, (confirmed, only), names, every or ())
+        reasons = _Reasons(self, version, (confirmed, only), names, every or ())
         return _Judged(names, every, paths, virtual, reasons)
 
 
@@ -298,13 +307,13 @@ class _Reasons(Mapping[str, Reason]):
 
     def __init__(
         self,
-        verdicts: Mapping[str, _Verdict],
+        verdicts: Verdicts,
         version: int,
         evidence: tuple[frozenset[str], frozenset[str] | None],
         chosen: frozenset[str],
         paths: Iterable[Path],
     ) -> None:
-        self._verdicts = verdicts
+        self._verdicts, self._left = verdicts.nodes, verdicts.rules.left
         self._version = version
         self._evidence = evidence
         self._chosen = chosen
@@ -314,7 +323,7 @@ class _Reasons(Mapping[str, Reason]):
         verdict = self._verdicts[name]
         if name in self._chosen:
             if all(path.node != name for path in self._paths):
-                return Reason.OVER_MAX_PATHS
+                return Reason.LEFT_TO_OTHERS if name == self._left else Reason.OVER_MAX_PATHS
             return verdict.reason if verdict.tier is _Tier.GOOD else Reason.LAST_NEXT_HOP
         if verdict.tier in (_Tier.NEVER, _Tier.SUSPECT):
             return verdict.reason
@@ -346,8 +355,8 @@ def _select(
     if first is None:
         most = verdicts.rules.config.announce.max_paths
         ranking = ranked(eip.address, judged.names, most, old.ranking if old else None)
-        first = verdicts.first(version, ranking)
-        reasons = _Reasons(verdicts.nodes, version, case[2:], judged.names, first)
+        first = verdicts.first(version, ranking, case.only is not None)
+        reasons = _Reasons(verdicts, version, case[2:], judged.names, first)
     if old is not None and old.ranked == first:
         paths = old.paths
     elif ranking is not None:

@@ -77,6 +77,7 @@ class World:
         self.speaker = Speaker()
         self.announcing = Announcing(
             "control-1",
+            self.cluster.nodes[0].addresses[0],
             cast(Client, None),
             cast(Inputs, inputs),
             self.speaker,
@@ -181,3 +182,21 @@ async def test_with_virtual_next_hops_a_node_that_goes_is_one_change() -> None:
     }
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_our_own_host_is_left_to_another_manager_while_one_announces() -> None:
+    world = World()
+    own = world.cluster.nodes[0].name
+    prefixes = world.add(range(3))
+
+    def through(paths: Paths) -> bool:
+        return all(own in {path.node for path in paths[prefix]} for prefix in prefixes)
+
+    async with asyncio.TaskGroup() as group:
+        task = group.create_task(world.announcing.run())
+        await world.until(through)
+        world.announcing.set_managers(("control-1", "control-2"), True)
+        await world.until(lambda paths: not through(paths) and all(map(len, paths.values())))
+        world.announcing.set_managers(("control-1",), False)
+        await world.until(through)
+        task.cancel()

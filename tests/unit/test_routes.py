@@ -168,6 +168,27 @@ def test_a_deleted_node_is_no_next_hop_and_leaves_no_verdict() -> None:
     assert "n1" not in world.one().reasons
 
 
+def test_our_own_host_is_left_to_others_unless_it_is_the_last_or_the_policy_is_local() -> None:
+    world = World()
+    world.rules = replace(world.rules, left="n1")
+    assert world.hops() == ["n2", "n3"]
+    assert world.one().reasons["n1"] is Reason.LEFT_TO_OTHERS
+    for name in ("n2", "n3"):
+        world.view(name, state=NodeState.DOWN)
+    assert world.hops() == ["n1"] and world.one().reasons["n1"] is Reason.ANNOUNCED
+    world = World()
+    world.rules = replace(world.rules, left="n1")
+    world.services[WEB] = service(WEB, TrafficPolicy.LOCAL)
+    assert world.hops() == ["n1", "n2"]
+
+
+def test_what_is_left_to_others_has_no_substitute_beyond_max_paths() -> None:
+    world = World(5, "announce: {maxPaths: 3}")
+    chosen = world.hops()
+    world.rules = replace(world.rules, left=chosen[0])
+    assert world.hops() == chosen[1:]
+
+
 def test_not_ready_is_said_as_such() -> None:
     world = World()
     world.node("n1", ready=False)
