@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
@@ -29,6 +30,7 @@ from agent.snapshot import Store
 from agent.uninstall import uninstall
 from lbctl import log
 from lbctl.core.keys import Keys
+from lbctl.core.model import Node
 from lbctl.core.names import AGENT_SNAPSHOT_DIR, KEYS_DIR
 from lbctl.errors import DataplaneError, KubeError, LbctlError
 from lbctl.kube.client import Client
@@ -48,6 +50,7 @@ class Agent:
         self._dataplane = Dataplane()
         self._store = Store(directory, node)
         self._responder: Responder | None = None
+        self._hosts: tuple[tuple[Node, ...], Mapping[str, str]] = (), {}
         self._watcher: Watcher | None = None
         self._engine = Engine(node, self._dataplane, links, self._publish, self._save)
 
@@ -100,7 +103,7 @@ class Agent:
     async def _answer(self, keys: Keys) -> None:
         engine = self._engine
         responder = Responder(
-            self._node, keys, self._boot, self._nodes, engine.set_down, engine.down
+            self._node, keys, self._boot, self._nodes, engine.set_down, engine.down, self._host
         )
         while True:
             try:
@@ -116,6 +119,12 @@ class Agent:
 
     def _nodes(self) -> tuple[str, ...]:
         return tuple(node.name for node in self._engine.state.inputs.nodes)
+
+    def _host(self, address: str) -> str:
+        nodes = self._engine.state.inputs.nodes
+        if self._hosts[0] is not nodes:
+            self._hosts = nodes, {str(a): node.name for node in nodes for a in node.addresses}
+        return self._hosts[1].get(address.removeprefix("::ffff:"), "")  # IPv4 on an IPv6 socket
 
     def _publish(self, confirmed: Confirmed) -> None:
         if self._responder is not None:

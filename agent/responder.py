@@ -37,7 +37,8 @@ class Responder:
     """One agent's end of the probe protocol.
 
     node: this node's name. keys: the parsed Secret. boot: changes with every start of the process
-    and rises (time_ns). nodes: returns the names of all nodes of the cluster. on_down: takes the
+    and rises (time_ns). nodes: returns the names of all nodes of the cluster. host: returns the
+    name of the node that has an address, "" if none has. on_down: takes the
     names of the nodes whose endpoints take no new flows, each time that set changes. down: what it
     was when this process began, from the snapshot: a node may have come back meanwhile.
     """
@@ -50,6 +51,7 @@ class Responder:
         nodes: Callable[[], Iterable[str]],
         on_down: Callable[[frozenset[str]], None],
         down: frozenset[str] = frozenset(),
+        host: Callable[[str], str] = lambda _: "",
     ) -> None:
         self.node = node
         self.answered = 0
@@ -57,7 +59,7 @@ class Responder:
         self.heard_s: float | None = None  # monotonic, the last authentic request
         self._ring: KeyRing = keys.node(node)
         self._log = ChangeLog(boot)
-        self._nodes = nodes
+        self._nodes, self._host = nodes, host
         self._on_down = on_down
         self._down = DownSet(down=down)
         self._published: tuple[int, int, int] | None = None  # config generation, digest, count
@@ -114,27 +116,29 @@ class Responder:
             if self._published is None:
                 continue
             try:
-                reply = self._reply(data, self._published)
+                reply = self._reply(data, source[0], self._published)
             except MessageError:
                 self.refused += 1
                 continue
             if udp.send(reply, source):
                 self.answered += 1
 
-    def _reply(self, data: bytes, published: tuple[int, int, int]) -> bytes:
+    def _reply(self, data: bytes, source: str, published: tuple[int, int, int]) -> bytes:
         kind, _ = probe.peek(data)
         if kind == probe.Kind.PAGE_REQUEST:
             wanted, key = probe.decode_page_request(data, self._ring)
             return probe.encode_page(self._log.page(wanted), key)
         request, key = probe.decode_request(data, self._ring)
-        return self._answer(request, key, published)
+        return self._answer(request, source, key, published)
 
-    def _answer(self, request: probe.Request, key: Key, published: tuple[int, int, int]) -> bytes:
+    def _answer(
+        self, request: probe.Request, source: str, key: Key, published: tuple[int, int, int]
+    ) -> bytes:
         now_s = time.monotonic()
         self.heard_s = now_s
         epoch = int(now_s / _COOKIE_S)
         if request.cookie in (self._cookie(epoch), self._cookie(epoch - 1)):
-            self._hear(request, now_s)
+            self._hear(request, source, now_s)
         config_generation, digest, count = published
         answer = probe.Answer(
             request.nonce,
@@ -153,10 +157,11 @@ class Responder:
         mac = hmac.digest(self._cookie_secret, epoch.to_bytes(8, "big"), "sha256")
         return int.from_bytes(mac[:8], "big")
 
-    def _hear(self, request: probe.Request, now_s: float) -> None:
+    def _hear(self, request: probe.Request, source: str, now_s: float) -> None:
         """Requests come many times a second, so no timer is needed to notice a silent manager."""
         before = self._down.down
-        self._down = resolve(hear(self._down, request, now_s), self._nodes(), now_s)
+        known = hear(self._down, request, now_s, self._host(source))
+        self._down = resolve(known, self._nodes(), now_s)
         if self._down.down != before:
             _log.info("down_set_changed", nodes=sorted(self._down.down))
             self._on_down(self._down.down)

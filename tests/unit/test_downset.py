@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lbctl.core.downset import FORGET_S, HEARD_S, DownSet, hear, resolve
+from lbctl.core.downset import FORGET_S, HEARD_S, SILENT_S, DownSet, hear, resolve
 from lbctl.core.probe import Request, node_hash
 
 NODES = ("a", "b", "c", "d")
@@ -35,6 +35,20 @@ def test_a_silent_manager_does_not_count_after_a_second() -> None:
     state = say(DownSet(), "m2", "", 0.0)
     assert say(state, "m1", "a", HEARD_S).down == frozenset()
     assert say(state, "m1", "a", HEARD_S + 0.1).down == {"a"}
+
+
+def test_a_manager_that_dies_with_its_host_has_no_say_about_it() -> None:
+    """Nor one that is slow for a moment, if the others call its host down; others' hosts count."""
+    for host, down in (("a", {"a"}), ("b", set()), ("", set())):
+        request = Request("m1", 1, 1, nonce=9, judging=True)
+        state = resolve(hear(DownSet(), request, 0.0, host), NODES, 0.0)
+        state = say(state, "m2", "a", SILENT_S / 2)
+        assert state.down == frozenset()
+        assert say(state, "m2", "a", SILENT_S + 0.01).down == down
+        assert say(state, "m2", "a", HEARD_S + 0.1).down == {"a"}
+    request = Request("m1", 1, 1, nonce=9, judging=True, down=frozenset({HASH["b"]}))
+    alone = hear(DownSet(), request, 0.0, "b")
+    assert resolve(alone, NODES, HEARD_S - 0.1).down == {"b"}
 
 
 def test_held_while_nobody_is_heard() -> None:
