@@ -111,6 +111,7 @@ class Prober:
         self._lag_due_s = 0.0
         self._differs_s: dict[str, float] = {}
         self._lags: frozenset[str] = frozenset()
+        self._back: set[str] = set()  # came back since laggards were last looked for
         self._kernel = KernelCheck(port)
         self._socket: UdpSocket | None = None
 
@@ -420,6 +421,8 @@ class Prober:
         changed = judging.judge(healths, self._peers(), now_s, self._limits)
         for name, new in changed.items():
             self._targets[name].health = new
+            if new.state is NodeState.UP and healths[name].state in judging.GONE:
+                self._back.add(name)
             if new.state is not healths[name].state or new.held != healths[name].held:
                 _log.info("node_judged", node=name, state=new.state, held=new.held)
         if not self._judging:
@@ -431,11 +434,12 @@ class Prober:
         self._refresh(self._touched.union(changed), now_s)
 
     def _find_laggards(self, now_s: float) -> None:
-        if now_s < self._lag_due_s:
+        if now_s < self._lag_due_s and not self._back:
             return
         self._lag_due_s = now_s + _LAG_EVERY_S
         digests = {n: t.digest for n, t in self._targets.items() if t.health.state is NodeState.UP}
-        self._differs_s = lag.differing(digests, self._differs_s, now_s)
+        self._differs_s = lag.differing(digests, self._differs_s, now_s, self._back)
+        self._back = set()
         lags = lag.lagging(self._differs_s, now_s)
         self._touched |= lags ^ self._lags
         self._lags = lags

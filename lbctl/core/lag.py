@@ -2,22 +2,29 @@
 
 Rule (DESIGN.md, "Second hop"): a node whose digest has differed from that of more than half of the
 nodes for LAG_S is no next hop, unless it is the last. Without such a majority nobody lags.
+One that is back after it was gone is not waited for: what it confirmed before may be of long ago,
+pods and even the Service of an EIP are others now, and its agent may not have heard of it yet.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
+from math import inf
 
 LAG_S = 5.0
 
 
 def differing(
-    digests: Mapping[str, int], since_s: Mapping[str, float], now_s: float
+    digests: Mapping[str, int],
+    since_s: Mapping[str, float],
+    now_s: float,
+    back: Set[str] = frozenset(),
 ) -> dict[str, float]:
     """Return for each node that differs from the majority since when it does.
 
-    digests: of the nodes that answer. since_s: the last result.
+    digests: of the nodes that answer. since_s: the last result. back: the nodes that have come back
+    since then; they have differed for ever.
     """
     if not digests:
         return {}
@@ -25,7 +32,9 @@ def differing(
     if 2 * count <= len(digests):
         return {}
     return {
-        name: since_s.get(name, now_s) for name, own in sorted(digests.items()) if own != digest
+        name: -inf if name in back else since_s.get(name, now_s)
+        for name, own in sorted(digests.items())
+        if own != digest
     }
 
 

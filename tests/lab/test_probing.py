@@ -115,6 +115,26 @@ async def bed() -> AsyncIterator[Bed]:
             responder.close()
 
 
+async def test_a_node_that_is_back_lags_until_its_table_is_that_of_the_others(bed: Bed) -> None:
+    """It has confirmed what was so when it went: five seconds of that may lead anywhere."""
+    for name in ("n1", "n2"):
+        await bed.agent(name, SOME)
+    await bed.lose("n3")
+    await wait("n3 is Down", lambda: bed.view("n3").state is NodeState.DOWN)
+    shown: list[tuple[NodeState, bool]] = []
+
+    def seen() -> tuple[NodeState, bool]:
+        return bed.view("n3").state, bed.view("n3").lags
+
+    bed.prober._on_change = lambda _names: shown.append(seen())
+    agent = await bed.agent("n3", SOME)
+    agent.publish(SOME, digest=4, config_generation=1)
+    await wait("n3 is Up, and lags", lambda: seen() == (NodeState.UP, True))
+    assert (NodeState.UP, False) not in shown
+    agent.publish(SOME, digest=5, config_generation=1)
+    await wait("n3 does not lag", lambda: seen() == (NodeState.UP, False))
+
+
 async def test_confirmed_eips_arrive_in_pages_and_follow_changes(bed: Bed) -> None:
     agent = await bed.agent("n1", dict.fromkeys(MANY, Behind.AWAY))
     await wait("the whole list", lambda: len(bed.view("n1").confirmed) == len(MANY))

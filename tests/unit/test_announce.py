@@ -511,13 +511,14 @@ steps = st.lists(
         st.tuples(
             st.just("want"),
             st.sets(st.sampled_from((A, B)), min_size=1),
-            st.sets(st.tuples(eips, st.integers(1, 3), st.integers(0, 2)), max_size=10),
+            st.sets(st.tuples(eips, st.integers(0, 3), st.integers(0, 2)), max_size=10),
         ),
         st.tuples(st.just("step"), st.booleans(), st.sampled_from((True, True, True, False))),
         st.tuples(st.just("resync"), st.booleans(), st.booleans()),
         st.tuples(st.just("mode"), st.sampled_from((A, B)), agreements),
         st.tuples(st.just("flap"), st.sampled_from((A, B)), st.booleans()),
         st.tuples(st.just("retry"), st.booleans(), st.booleans()),
+        st.tuples(st.just("pause"), st.booleans(), st.booleans()),
     ),
     max_size=40,
 )
@@ -533,7 +534,11 @@ class Storm:
     def want(self, peers: set[str], chosen: set[tuple[int, int, int]]) -> None:
         # A path-id belongs to a node and attribute set: one tag per (eip, node).
         tags = {(eip, node): tag for eip, node, tag in sorted(chosen)}
-        self.wanted = frozenset(path(eip, node, tag) for (eip, node), tag in tags.items())
+        # Node 0 is a virtual next hop.
+        led_there = {(eip, tag) for (eip, node), tag in tags.items() if not node and eip < 10_000}
+        self.wanted = frozenset(
+            path(eip, node, tag) for (eip, node), tag in tags.items() if node
+        ).union(*(virtual(tag, 2) | {led(eip, tag)} for eip, tag in led_there))
         self.announcer.want(sorted(peers), by_prefix(self.wanted))
 
     def step(self, _: bool, ok: bool) -> None:
@@ -567,6 +572,13 @@ class Storm:
 
     def flap(self, peer: str, up: bool) -> None:
         self.announcer.established(peer, up)
+
+    def pause(self, done: bool, _: bool) -> None:
+        """The relay is gone; commands may be done, and some are."""
+        for _number in range(len(self.model.queue) if done else 0):
+            self.model.step(self.announcer, heard=False)
+        if self.announcer.state is LinkState.READY:
+            self.announcer.paused()
 
     def retry(self, _: bool, __: bool) -> None:
         self.announcer.retry()
@@ -604,6 +616,8 @@ def test_whatever_happens_it_ends_with_what_is_desired(
         model.send(announcer.take())
         assert announcer.in_flight <= WINDOW
     number = announcer.want((A, B), by_prefix(storm.wanted))
+    if announcer.state is not LinkState.READY:
+        storm.resync(False, False)
     for _ in range(3):
         announcer.retry()
         model.drain(announcer)
