@@ -28,6 +28,7 @@ from lbctl.lab.kubelet.binder import Binder
 from lbctl.lab.kubelet.containers import Container
 from lbctl.lab.kubelet.kubelet import Kubelet, Machine, Shared
 from lbctl.lab.lab import Lab
+from lbctl.lab.topology import plays
 
 Object: TypeAlias = dict[str, Any]
 _log = structlog.get_logger()
@@ -110,7 +111,7 @@ class Daemon:
                 await asyncio.sleep(_LOOK_S)
 
     async def _kube_proxy(self, machine: Machine) -> None:
-        if machine.role != "node":
+        if not plays(machine.role, "node"):
             return
         program = await asyncio.to_thread(binaries.find, lambda _: None) / "kube-proxy"
         directory = self._lab.directory
@@ -123,7 +124,7 @@ class Daemon:
             if written != self._written:
                 self._lab = Lab.load(self._lab.name)
                 self._written = written
-        return [machine for role in ROLES for machine in self._lab.of_role(role)]
+        return list(dict.fromkeys(m for role in ROLES for m in self._lab.of_role(role)))
 
     def _all_pods(self) -> list[Object]:
         return list(self._pods.objects.values())

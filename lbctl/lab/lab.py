@@ -36,6 +36,7 @@ from lbctl.lab.topology import (
     from_json,
     load,
     next_node,
+    plays,
 )
 
 STATE_ROOT: Final = Path("/run/lbctl-lab")
@@ -94,8 +95,8 @@ class Lab:
         return self._machine(self.topology.node(name))
 
     def of_role(self, role: str) -> list[Machine]:
-        """The machines of a role, in the topology's order."""
-        return [machine for machine in self.machines if machine.role == role]
+        """The machines of a role, hosts as what they are too, in the topology's order."""
+        return [machine for machine in self.machines if plays(machine.role, role)]
 
     def _machine(self, spec: NodeSpec) -> Machine:
         return Machine(spec.name, spec.role, self.name, self.directory, spec.pod_cidr)

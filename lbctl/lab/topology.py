@@ -25,8 +25,9 @@ from lbctl.errors import LabError
 
 ROLE_LABEL: Final = "lbctl.io/role"
 POD_CIDR_LABEL: Final = "lbctl.io/pod-cidr"
-ROLES: Final = frozenset({"switch", "node", "control", "client", "lan", "cluster"})
-ROUTED_ROLES: Final = frozenset({"node", "control", "cluster"})  # have routes to the pod networks
+ROLES: Final = frozenset({"switch", "node", "control", "host", "client", "lan", "cluster"})
+# Those that have routes to the pod networks.
+ROUTED_ROLES: Final = frozenset({"node", "control", "host", "cluster"})
 
 _NODE_KEYS: Final = frozenset({"kind", "image", "binds", "exec", "labels", "group"})
 _SHARED_KEYS: Final = frozenset({"kind", "image", "group"})
@@ -110,6 +111,11 @@ class Topology:
     def to_json(self) -> dict[str, Any]:
         """For the lab's state file; `from_json` reads it back."""
         return asdict(self)
+
+
+def plays(own: str, role: str) -> bool:
+    """Whether a machine of one role is one of another: a host is a node and a control host."""
+    return own == role or (own == "host" and role in ("node", "control"))
 
 
 def from_json(data: Mapping[str, Any]) -> Topology:

@@ -25,6 +25,7 @@ from lbctl.lab.kubelet.addresses import Pool
 from lbctl.lab.kubelet.pods import NodeServices, Pod
 from lbctl.lab.kubelet.runtime import Runtime
 from lbctl.lab.kubelet.status import timestamp
+from lbctl.lab.topology import plays
 
 Object: TypeAlias = dict[str, Any]
 _log = structlog.get_logger()
@@ -280,8 +281,9 @@ class Kubelet:
             "lbctl.io/lab-role": self.machine.role,
         }
         spec: Object = {}
-        if self.machine.role == "control":
+        if plays(self.machine.role, "control"):
             labels[CONTROL_LABEL] = ""
+        if self.machine.role == "control":
             spec["taints"] = [{"key": CONTROL_LABEL, "effect": "NoSchedule"}]
         cidrs = [cidr.strip() for cidr in self.machine.pod_cidr.split(",") if cidr.strip()]
         if cidrs:
