@@ -1,9 +1,10 @@
 """This node's part of the common tables, with what each bucket was before.
 
-Rules: a bucket remembers its last owners, one a node, while these endpoints exist on living nodes;
-first those that take new flows, for another may be on a node that has just died; last one on the
-present owner's node, which is asked anyway. That node hands established flows that it does not know
-to the first (`prev`: the second chance), who passes those that it does not know either on.
+Rules: a bucket remembers its last owners while these endpoints exist on living nodes: of a few
+nodes, and several on each, for a node is asked as long as one of its own is there. First come those
+that take new flows, for another may be on a node that has just died; last the present owner's node,
+which is asked anyway. That node hands established flows that it does not know to the first (`prev`:
+the second chance), who passes those that it does not know either on.
 A datagram does not say whether its flow is new: of a port that is not TCP, new flows are handed
 over too, so only an owner that takes these is remembered, and only until `settle`.
 What a node gets from another by an older or other table goes to one of its own pods (`spare`), to
@@ -38,7 +39,7 @@ from lbctl.core.sticky import Sticky, sticky
 
 SPARES: Final = 8  # pods that share what comes astray
 NOTHING: Final = 0  # the number of no target, and of no former owner
-REMEMBERED: Final = 3  # former owners of a bucket: two of other nodes than its own
+REMEMBERED: Final = 3  # nodes of a bucket's former owners (two others than its own), and on each
 Line: TypeAlias = tuple[Holder, ...]  # who had a bucket, in the order in which they are asked
 
 
@@ -221,14 +222,17 @@ def _lines(
     lines = {}
     for bucket in buckets:
         now, was, place = bucket
-        owner, found = nows[now], dict[str, int]()
-        for one in (weres[was], *pasts[place]):
-            if one in known and one != owner:
-                found.setdefault(nodes[one], one)
-        line = list(found.values())
+        owner = nows[now]
+        every = dict.fromkeys((weres[was], *pasts[place]))
+        line = [one for one in every if one in known and one != owner]
         if len(line) > 1:
             line.sort(key=lambda n, here=nodes[owner]: (nodes[n] == here, n not in takes))  # type: ignore[misc]
-        lines[bucket] = tuple(line[:REMEMBERED])
+        if len(line) > REMEMBERED:
+            by_node: dict[str, list[int]] = {}
+            for one in line:
+                by_node.setdefault(nodes[one], []).append(one)
+            line = [n for mine in [*by_node.values()][:REMEMBERED] for n in mine[:REMEMBERED]]
+        lines[bucket] = tuple(line)
     return lines
 
 

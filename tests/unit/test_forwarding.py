@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from lbctl.core import nft, nodeview
 from lbctl.core.forwarding import Locator, Table
-from lbctl.core.model import Endpoint, Node, Protocol, Service
+from lbctl.core.model import Address, Endpoint, Node, Protocol, Service
 from lbctl.core.sticky import rounded, sticky
 from lbctl.errors import DataplaneError
 
@@ -286,6 +286,40 @@ def test_connections_of_a_rolling_update_stay_while_nodes_lag(seed: int) -> None
     assert len(homes) > len(clients) / 2
     lost = [c for c, home in homes.items() if not cluster.finds(clients[c], c, home)]
     assert not lost
+
+
+def _changed(random: Random, live: dict[Address, Endpoint]) -> None:
+    """A few pods come or go, or one becomes ready, unready or ends."""
+    kind, count = random.choice(["come", "go", "flags"]), random.choice([1, 1, 2, 6])
+    if kind == "come":
+        live |= {e.address: e for e in random.sample(_MORE, count) if e.address not in live}
+    elif kind == "go":
+        for address in random.sample(sorted(live), min(len(live) - 1, count)):
+            del live[address]
+    else:
+        address = random.choice(sorted(live))
+        (live[address],) = _as(random.choice(["rs", "st", ""]), live[address])
+
+
+@pytest.mark.parametrize("seed", [25, 28, 32, 38, 58])
+def test_connections_that_go_on_stay_whatever_changes(seed: int) -> None:
+    """As long as their pod is there, ready or not. Their owners in between come and go too."""
+    random, cluster = Random(seed), Cluster()
+    live = {e.address: e for e in random.sample(_MORE, random.choice([1, 3, 6, 13]))}
+    homes = dict[tuple[str, int], tuple[str, str]]()
+    for _ in range(16):
+        cluster.apply(table(*live.values()))
+        for client in MANY[:80]:
+            entry = random.choice(list(INDEX))
+            if client not in homes:
+                if (out := cluster.lands(entry, client)).startswith("pod "):
+                    homes[client] = (out.split(":")[0][4:], out[-2:])
+            else:
+                assert cluster.finds(entry, client, homes[client][1]), client
+        _changed(random, live)
+        there = {str(address) for address in live}
+        homes = {client: home for client, home in homes.items() if home[0] in there}
+        cluster.notes = {key: to for key, to in cluster.notes.items() if key[1] in homes}
 
 
 @pytest.mark.parametrize("slow", ["n1", "n2", "n3"])
