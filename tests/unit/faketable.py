@@ -40,7 +40,7 @@ class FakeTable:
                 family = line.split()[2]
                 for name in [n for n in self.maps if n.split()[0] == family]:
                     del self.maps[name]
-            elif line.startswith("flush set "):
+            elif line.startswith(("flush set ", "flush map ")):
                 _, _, family, _, name = line.split()
                 self.maps[f"{family} {name}"] = {}
             elif found := _COMMAND.match(line):
