@@ -130,8 +130,10 @@ class Passes(RuleBasedStateMachine):
     )
     def scale(self, ref: ObjectRef, chosen: set[Endpoint], odd: str, some: set[Endpoint]) -> None:
         """odd: what `some` of the pods are: not ready, serving yet, or terminating."""
-        ending = {"ready": False, "serving": "s" in odd, "terminating": "t" in odd}
-        pods = tuple(replace(p, **ending) if p in some else p for p in sorted(chosen))
+        pods = tuple(
+            replace(p, ready=False, serving="s" in odd, terminating="t" in odd) if p in some else p
+            for p in sorted(chosen)
+        )
         made = ServiceEndpoints(ref, tuple(PortEndpoints(p.name, p.protocol, pods) for p in PORTS))
         known = persistent(self.inputs.endpoints)
         self.inputs = replace(self.inputs, endpoints=known.updated({ref: made}))
@@ -166,8 +168,16 @@ class Passes(RuleBasedStateMachine):
     def one_pass(self) -> None:
         i, before = self.inputs, self.state
         locator = Locator(i.nodes)
-        judged = (locator, self.down, i.forwarding, self.fallen, i.doubtful)
-        sources = Sources(i.eips, i.services, i.endpoints, *judged)
+        sources = Sources(
+            i.eips,
+            i.services,
+            i.endpoints,
+            locator,
+            self.down,
+            i.forwarding,
+            self.fallen,
+            i.doubtful,
+        )
         table = forwarding.revise(before.table, sources)
         view = nodeview.advance(before.view, table, "n1", before.table)
         macs = {ip_address("192.0.2.22"): "02:00:00:00:00:02"}
@@ -183,9 +193,13 @@ class Passes(RuleBasedStateMachine):
         eips = confirmed_eips("n1", self.confirmed, table)
         self.confirmed = Confirmed(generation, 0, table, eips)
 
-        plain = (dict(i.eips), dict(i.services), dict(i.endpoints))
-        sources = Sources(*plain, *judged)
-        whole = forwarding.revise(forwarding.EMPTY, sources)
+        plain = replace(
+            sources,
+            eips=dict(i.eips),
+            services=dict(i.services),
+            endpoints=dict(i.endpoints),
+        )
+        whole = forwarding.revise(forwarding.EMPTY, plain)
         assert (table.eips, table.digest, table.owned) == (whole.eips, whole.digest, whole.owned)
         self.view = nodeview.advance(dict(self.view), whole, "n1")
         assert view == self.view
