@@ -164,7 +164,7 @@ class Announcer:
         if self._number % PRUNE_EVERY == 0:
             self._prune()
         self._paths = paths
-        self._note(losing, coming)
+        self._note(losing, coming, self._number)
         wanted_peers = sorted(set(peers))
         for peer in sorted(set(self._tables) - set(wanted_peers)):
             table = self._tables.pop(peer)
@@ -173,7 +173,7 @@ class Announcer:
         for peer in wanted_peers:
             if peer not in self._tables:
                 self._tables[peer] = table = Table(peer, self._modes.get(peer), peer in self._up)
-                self._learn(table, self._unclaimed.pop(peer, ()))
+                self._learn(table, self._unclaimed.pop(peer, ()), self._label())
         return self._number
 
     def _desired(self, version: int, paths: frozenset[Path]) -> _Desired:
@@ -201,10 +201,12 @@ class Announcer:
 
     # planning
 
-    def _note(self, losing: Mapping[str, _Desired], coming: Mapping[str, _Desired]) -> None:
-        """These prefixes have to be planned."""
-        if not self._losing and not self._coming:
-            self._since = self._number
+    def _note(
+        self, losing: Mapping[str, _Desired], coming: Mapping[str, _Desired], number: int
+    ) -> None:
+        """These prefixes have to be planned, as of this number."""
+        idle = not self._losing and not self._coming
+        self._since = number if idle else min(self._since, number)
         for text in losing:
             self._coming.pop(text, None)
         self._losing.update(losing)
@@ -223,8 +225,8 @@ class Announcer:
                 table.want(_texts(listed, table.modes or {}), number)
         return bool(self._losing or self._coming)
 
-    def _fill(self, table: Table) -> None:
-        """Make `wanted` anew, in slices if the peer has nothing yet.
+    def _fill(self, table: Table, number: int) -> None:
+        """Make `wanted` anew, as of this number, in slices if the peer has nothing yet.
 
         Else in one piece: what it has is withdrawn unless it is wanted.
         """
@@ -232,13 +234,14 @@ class Announcer:
         if table.modes is None:
             return
         paths = sorted(self._paths.items(), key=lambda item: _order(item[0]))
-        self._note({}, {str(prefix): self._desired(prefix.version, p) for prefix, p in paths})
+        every = {str(prefix): self._desired(prefix.version, some) for prefix, some in paths}
+        self._note({}, every, number)
         there = sorted(table.there().items())
         while there and self.plan():
             pass
         for attributes, prefixes in there:
             gone = [prefix for prefix in sorted(prefixes) if not table.wants(attributes, prefix)]
-            table.consider(attributes, gone, self._label())
+            table.consider(attributes, gone, number)
 
     def _label(self) -> int:
         """The oldest number that routes which are looked at now may be of."""
@@ -288,9 +291,10 @@ class Announcer:
         for entry in ledger:
             self._unclaimed.setdefault(entry.peer, []).append(entry)
         for peer, table in sorted(self._tables.items()):
-            self._learn(table, self._unclaimed.pop(peer, ()))
+            # What was in flight may be of any number that has not been on the wire yet.
+            self._learn(table, self._unclaimed.pop(peer, ()), self._flushed + 1)
 
-    def _learn(self, table: Table, ledger: Iterable[Held]) -> None:
+    def _learn(self, table: Table, ledger: Iterable[Held], number: int) -> None:
         """Plan for a peer of which exactly this is known."""
         table.due = self._number
         for entry in ledger:
@@ -298,7 +302,7 @@ class Announcer:
         for attributes, prefixes in table.unsure.items():
             prefixes -= table.held[attributes]
         table.blocked = table.modes is not None and table.stray()
-        self._fill(table)
+        self._fill(table, number)
 
     def negotiated(self, peer: str, agreed: Agreed) -> None:
         """A session agreed on these families, and whether we may send several paths per prefix."""
@@ -308,7 +312,7 @@ class Announcer:
             return
         table.modes = modes
         table.blocked = table.stray()
-        self._fill(table)
+        self._fill(table, self._label())
 
     def established(self, peer: str, up: bool) -> None:
         """A session came up or went down. ExaBGP sends all again by itself when it comes up."""

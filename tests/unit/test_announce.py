@@ -530,6 +530,26 @@ class Storm:
     def __init__(self) -> None:
         self.announcer, self.model = ready(slice_=2)
         self.wanted: frozenset[Route] = frozenset()
+        self.texts: dict[int, set[tuple[str, str]]] = {0: set()}  # what was wanted, by number
+        self.since: dict[str, int] = {}  # of each peer that is wanted
+
+    def tell(self, peers: set[str]) -> int:
+        """Tell the announcer what is wanted."""
+        number = self.announcer.want(sorted(peers), by_prefix(self.wanted))
+        kinds = (True, False)
+        self.texts[number] = {
+            (str(p.prefix), exabgp.attributes(p, kind)) for p in self.wanted for kind in kinds
+        }
+        self.since = {peer: self.since.get(peer, number) for peer in peers}
+        return number
+
+    def check(self) -> None:
+        """What is settled is so: nothing is there that was not wanted then or since."""
+        settled = self.announcer.settled
+        wanted = set().union(*(some for n, some in self.texts.items() if n >= settled))
+        for peer, since in self.since.items():
+            there = {(prefix, text) for (prefix, _), text in self.model.wire[peer].items()}
+            assert settled < since or there <= wanted, f"{settled} is settled, and there is more"
 
     def want(self, peers: set[str], chosen: set[tuple[int, int, int]]) -> None:
         # A path-id belongs to a node and attribute set: one tag per (eip, node).
@@ -539,7 +559,7 @@ class Storm:
         self.wanted = frozenset(
             path(eip, node, tag) for (eip, node), tag in tags.items() if node
         ).union(*(virtual(tag, 2) | {led(eip, tag)} for eip, tag in led_there))
-        self.announcer.want(sorted(peers), by_prefix(self.wanted))
+        self.tell(peers)
 
     def step(self, _: bool, ok: bool) -> None:
         if self.model.queue:
@@ -596,6 +616,17 @@ class Storm:
         ("want", {A}, set()),
     ]
 )
+@example(  # a withdraw in flight when all is told anew belongs to the number that it came with
+    [
+        ("want", {A}, {(1, 1, 0)}),
+        ("step", True, True),
+        ("want", {A}, set()),
+        ("want", {A}, set()),
+        ("resync", False, False),
+        ("step", True, False),
+        ("step", True, True),
+    ]
+)
 @example(  # without ADD-PATH, there and back again while both are in flight
     [
         ("mode", A, NONE),
@@ -612,10 +643,11 @@ def test_whatever_happens_it_ends_with_what_is_desired(
     announcer, model = storm.announcer, storm.model
     for kind, one, two in script:
         getattr(storm, kind)(one, two)
+        storm.check()
         announcer.plan()
         model.send(announcer.take())
         assert announcer.in_flight <= WINDOW
-    number = announcer.want((A, B), by_prefix(storm.wanted))
+    number = storm.tell({A, B})
     if announcer.state is not LinkState.READY:
         storm.resync(False, False)
     for _ in range(3):
