@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from hashlib import blake2b
 from ipaddress import IPv4Address, IPv6Address
@@ -35,7 +35,7 @@ from lbctl.core.nftfamily import BUCKET_BASE, FAMILIES, Family, family_of
 from lbctl.core.nftrules import limiter, refusals, skeleton
 from lbctl.core.nftsets import Policy, interface, replaced
 from lbctl.core.nodeview import PortElements
-from lbctl.core.pmap import changed
+from lbctl.core.pmap import changed, persistent
 from lbctl.errors import DataplaneError
 
 
@@ -135,7 +135,18 @@ def steps(old: Ruleset | None, stages: Iterable[Ruleset], timeouts: bool = True)
         yield Batch([], nfbatch.mark(before.generation))
     else:
         for new in stages:
-            yield from _change(old, new)
+            yield from _guarded(old, new)
+
+
+def _guarded(old: Ruleset, new: Ruleset) -> Iterator[Step]:
+    """The change, in which source ranges are the last to go: they guard what goes with them."""
+    gone = {a: old.sources[a] for a in changed(old.sources, new.sources) if a not in new.sources}
+    between = new
+    if gone:
+        # Nobody's generation: it is not complete yet.
+        between = replace(new, generation=0, sources=persistent(new.sources).updated(gone))
+    yield from _change(old, between)
+    yield from _change(between, new)
 
 
 def _change(old: Ruleset, new: Ruleset) -> Iterator[Step]:

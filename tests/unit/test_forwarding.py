@@ -683,6 +683,22 @@ def test_nothing_unchecked_gets_into_the_text(name: str) -> None:
         nft.full(nft.Ruleset(peers=(name,)))
 
 
+def test_source_ranges_are_there_as_long_as_what_they_protect() -> None:
+    """A Service with ranges goes, and comes: never is it there for everyone, not for a moment."""
+    made = table(*PODS, of=service(sources=("203.0.113.0/24",)))
+    there = ruleset(nodeview.advance({}, made, "n1"), "n1", 1, of=made)
+    away = replace(there, ports={}, sources={})
+    for old, new, verb, order in ((there, away, "delete", -1), (away, there, "add", 1)):
+        fake = FakeTable()
+        for piece in nft.full(old):
+            fake.apply(piece)
+        text, batch = list(nft.steps(old, [new]))[::order]
+        assert isinstance(text, str) and not isinstance(batch, str)
+        assert f"{verb} element ip lbctl restricted" in text
+        fake.apply(text)
+        assert fake.maps["ip gen"] == ({"0x00000001": ""} if order < 0 else {})  # the last one's
+
+
 def test_a_difference_is_the_changed_buckets_only() -> None:
     cluster = Cluster()
     cluster.apply(table(*PODS))
