@@ -1,6 +1,6 @@
 """One real `lbctl-manager` and the answers of many nodes, in a network namespace of their own.
 
-Every node is a real `agent.responder.Responder` on a loopback address of its own, all in this one
+Every node is a real `agent.responder.Responder` on an address of `lo` of its own, all in this one
 process; a node falls silent when nftables drops what is sent to it. The API server and the speaker
 are the bench's; the manager is a process as on its host, so its memory and processor time are its
 own. `python -m tests.bench.probes NODES RUNS` does it where it is and prints JSON; `measure` runs
@@ -40,7 +40,7 @@ SIZES: Final = (50, 1_000)
 SERVICES: Final = 100
 PODS: Final = 4
 _ROOT: Final = Path(__file__).parent.parent.parent
-_FIRST: Final = "127.1.0.1"
+_FIRST: Final = "192.168.0.1"  # a switch would take no loopback address as a next hop
 _WINDOW_S: Final = 3.0
 _LIMIT_S: Final = 120.0
 _NFT: Final = """\
@@ -209,6 +209,7 @@ def nft(text: str) -> None:
 def main() -> None:
     """Run here."""
     subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+    subprocess.run(["ip", "route", "add", "local", "192.168.0.0/16", "dev", "lo"], check=True)
     nft(_NFT)
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
     nodes, runs = map(int, sys.argv[1:])

@@ -1,6 +1,6 @@
 """A real `lbctl-manager` that is killed while its API server is away, in a network namespace.
 
-Nodes are real responders on loopback addresses, API server and speaker are the bench's.
+Nodes are real responders on addresses of `lo`, API server and speaker are the bench's.
 `unshare --net python -m tests.lab.restart_process SERVICES` prints what it found as JSON.
 """
 
@@ -35,7 +35,7 @@ from tests.bench.fakespeaker import FakeSpeaker
 
 ROOT: Final = Path(__file__).parents[2]
 NODES: Final = 4
-FIRST: Final = "127.1.0.1"
+FIRST: Final = "192.168.0.1"  # a switch would take no loopback address as a next hop
 LIMIT_S: Final = 90.0
 STATE: Final = f"http://127.0.0.1:{names.MANAGER_HTTP_PORT}"
 SILENT: Final = f"add table ip t; add chain ip t in {{ type filter hook input priority 0; }}; \
@@ -160,5 +160,6 @@ async def main(services: int) -> None:
 
 if __name__ == "__main__":
     subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+    subprocess.run(["ip", "route", "add", "local", "192.168.0.0/16", "dev", "lo"], check=True)
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
     asyncio.run(main(int(sys.argv[1])))
