@@ -20,7 +20,8 @@ Rules beyond the table:
   takes over what another one calls it (Suspect there is CONFIRMED here).
 - NotReady of a node that answers counts after KUBELETS_S: leases run out, and kubelets are heard
   again, one after the other. It does not count at all while it is most nodes, as when an API server
-  is back that was away, nor for KUBELETS_S after that.
+  is back that was away, nor for KUBELETS_S after that: a node that misses probes meanwhile is asked
+  for its kernel as any other.
 - An agent whose kernel answers is AgentSilent only after SILENT_S: nothing is decided differently
   before, and on a busy node answers come in bursts.
 - A kernel that answers after a silence of more than REBOOT_S may have rebooted, and has lost its
@@ -322,7 +323,8 @@ def _signal(
 ) -> Signal:
     lost = health.misses >= limits.misses
     unknown = health.state is NodeState.UNKNOWN
-    if not health.ready and not unknown and (lost or now_s - health.unready_s >= KUBELETS_S):
+    counts = not health.ready and not unknown and health.unready_s < math.inf
+    if counts and (lost or now_s - health.unready_s >= KUBELETS_S):
         return Signal.NOT_READY
     if not lost:
         if health.answers >= RETURN_ANSWERS:

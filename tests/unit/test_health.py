@@ -285,12 +285,19 @@ def test_not_ready_of_most_answering_nodes_is_kubernetes_problem() -> None:
     assert world.states() == "Down Up Up"
 
 
-def test_not_ready_of_most_counts_for_one_that_falls_silent() -> None:
+def test_not_ready_of_most_says_nothing_of_one_that_falls_silent() -> None:
+    """Its kernel does, and the other manager."""
     world = up(*"abc")
     for name in "abc":
         world.ready(name, False)
     world.wait(60)
+    world.step(silent="a", kernel="a", times=4)
+    assert world.states() == "Up Up Up"
+    world.step(times=h.RETURN_ANSWERS)
     world.step(silent="a", times=3)
+    assert world.states() == "Suspect Up Up"
+    world.peer_says("a")
+    world.step(silent="a")
     assert world.states() == "Down Up Up"
 
 
