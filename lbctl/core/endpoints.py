@@ -41,9 +41,13 @@ def taking(placed: Sequence[P], doubtful: frozenset[str]) -> list[P]:
     """Return those that take traffic, in their order. doubtful: as `Doubt.nodes`."""
     return (
         [entry for entry in placed if entry.endpoint.ready]
-        or [e for e in placed if e.endpoint.serving and e.endpoint.terminating]
+        or [entry for entry in placed if _serves_on(entry.endpoint)]
         or [e for e in placed if e.node in doubtful and not e.endpoint.terminating]
     )
+
+
+def _serves_on(endpoint: Endpoint) -> bool:
+    return endpoint.serving and endpoint.terminating
 
 
 def distinct(endpoints: Iterable[Endpoint]) -> tuple[Endpoint, ...]:
@@ -81,7 +85,7 @@ class Doubt:
 def serves(known: ServiceEndpoints) -> bool:
     """Whether Kubernetes has an endpoint of a Service take traffic."""
     every = (endpoint for port in known.ports for endpoint in port.endpoints)
-    return any(e.ready or (e.serving and e.terminating) for e in every)
+    return any(e.ready or _serves_on(e) for e in every)
 
 
 def still_ready(was: ServiceEndpoints, known: ServiceEndpoints) -> ServiceEndpoints:

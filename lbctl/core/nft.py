@@ -141,12 +141,12 @@ def steps(old: Ruleset | None, stages: Iterable[Ruleset], timeouts: bool = True)
 def _guarded(old: Ruleset, new: Ruleset) -> Iterator[Step]:
     """The change, in which source ranges are the last to go: they guard what goes with them."""
     gone = {a: old.sources[a] for a in changed(old.sources, new.sources) if a not in new.sources}
-    between = new
     if gone:
         # Nobody's generation: it is not complete yet.
         between = replace(new, generation=0, sources=persistent(new.sources).updated(gone))
-    yield from _change(old, between)
-    yield from _change(between, new)
+        yield from _change(old, between)
+        old = between
+    yield from _change(old, new)
 
 
 def _change(old: Ruleset, new: Ruleset) -> Iterator[Step]:

@@ -29,7 +29,7 @@ from typing import Final, NamedTuple
 
 from lbctl.core.config import Config
 from lbctl.core.confirmations import Confirmations
-from lbctl.core.forwarding import Locator
+from lbctl.core.forwarding import Locator, deliverable
 from lbctl.core.health import AT_ONCE_S
 from lbctl.core.model import (
     Address,
@@ -406,9 +406,8 @@ def _verdict(node: Node, view: NodeView | None, ids: PathIds) -> _Verdict:
 def _announceable(hop: Address) -> bool:
     """Whether a switch takes it as a next hop; over another, FRR ends the session and with it every
     EIP's routes (RFC 4271 section 6.3)."""
-    if hop.is_multicast or hop.is_unspecified or hop.is_loopback or hop.is_reserved:
-        return False
-    return int(hop) >> 24 != 0 if hop.version == 4 else not hop.is_link_local
+    local = hop.version == 6 and hop.is_link_local
+    return deliverable(hop) and not hop.is_reserved and not local
 
 
 def _tier(node: Node, view: NodeView) -> tuple[_Tier, Reason]:

@@ -40,7 +40,7 @@ SIZES: Final = (50, 1_000)
 SERVICES: Final = 100
 PODS: Final = 4
 _ROOT: Final = Path(__file__).parent.parent.parent
-_FIRST: Final = "192.168.0.1"  # a switch would take no loopback address as a next hop
+FIRST: Final = "192.168.0.1"  # a switch would take no loopback address as a next hop
 _WINDOW_S: Final = 3.0
 _LIMIT_S: Final = 120.0
 _NFT: Final = """\
@@ -91,7 +91,7 @@ class Probes:
 
     def __init__(self, nodes: int, runs: int, directory: Path) -> None:
         self.runs, self.directory = runs, directory
-        self.cluster = Cluster(SERVICES, nodes, PODS, _FIRST)
+        self.cluster = Cluster(SERVICES, nodes, PODS, FIRST)
         self.names = [node.name for node in self.cluster.nodes]
         self.speaker = FakeSpeaker()
         self.found: dict[str, tuple[list[float], str]] = {}
@@ -201,6 +201,12 @@ def _routes(run: Run) -> int:
     return len(run.prefixes)
 
 
+def local_addresses() -> None:
+    """Give this network namespace the simulated nodes' addresses."""
+    subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+    subprocess.run(["ip", "route", "add", "local", "192.168.0.0/16", "dev", "lo"], check=True)
+
+
 def nft(text: str) -> None:
     """Give this to nft."""
     subprocess.run(["nft", "-f", "-"], input=text, text=True, check=True)
@@ -208,8 +214,7 @@ def nft(text: str) -> None:
 
 def main() -> None:
     """Run here."""
-    subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
-    subprocess.run(["ip", "route", "add", "local", "192.168.0.0/16", "dev", "lo"], check=True)
+    local_addresses()
     nft(_NFT)
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
     nodes, runs = map(int, sys.argv[1:])

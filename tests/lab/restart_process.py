@@ -32,10 +32,10 @@ from manager.speaker import messages
 from tests.bench.cluster import Cluster
 from tests.bench.fakeapi import FakeApi
 from tests.bench.fakespeaker import FakeSpeaker
+from tests.bench.probes import FIRST, local_addresses
 
 ROOT: Final = Path(__file__).parents[2]
 NODES: Final = 4
-FIRST: Final = "192.168.0.1"  # a switch would take no loopback address as a next hop
 LIMIT_S: Final = 90.0
 STATE: Final = f"http://127.0.0.1:{names.MANAGER_HTTP_PORT}"
 SILENT: Final = f"add table ip t; add chain ip t in {{ type filter hook input priority 0; }}; \
@@ -159,7 +159,6 @@ async def main(services: int) -> None:
 
 
 if __name__ == "__main__":
-    subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
-    subprocess.run(["ip", "route", "add", "local", "192.168.0.0/16", "dev", "lo"], check=True)
+    local_addresses()
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
     asyncio.run(main(int(sys.argv[1])))
