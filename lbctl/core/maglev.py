@@ -2,12 +2,13 @@
 
 Rules: a table is a function of the *set* of endpoint identities alone (the order that they arrive
 in changes nothing), of `SEED` and of `FORMAT`; adding or removing one endpoint moves few buckets of
-the others. Sizes are powers of four, and skips are odd: so every permutation is complete without
-the sizes being prime, and when a Service outgrows a size the old bucket of a packet is its new
-bucket shifted right (nft's `jhash … mod M` is floor(h·M / 2^32)), which keeps the second chance
-exact over the change. An endpoint's order in a big table is its order in the smaller one, each
-bucket's four parts together: so outgrowing a size moves little more than any other endpoint does.
-With 10,000 Services a table must be small: a row of buckets is bytes.
+the others. Skips have no factor in common with the size: so every permutation is complete without
+the sizes being prime. Each size is four times the one before: when a Service outgrows a size the
+old bucket of a packet is a quarter of its new one (nft's `jhash … mod M` is floor(h·M / 2^32)),
+which keeps the second chance exact over the change. An endpoint's order in a big table is its order
+in the smaller one, each bucket's four parts together: so outgrowing a size moves little more than
+any other endpoint does. With 10,000 Services a table must be small: a size is the smallest whose
+shares are even enough, and a row of buckets is bytes.
 
 Source: Eisenbud et al., "Maglev: A Fast and Reliable Software Network Load Balancer", NSDI 2016,
 section 3.4.
@@ -18,15 +19,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from hashlib import blake2b
+from math import gcd
 from typing import Any, Final, TypeAlias
 
-FORMAT: Final = 2  # part of every digest; raise it whenever the same input gives another table
+FORMAT: Final = 3  # part of every digest; raise it whenever the same input gives another table
 SEED: Final = 0x6C626374  # of the permutations here and of the packet hash in nftables
-SIZES: Final = (64, 256, 1024, 4096)
+SIZES: Final = (40, 160, 640, 2560, 10240)
+MOST: Final = (1, 12, 42, 134, 537)  # endpoints at each size: shares are within 5 % of even
 Row: TypeAlias = bytes | tuple[int, ...]  # a small number for each bucket
-_PER_ENDPOINT: Final = 20  # buckets: the spread is then within 1/20
 _PREFIX: Final = f"{FORMAT}|{SEED}|"
-_COARSE: Final = 256  # the size whose permutations those of bigger ones follow
+_COARSE: Final = 160  # the size whose permutations those of bigger ones follow
+_SKIPS: Final = tuple(skip for skip in range(1, _COARSE) if gcd(skip, _COARSE) == 1)
 
 
 def row(numbers: Sequence[int]) -> Row:
@@ -47,13 +50,12 @@ def translated(numbers: Row, names: Sequence[int]) -> Row:
 def size_for(endpoints: int) -> int:
     """Return the number of buckets for so many endpoints, one of SIZES.
 
-    Up to 204 endpoints the largest share is within 5 % of the smallest; beyond, 4096 it stays. The
-    smallest size is for a single endpoint, which has all of it: so leaving it moves nothing extra.
+    Up to 537 endpoints each one's share is within 5 % of an even one; beyond, the last size it
+    stays. The smallest is for a single endpoint, which has all of it: so leaving it moves nothing
+    extra.
     """
-    if endpoints == 1:
-        return SIZES[0]
-    for size in SIZES[1:]:
-        if endpoints * _PER_ENDPOINT <= size:
+    for size, most in zip(SIZES, MOST, strict=True):
+        if endpoints <= most:
             return size
     return SIZES[-1]
 
@@ -88,7 +90,7 @@ def _walk(value: int, size: int) -> Iterator[int]:
             inside = [4 * place + (turn + part) % 4 for place in inside for part in range(4)]
         starts = map(parts.__mul__, _walk(value, _COARSE))
         return (start + place for start in starts for place in inside)
-    position, skip = value % size, (value >> 32) % size | 1
+    position, skip = value % size, _SKIPS[(value >> 32) % len(_SKIPS)]
     every = _twice(skip, size)
     start = every.index(position)
     return iter(every[start : start + size])

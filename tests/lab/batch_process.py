@@ -54,7 +54,7 @@ def states() -> list[nft.Ruleset]:
         ("02:00:00:00:00:02",),
         ((FOUR, FOUR + 9), (SIX, SIX + 9)),
         dict(
-            port(address, protocol, number, 64, number)
+            port(address, protocol, number, 40, number)
             for address in (FOUR, SIX)
             for protocol in Protocol
             for number in (80, 443)
@@ -62,12 +62,12 @@ def states() -> list[nft.Ruleset]:
         {FOUR: (ip_network("203.0.113.0/24"),), SIX: (ip_network("2001:db8:3::/64"),)},
     )
     later = dict(
-        port(address, protocol, number, 256 if protocol is Protocol.UDP else 64, number + 1)
+        port(address, protocol, number, 160 if protocol is Protocol.UDP else 40, number + 1)
         for address in (FOUR, SIX)
         for protocol in Protocol
         for number in (80, 81)
     )
-    wide = dict(port(FOUR + n, Protocol.TCP, 80, 1024, n) for n in range(2))
+    wide = dict(port(FOUR + n, Protocol.TCP, 80, 640, n) for n in range(2))
     return [
         base,
         replace(base, generation=2, ports=later, silent=(2, 3)),

@@ -146,7 +146,7 @@ def test_no_flow_moves(protocol: str, count: int, then: int) -> None:
         assert out == f"established @{home}"
         moved += not cluster.lands(entry, client, protocol="tcp").endswith(home)
     if protocol == "tcp":  # buckets did move: new flows follow them
-        assert 0 < moved < len(MANY) * (0.1 if then < count else 0.3)
+        assert 0 < moved < len(MANY) * (0.12 if then < count else 0.3)
 
 
 def test_datagrams_of_new_flows_follow_their_bucket_after_a_time() -> None:
@@ -201,7 +201,7 @@ def test_established_flows_reach_their_old_pod() -> None:
 def test_a_bucket_that_moves_on_between_pods_of_one_node_is_still_handed_to_who_had_it() -> None:
     """Two pods come to a node, one after the other, before a flow has sent anything."""
     cluster = Cluster()
-    pods = [pod(n, p) for p in (2, 3, 4) for n in (1, 2)]
+    pods = [pod(n, p) for p in (2, 3) for n in (1, 2)]
     steps = []
     for come in ((), (pod(3, 2),), (pod(3, 2), pod(3, 3))):
         cluster.apply(table(*pods, *come))
@@ -351,7 +351,7 @@ def test_a_node_that_skips_a_table_knows_who_had_it(slow: str) -> None:
 
 @pytest.mark.parametrize("grown_first", [False, True])
 def test_shrinking_below_a_size_class_forgets_no_flow(grown_first: bool) -> None:
-    """14 pods have 1024 buckets and 10 have 256: the past stays as fine as it was."""
+    """14 pods have 640 buckets and 10 have 160: the past stays as fine as it was."""
     cluster = Cluster()
     every = [pod(n, p) for p in range(2, 7) for n in (2, 3)] + [pod(1, p) for p in range(2, 6)]
     if grown_first:
@@ -537,10 +537,13 @@ def test_a_client_whose_pod_takes_no_new_flows_gets_another_one() -> None:
     cluster.apply(table(*SPREAD[:4], of=of))
     cluster.apply(table(pod(1, 2, ""), *SPREAD[1:4], of=of))
     n2 = frozenset({"n2"})
+    elsewhere = 0  # those whose bucket moved twice while they said nothing
     for (address, _), home in homes.items():
         out = cluster.lands("n3", (address, 7))
-        assert out == home or (home.endswith("@n1") and out.startswith("pod "))
+        assert out.startswith("pod ")
+        elsewhere += out != home and not home.endswith("@n1")
         assert not out.startswith(f"pod {SPREAD[0].address}:")
+    assert elsewhere < len(homes) * 0.02
     cluster.apply(table(pod(1, 2, ""), *SPREAD[1:4], of=of, down=n2, fallen=n2), ("n1", "n3"))
     assert not any(cluster.lands("n3", (a, 7)).endswith("@n2") for a, _ in FAR)
 
@@ -717,7 +720,7 @@ def test_many_eips_come_in_pieces() -> None:
     cluster = Cluster()
     cluster.apply(table(*PODS))
     port = cluster.rules["n1"].ports[EIP, "TCP", 80]
-    ports = {(EIP + k, "TCP", 80): port for k in range(200)}
+    ports = {(EIP + k, "TCP", 80): port for k in range(300)}
     rules = nft.Ruleset(5, ("eth0",), (), (), ports)
     pieces = nft.full(rules)
     assert len(pieces) == 3
@@ -729,5 +732,5 @@ def test_many_eips_come_in_pieces() -> None:
     fake = FakeTable()
     for piece in pieces:
         fake.apply(piece)
-    assert len(fake.maps["ip svc"]) == 200
+    assert len(fake.maps["ip svc"]) == 300
     assert len(fake.maps["ip steer"]) == nft.totals(rules)[4, "steer"]

@@ -25,12 +25,13 @@ def owners(identities: Iterable[str]) -> list[str]:
     return [known[place] for place in maglev.table(known)]
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 4, 12, 13, 51, 52, 204])
+@pytest.mark.parametrize("count", [*range(1, 44), 134, 135, 537])
 def test_spread_is_within_five_percent(count: int) -> None:
     shares = Counter(owners(names(count)))
     assert len(shares) == count
-    assert max(shares.values()) <= min(shares.values()) * 1.05 + 1
-    assert sum(shares.values()) == maglev.size_for(count)
+    size = maglev.size_for(count)
+    assert sum(shares.values()) == size
+    assert all(0.95 * size <= share * count <= 1.05 * size for share in shares.values())
 
 
 @given(st.sets(st.text(min_size=1, max_size=20), max_size=40), st.randoms(use_true_random=False))
@@ -50,12 +51,12 @@ def moved(before: list[str], after: list[str], gone: str) -> float:
 
 @pytest.mark.parametrize(
     ("count", "most"),
-    [(2, 0), (3, 0.05), (4, 0.06), (5, 0.06), (10, 0.08), (13, 0.1), (40, 0.1), (52, 0.16)],
+    [(2, 0), (3, 0.05), (4, 0.06), (5, 0.06), (10, 0.08), (13, 0.13), (43, 0.16), (80, 0.1)],
 )
 def test_one_endpoint_less_moves_few_of_the_others(count: int, most: float) -> None:
     """About 1/n has to move with the endpoint; of the rest the paper (figure 12) saw a few percent.
 
-    Also where a size is outgrown: at 2, 13 and 52.
+    Also where a size is outgrown: at 2, 13 and 43.
     """
     before, after = owners(names(count)), owners(names(count - 1))
     gone = names(count)[-1]
@@ -81,6 +82,6 @@ def test_sizes_nest() -> None:
 
 def test_the_format_is_frozen() -> None:
     """Another result for the same input needs another FORMAT: nodes would differ."""
-    assert maglev.FORMAT == 2
+    assert maglev.FORMAT == 3
     text = "\n".join(owners(names(10)) + owners(names(60))).encode()
-    assert sha256(text).hexdigest()[:16] == "0e92f63e84ab686a"
+    assert sha256(text).hexdigest()[:16] == "17ec7c993f2322e5"

@@ -136,12 +136,12 @@ def test_another_list_of_targets_is_no_change_by_itself() -> None:
 
 
 def test_another_size_moves_the_chain_and_keeps_what_is_equal() -> None:
-    old, new = port(bytes((1,) * 64)), port(bytes((1,) * 256))
+    old, new = port(bytes((1,) * 40)), port(bytes((1,) * 160))
     (found,) = elements.deltas({KEY: old}, {KEY: new})
     assert said(found) == [
-        ("steer", [], [(bucket, 1) for bucket in range(64, 256)]),
-        ("svc", [WHOLE], [(WHOLE, "flow256")]),
-        ("past", [WHOLE], [(WHOLE, "flow256")]),
+        ("steer", [], [(bucket, 1) for bucket in range(40, 160)]),
+        ("svc", [WHOLE], [(WHOLE, "flow160")]),
+        ("past", [WHOLE], [(WHOLE, "flow160")]),
     ]
 
 

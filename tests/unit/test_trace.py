@@ -165,7 +165,7 @@ def test_the_bucket_s_owner_gets_it_and_all_endpoints_get_some(eip: Address) -> 
             f"web-{owner.node[1]}",
         )
     assert {one.pod for one in found} == {"web-1", "web-2", "web-3"}
-    assert {one.buckets for one in found} == {256}
+    assert {one.buckets for one in found} == {160}
 
 
 def test_affinity_takes_the_client_alone() -> None:
@@ -320,7 +320,7 @@ def page(found: Trace) -> str:
 def test_the_page() -> None:
     text = page(traced())
     assert "203.0.113.10:40000 to 198.51.100.1:80, TCP, a new flow" in text
-    assert "of 256." in text and "[Delivered]" in text
+    assert "of 160." in text and "[Delivered]" in text
     assert "n3: no next hop;" in text and "directly" in text
     assert "the node is being drained [NodeDraining]" in text
     assert "manager pod-x: it does not answer" in text
