@@ -36,7 +36,7 @@ def fake(site: Site, of: str, monotonic: bool) -> None:
 
 def _faked(container: dict[str, Any], monotonic: bool) -> dict[str, Any]:
     more = {
-        "LD_PRELOAD": str(_library()),
+        "LD_PRELOAD": str(library()),
         "FAKETIME_TIMESTAMP_FILE": _FILE[container["name"]],
         "FAKETIME_CACHE_DURATION": "1",
         "FAKETIME_DONT_FAKE_MONOTONIC": "0" if monotonic else "1",
@@ -45,7 +45,8 @@ def _faked(container: dict[str, Any], monotonic: bool) -> dict[str, Any]:
     return {**container, "env": [*container.get("env", ()), *added]}
 
 
-def _library() -> Path:
+def library() -> Path:
+    """Where libfaketime is. Raises MissingFeature."""
     for place in _PLACES:
         path = Path(place) / "faketime" / "libfaketime.so.1"
         if path.exists():
