@@ -198,6 +198,7 @@ class Engine:
                 self._failures += 1
                 _log.error("apply_failed", error=str(error))
                 self._between = deque([*between, *self._between], LIVED_THROUGH)
+                self._take_back()
                 await asyncio.sleep(RETRY_S[min(failed, len(RETRY_S) - 1)])
                 failed += 1
                 self._wake.set()
@@ -348,6 +349,23 @@ class Engine:
             state.table,
             confirmed_eips(self._node, self.confirmed, state.table),
         )
+        self._on_confirmed(self.confirmed)
+
+    def _take_back(self) -> None:
+        """Confirm nothing any more, if what failed left no complete table: no route may lead here.
+
+        A table that is written anew is emptied first; and someone may have deleted ours. What the
+        kernel refuses before that leaves the last table at work.
+        """
+        try:
+            if not self.confirmed.eips or not self._dataplane.blank():
+                return
+        except DataplaneError as error:
+            _log.error("check_failed", error=str(error))
+            return
+        _log.error("nothing_confirmed", why="the kernel has no complete table")
+        last = self.confirmed
+        self.confirmed = Confirmed(last.generation, last.config_generation)
         self._on_confirmed(self.confirmed)
 
     async def _check(self) -> None:

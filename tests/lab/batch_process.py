@@ -99,7 +99,7 @@ async def take(dataplane: Dataplane, number: int) -> None:
         adopt_from_older()
     elif number < 0:
         key = (FOUR, "TCP", 4711)
-        (batch,) = nfbatch.pieces([[Delta(key, "svc", [], [WHOLE], b"\0", ["flow64"])]])
+        (batch,) = nfbatch.pieces([[Delta(key, "svc", [], [WHOLE], b"\0", ["flow40"])]])
         batch.deleted = next(nfbatch.pieces([[Delta(key, "steer", [3])]])).deleted
         BatchWriter().send(batch)
     else:

@@ -271,6 +271,37 @@ asyncio.run(main())
 """
 
 
+EMPTIED = """
+import asyncio, os, subprocess
+from agent.dataplane import Dataplane
+from lbctl.core.nft import Ruleset
+from lbctl.errors import DataplaneError
+
+def refused(number):
+    try:
+        asyncio.run(Dataplane().set([Ruleset(number, ("eth0",))]))
+    except DataplaneError:
+        return Dataplane().blank()
+
+asyncio.run(Dataplane().set([Ruleset(1, ("eth0",))]))
+print(Dataplane().blank())
+path, os.environ["PATH"] = os.environ["PATH"], "/nonexistent"
+print(refused(2))
+os.environ["PATH"] = path
+subprocess.run(("nft", "delete", "table", "ip6", "lbctl"), check=True)
+subprocess.run(("nft", "delete", "table", "ip", "lbctl"), check=True)
+os.environ["PATH"] = "/nonexistent"
+print(refused(3))
+"""
+
+
+def test_what_is_refused_before_it_begins_leaves_a_table(space: str) -> None:
+    """A node whose table is gone is no next hop; one that could not be given another one is."""
+    where = f"PYTHONPATH={GOLDEN.parent.parent.parent}"
+    said = sh("ip", "netns", "exec", space, "env", where, sys.executable, "-c", EMPTIED)
+    assert said.split() == ["False", "False", "True"]
+
+
 def test_without_ct_timeouts_it_is_said_and_the_rest_works(space: str, tmp_path: Path) -> None:
     """An nft that refuses these objects stands for a kernel without them."""
     known = sh("which", "nft").strip()

@@ -8,7 +8,9 @@ from ipaddress import IPv4Network, IPv6Network
 from types import SimpleNamespace
 from typing import Any, cast
 
-from agent.engine import Engine
+import pytest
+
+from agent.engine import Confirmed, Engine
 from agent.inputs import Inputs
 from agent.rendering import State
 from lbctl.core.model import Eip, Endpoint
@@ -29,13 +31,15 @@ class Kernel:
 
     def __init__(self) -> None:
         self.kernel: Ruleset | None = None
+        self.marker: int | None = None
         self.refuses = 0
+        self.empties = False  # what is refused had been begun
 
     async def survey(self) -> None:
         pass
 
     def blank(self) -> bool:
-        return True
+        return self.marker is None
 
     def damaged(self) -> bool:
         return False
@@ -45,8 +49,9 @@ class Kernel:
         self.kernel = None
         if self.refuses:
             self.refuses -= 1
+            self.marker = None if self.empties else self.marker
             raise DataplaneError("busy")
-        self.kernel = last
+        self.kernel, self.marker = last, last.generation
         return True
 
 
@@ -77,6 +82,29 @@ def behind(*pods: Endpoint) -> Inputs:
         nodes=nodes(),
         ranges=RANGES,
     )
+
+
+@pytest.mark.parametrize("empties", [False, True])
+async def test_a_node_whose_table_is_gone_confirms_nothing_until_it_is_back(empties: bool) -> None:
+    """One that was not touched by what the kernel refused forwards as before."""
+    said: asyncio.Queue[Confirmed] = asyncio.Queue()
+    kernel = Kernel()
+    engine = Engine("n1", cast(Any, kernel), cast(Any, Links()), said.put_nowait, lambda _: None)
+    running = asyncio.ensure_future(engine.run())
+    try:
+        engine.feed(behind(pod(2, 2)))
+        assert set((await asyncio.wait_for(said.get(), 30)).eips) == {EIP}
+        kernel.refuses, kernel.empties = 2, empties
+        engine.feed(behind(pod(2, 2), pod(3, 2)))
+        if empties:
+            nothing = await asyncio.wait_for(said.get(), 30)
+            assert (nothing.eips, nothing.table.digest) == ({}, 0)
+            assert nothing.generation  # not as an agent that has not begun yet
+        last = await asyncio.wait_for(said.get(), 30)
+    finally:
+        running.cancel()
+        await asyncio.wait({running})
+    assert set(last.eips) == {EIP} and kernel.refuses == 0 and said.empty()
 
 
 async def test_what_came_between_is_lived_through_though_the_kernel_refused_it_at_first() -> None:
