@@ -92,6 +92,17 @@ def test_type_and_ports_change_while_the_address_stays(system: System) -> None:
     wait("the finalizer to be removed", free_of_us)
 
 
+def pods(system: System, eip: str, count: int) -> int:
+    """How many pods answered; 0 if somebody did not.
+
+    A connection under way when the hash changes may fail (docs/forwarding.md, "What moves").
+    """
+    try:
+        return len(system.spread(eip, count))
+    except AssertionError:
+        return 0
+
+
 def test_source_ranges_and_affinity_are_switched(system: System) -> None:
     eip = system.deploy("rules", replicas=3)
     assert len(system.spread(eip, 60)) == 3
@@ -101,9 +112,9 @@ def test_source_ranges_and_affinity_are_switched(system: System) -> None:
     wait("the client to be let in", lambda: not closed(system, eip, 80))
     change(system, "rules", loadBalancerSourceRanges=None)
     change(system, "rules", sessionAffinity="ClientIP")
-    wait("one pod for the client", lambda: len(system.spread(eip, 30)) == 1)
+    wait("one pod for the client", lambda: pods(system, eip, 30) == 1)
     change(system, "rules", sessionAffinity="None")
-    wait("every pod for the client", lambda: len(system.spread(eip, 60)) == 3)
+    wait("every pod for the client", lambda: pods(system, eip, 60) == 3)
     assert system.api.eip_of("rules") == eip
 
 
