@@ -85,6 +85,7 @@ def skeleton(family: Family, timeouts: bool = True) -> str:
         pinning(family),
         _handover(family),
         _chance(family),
+        _arrivals(family),
         _delivery(family),
         _guards(family),
         _outgoing(family),
@@ -304,7 +305,9 @@ def _chance(family: Family) -> str:
     """Flows that conntrack does not know here go to their last owner, but for new ones of TCP.
 
     What was handed over has few hops left: of TCP it is looked up once more, and then goes by notes
-    alone until no hops are left. Our pod would reset what another node takes for ours. A note that
+    alone until no hops are left. Our pod would reset what another node takes for ours. What nobody
+    had before here goes to its owner by our table: the node that sent it has another one, and if
+    ours is older (its agent is away), that is who has the flow. A note that
     leads to a silent node is left for who else may have the flow, if there is anyone.
     """
     ip, key = family.ip, family.key
@@ -319,13 +322,21 @@ def _chance(family: Family) -> str:
     {ip} {family.hops} <= {HANDOVER_TTL} accept
     {key} vmap @past
     meta mark set {key} . meta mark map @prev goto handover
+    meta l4proto tcp {family.raw_key} vmap @svc
+    meta l4proto tcp meta mark set {family.raw_key} . meta mark map @steer goto handover
     meta mark set 0
   }}
   chain instead {{
     {key} vmap @past
     meta mark set {key} . meta mark map @prev goto handover
   }}
-  chain arrived {{
+"""
+
+
+def _arrivals(family: Family) -> str:
+    """What came in from an uplink, or from another node, and is not established here."""
+    ip = family.ip
+    return f"""  chain arrived {{
     ct state related ct mark & {MARK_MASK:#x} == {MARK_BASE:#x} meta mark set ct mark
     ct state established ct {PINNED_MARK} goto refresh
     ct state != new accept

@@ -60,7 +60,8 @@ def test_each_believes_that_the_other_has_all(net: RulesNet, version: int, kind:
         net.load(node, *nft.full(rules(table((3 - node,)), node)))
     found = sent(net, 1, version, KINDS[kind])
     assert found["steered"] == (PACKETS, 0)
-    assert found["stray"] == (0, PACKETS)
+    # An established flow is handed back once, in case that this table is the older one.
+    assert found["stray"] == ((0, PACKETS) if kind == "syn" else (PACKETS, 0))
 
 
 def other_hash(node: int) -> list[str]:
@@ -98,9 +99,9 @@ def test_a_rolling_update(
     if kind == "syn":
         assert sum(found["delivered"]) == PACKETS and found["delivered"][1] > steered
     elif other is other_format:
-        assert found["stray"][1] > steered
+        assert found["stray"][0] > steered
     else:
-        assert PACKETS / 10 < found["stray"][1] < PACKETS / 2
+        assert PACKETS / 10 < found["stray"][0] < PACKETS / 2
 
 
 @pytest.mark.parametrize(

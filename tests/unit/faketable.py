@@ -110,7 +110,8 @@ class FakeTable:
             return f"answer {int(mark, 16) - MARK_BASE}"
         past = _key(prefix, self._of(address, "past").get(prefix), client, source)
         established = protocol == "tcp" and not syn
-        mark = self._of(address, "prev").get(past)
+        owner = self._of(address, "steer").get(key) if established and not few else None
+        mark = self._of(address, "prev").get(past, owner)
         if mark and (not answered if established else not few and protocol == "udp"):
             return f"chance {int(mark, 16) - MARK_BASE}"
         if established and few:

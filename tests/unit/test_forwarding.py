@@ -449,6 +449,22 @@ def test_what_comes_astray_goes_to_pods_that_left_where_there_are_no_others(flag
         assert (cluster.lands("n2", client) == "stray @n1") == (flags == "t")
 
 
+def test_established_flows_stay_where_an_agent_is_away() -> None:
+    """Pods come to its node meanwhile: only the others know of them."""
+    cluster = Cluster()
+    cluster.apply(table(*PODS[:4]))
+    homes = {client: cluster.lands("n1", client).split("@")[1] for client in CLIENTS}
+    assert set(homes.values()) == {"n1", "n2"}
+    cluster.apply(table(*PODS), only=("n1", "n2"))
+    moved = 0
+    for client, home in homes.items():
+        for entry in INDEX:
+            moved += entry != "n3" and cluster.lands(entry, client).endswith("@n3")
+            out = cluster.lands(entry, client, syn=False, home=home)
+            assert out == f"established @{home}", (client, entry, out)
+    assert moved
+
+
 def test_closed_ports_keep_established_flows() -> None:
     cluster = Cluster()
     cluster.apply(table(*PODS))
