@@ -98,7 +98,7 @@ def _walk(value: int, size: int) -> Iterator[int]:
 
 @lru_cache(maxsize=256)
 def _twice(skip: int, size: int) -> bytes:
-    """The walk from 0, two times; there is one for each odd skip below the size."""
+    """The walk from 0, two times; there is one for each skip and size."""
     return bytes(step * skip % size for step in range(size)) * 2
 
 

@@ -13,7 +13,7 @@ import pytest
 from agent import dataplane
 from agent.dataplane import run_nft
 from lbctl.errors import DataplaneError
-from lbctl.lab.drill.clocks import library
+from lbctl.lab.drill.clocks import environment
 
 Fake = Callable[[str], None]
 
@@ -66,12 +66,7 @@ def test_under_libfaketime(fake: Fake, tmp_path: Path) -> None:
     fake("exec 2>&-; sleep 0.3")  # as one whose end takes a moment
     clock = tmp_path / "clock"
     clock.write_text("+3600\n")
-    env = {
-        **os.environ,
-        "LD_PRELOAD": str(library()),
-        "FAKETIME_TIMESTAMP_FILE": str(clock),
-        "FAKETIME_DONT_FAKE_MONOTONIC": "1",
-    }
+    env = {**os.environ, **environment(str(clock))}
     script = "from agent.dataplane import run_nft; run_nft('x'); print('done')"
     done = subprocess.run((sys.executable, "-c", script), env=env, capture_output=True, check=False)
     assert done.stdout == b"done\n", done.stderr.decode()

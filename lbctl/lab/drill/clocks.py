@@ -35,18 +35,25 @@ def fake(site: Site, of: str, monotonic: bool) -> None:
 
 
 def _faked(container: dict[str, Any], monotonic: bool) -> dict[str, Any]:
-    more = {
-        "LD_PRELOAD": str(library()),
-        "FAKETIME_TIMESTAMP_FILE": _FILE[container["name"]],
-        "FAKETIME_CACHE_DURATION": "1",
-        "FAKETIME_DONT_FAKE_MONOTONIC": "0" if monotonic else "1",
-    }
+    more = environment(_FILE[container["name"]], monotonic)
     added = [{"name": key, "value": value} for key, value in more.items()]
     return {**container, "env": [*container.get("env", ()), *added]}
 
 
-def library() -> Path:
-    """Where libfaketime is. Raises MissingFeature."""
+def environment(file: str, monotonic: bool = False) -> dict[str, str]:
+    """What gives a process the clock that `file` tells; durations stay true unless `monotonic`.
+
+    Raises MissingFeature.
+    """
+    return {
+        "LD_PRELOAD": str(_library()),
+        "FAKETIME_TIMESTAMP_FILE": file,
+        "FAKETIME_CACHE_DURATION": "1",
+        "FAKETIME_DONT_FAKE_MONOTONIC": "0" if monotonic else "1",
+    }
+
+
+def _library() -> Path:
     for place in _PLACES:
         path = Path(place) / "faketime" / "libfaketime.so.1"
         if path.exists():
