@@ -98,9 +98,10 @@ class Dataplane:
             return False
         found = self._fingerprints()
         form, _, seen = shape.partition(" ")
-        if not self._fits(found, rules) or repr(_shape(found)) != seen:
+        older = form != nft.form()
+        if not self._fits(found, rules, older) or repr(_shape(found)) != seen:
             return False
-        if form != nft.form():
+        if older:
             try:
                 run_nft(nft.renewed(rules))
             except DataplaneError as error:
@@ -200,11 +201,12 @@ class Dataplane:
     def _count(self, rules: Ruleset) -> None:
         self._counted = (rules, nft.recounted(self._counted[1], self._counted[0], rules))
 
-    def _fits(self, found: _Found, rules: Ruleset) -> bool:
+    def _fits(self, found: _Found, rules: Ruleset, older: bool = False) -> bool:
+        """Whether the kernel's sets have as many elements. older: some need not be there."""
         self._count(rules)
         counts = {version: one.counts() if one else {} for version, one in found.items()}
         return all(
-            counts[version].get(name, 0) in (None, number)  # an older version lacks some
+            counts[version].get(name, number if older else 0) in (None, number)
             for (version, name), number in sorted(self._counted[1].items())
         )
 

@@ -1,10 +1,10 @@
 """What changes in the big maps between two states, before it is text or bytes.
 
 Rules: the maps with an element per bucket (`deliver holders prev spare steer`) and those with one
-per port (`svc past closed asks pin`) change together, port by port. With session affinity a bucket
-leads to a pod's number (`holders`), and the number to the pod (`deliver`). A whole load is the
-difference to nothing. The cost is that of the ports that differ. `nft` makes text of it, `nfbatch`
-netlink messages.
+per port (`svc past closed homed asks pin`) change together, port by port. With session affinity a
+bucket leads to a pod's number (`holders`), and the number to the pod (`deliver`). A whole load is
+the difference to nothing. The cost is that of the ports that differ. `nft` makes text of it,
+`nfbatch` netlink messages.
 """
 
 from __future__ import annotations
@@ -207,11 +207,16 @@ def _closed(port: PortElements | None) -> tuple[Value, ...]:
     return (None,) if port and port.closed else ()
 
 
+def _homed(port: PortElements | None) -> tuple[Value, ...]:
+    return (None,) if port and port.homed else ()
+
+
 _OF_PORT: Final[Mapping[str, Callable[[PortElements | None], tuple[Value, ...]]]] = {
     "svc": _chain_of,
     "past": _past_chain_of,
     "asks": _asks_chain_of,
     "pin": _pin_chain_of,
     "closed": _closed,
+    "homed": _homed,
 }
 PORT_MAPS: Final = tuple(sorted(_OF_PORT))

@@ -229,8 +229,9 @@ def renewed(rules: Ruleset) -> str:
     """Return the transaction that gives tables with these elements this version's chains.
 
     All is declared first, so that what is new has its place; then what an older version wrote is
-    emptied and written anew. Elements and counters stay, and chains that are no more, unused. nft
-    refuses all of it if a set is not what it was.
+    emptied and written anew. Elements and counters stay, and chains that are no more, unused; what
+    an older version did not have (`homed`) is filled. nft refuses all of it if a set is not what it
+    was.
     """
     text = ""
     for family in FAMILIES:
@@ -241,6 +242,10 @@ def renewed(rules: Ruleset) -> str:
         for name in _TIMEOUT.findall(declared):
             text += f"delete ct timeout {family.table} {name}\n"
         text += declared + limiter(family, rules.policy.new_flows) + refusals(family)
+        mine = (key for key, port in rules.ports.items() if port.homed)
+        text += replaced(
+            family, "homed", (_prefix(k) for k in mine if k[0].version == family.version)
+        )
     return text
 
 
@@ -330,9 +335,7 @@ def _pieces(changes: Iterable[Sequence[Delta]]) -> Iterator[str]:
 
 
 def _write(delta: Delta, deleted: _Entries, added: _Entries) -> None:
-    address, protocol, number = delta.key
-    place = f"{family_of(address).table} {delta.map}"
-    prefix = f"{address} . {protocol.lower()} . {number}"
+    place, prefix = f"{family_of(delta.key[0]).table} {delta.map}", _prefix(delta.key)
     gone = [prefix + _PLACES[bucket] for bucket in delta.gone]
     deleted.setdefault(place, []).extend(gone)
     fresh = [
@@ -340,6 +343,11 @@ def _write(delta: Delta, deleted: _Entries, added: _Entries) -> None:
         for bucket, place in sorted(zip(delta.fresh, delta.places, strict=True))
     ]
     added.setdefault(place, []).extend(fresh)
+
+
+def _prefix(key: PortKey) -> str:
+    address, protocol, number = key
+    return f"{address} . {protocol.lower()} . {number}"
 
 
 def _text(deleted: _Entries, added: _Entries) -> str:

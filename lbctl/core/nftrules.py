@@ -28,7 +28,7 @@ from lbctl.core.nftfamily import (
     SYN,
     Family,
 )
-from lbctl.core.nftpins import PINNED_MARK, pin_sets, pinning, questions
+from lbctl.core.nftpins import ANSWER_TTL, PINNED_MARK, pin_sets, pinning, questions
 from lbctl.core.nodeview import SPARES
 
 # A UDP flow that says something within this time stays with its pod when buckets move; so long do
@@ -38,6 +38,7 @@ COUNTERS: Final = (
     "steered",  # packets sent on to the node of their connection
     "errors",  # ICMP errors sent on to the node of the connection that they speak of
     "delivered",  # new flows given to a pod of this node
+    "sent_on",  # new connections that a node steered here, where no pod is, to this one's owner
     "second_chance",  # packets of established flows handed to the flow's last owner
     "asked",  # first packets sent to the bucket's last owner, who may know the client
     "answered",  # … and sent back by that one: it does not
@@ -79,6 +80,7 @@ def skeleton(family: Family, timeouts: bool = True) -> str:
         pin_sets(family),
         _hash_chains(family),
         _icmp(family),
+        _brought(family),
         _steering(family),
         _elsewhere(family),
         questions(family),
@@ -180,6 +182,7 @@ def _sets(family: Family) -> str:
   set pingable {{ type {address}; }}
   set external {{ type {address}; }}
   set closed {{ type {key}; }}
+  set homed {{ type {key}; }}
   set rate {{ type {address}; flags dynamic,timeout; size {_RATES}; timeout 60s; }}
   set ping_rate {{ type {address}; flags dynamic,timeout; size {_RATES}; timeout 60s; }}
   map clamp {{ typeof oifname : tcp option maxseg size; }}
@@ -226,10 +229,6 @@ def _steering(family: Family) -> str:
     meta mark set 0
     goto ours
   }}
-  chain ours {{
-    {SYN} goto ask
-    meta l4proto udp goto ask
-  }}
   chain permitted {{
     {icmp} type {{ {family.errors} }} return
     {ip} daddr . {ip} saddr != @sources counter name sources drop
@@ -241,9 +240,34 @@ def _steering(family: Family) -> str:
     meta mark set 0
     {family.odd} counter name odd drop
     {ip} daddr @restricted jump permitted
-    iifname "{TUNNEL_DEVICE}" goto ours
-    ether saddr @peers goto ours
+    iifname "{TUNNEL_DEVICE}" goto brought
+    ether saddr @peers goto brought
     goto outside
+  }}
+"""
+
+
+def _brought(family: Family) -> str:
+    """What another node brought stays here if a pod of the port is here.
+
+    Else a new connection goes on to the owner by our table: pods came to us, or left, and one of
+    the two nodes has not heard of it. With so few hops left that one delivers it, or drops it.
+    """
+    left = f"{family.ip} {family.hops}"
+    return f"""  chain ours {{
+    {SYN} goto ask
+    meta l4proto udp goto ask
+  }}
+  chain sent_on {{
+    {family.raw_key} vmap @svc
+    meta mark set {family.raw_key} . meta mark map @steer \
+      {left} set {ANSWER_TTL} counter name sent_on notrack accept
+    meta mark set 0
+    goto ours
+  }}
+  chain brought {{
+    {SYN} {left} > {HANDOVER_TTL} {family.key} != @homed goto sent_on
+    goto ours
   }}
 """
 
@@ -307,8 +331,9 @@ def _chance(family: Family) -> str:
     What was handed over has few hops left: of TCP it is looked up once more, and then goes by notes
     alone until no hops are left. Our pod would reset what another node takes for ours. What nobody
     had before here goes to its owner by our table: the node that sent it has another one, and if
-    ours is older (its agent is away), that is who has the flow. A note that
-    leads to a silent node is left for who else may have the flow, if there is anyone.
+    ours is older (its agent is away), that is who has the flow; of UDP only without a pod here, who
+    takes it else. A note that leads to a silent node is left for who else may have the flow, if
+    there is anyone.
     """
     ip, key = family.ip, family.key
     few = f"{{ {LAST_LOOKUP_TTL}, {HANDOVER_TTL} }}"
@@ -322,8 +347,10 @@ def _chance(family: Family) -> str:
     {ip} {family.hops} <= {HANDOVER_TTL} accept
     {key} vmap @past
     meta mark set {key} . meta mark map @prev goto handover
-    meta l4proto tcp {family.raw_key} vmap @svc
-    meta l4proto tcp meta mark set {family.raw_key} . meta mark map @steer goto handover
+    meta mark set 0
+    meta l4proto udp {key} @homed accept
+    {family.raw_key} vmap @svc
+    meta mark set {family.raw_key} . meta mark map @steer goto handover
     meta mark set 0
   }}
   chain instead {{

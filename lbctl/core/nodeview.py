@@ -8,8 +8,8 @@ the second chance), who passes those that it does not know either on.
 A datagram does not say whether its flow is new: of a port that is not TCP, new flows are handed
 over too, so only an owner that takes these is remembered, and only until `settle`.
 What a node gets from another by an older or other table goes to one of its own pods (`spare`), to
-one that ends or is not ready if there is no other, but for established TCP that it does not know:
-the pod would reset it.
+one that ends or is not ready if there is no other, and on to the owner by its own table if there is
+none at all (`homed`); but for established TCP that it does not know: the pod would reset it.
 Sizes are powers of two and a bucket is a range of the hash. Where a Service changes its size, the
 past is kept at the finer of the two sizes, and no flow's former owner is forgotten; it goes back to
 the table's own size as soon as nothing is lost by that.
@@ -80,6 +80,14 @@ class PortElements:
     now: Row
     past: Row
     spare: Row = b""
+
+    @property
+    def homed(self) -> bool:
+        """Whether a pod here takes new flows, of buckets of ours or of any."""
+        return bool(self.spare) or any(
+            isinstance(target, tuple) and place in self.now
+            for place, target in enumerate(self.targets)
+        )
 
     def counts(self) -> dict[str, int]:
         """Number of elements by map, for those of buckets and of pods' numbers."""

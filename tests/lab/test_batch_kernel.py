@@ -122,6 +122,7 @@ def test_an_upgraded_agent_writes_its_own_chains_and_leaves_the_elements(
     older = ("flush chain ip lbctl arrived", "add rule ip6 lbctl handover counter drop")
     load(space, [*older, "flush chain ip lbctl cleanup\ndelete chain ip lbctl cleanup"])
     load(space, ["flush chain ip lbctl lookup\ndelete set ip lbctl silent"])
+    load(space, ["flush chain ip lbctl brought\ndelete set ip lbctl homed"])
     assert held(space) != before
     assert writer.write(OLDER) == ""
     assert held(space) == before

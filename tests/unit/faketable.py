@@ -78,9 +78,9 @@ class FakeTable:
         flow here. odd: with IP options or extension headers. about: not this flow's packet, but an
         ICMP error about one of its answers. handed: with few hops left, as after a hand-over
         or a question; answered: with fewer, as after an answer or two hand-overs. pinned: the pod
-        that the client is pinned to here. Out: `node INDEX`, `pod ADDRESS:PORT`, `chance INDEX`,
-        `ask INDEX`, `answer INDEX`, `ping`, `established`, or what counts the drop: `refused`,
-        `sources`, `odd` or `stray`.
+        that the client is pinned to here. Out: `node INDEX`, `on INDEX`, `pod ADDRESS:PORT`,
+        `chance INDEX`, `ask INDEX`, `answer INDEX`, `ping`, `established`, or what counts the drop:
+        `refused`, `sources`, `odd` or `stray`.
         """
         prefix = f"{address} . {protocol} . {port}"
         if odd:
@@ -96,12 +96,13 @@ class FakeTable:
             if chain is None or (closed and (syn or protocol != "tcp")):
                 return "refused"
         key = _key(prefix, chain, client, source)
-        if not peer and (mark := self._of(address, "steer").get(key)):
-            return f"node {int(mark, 16) - MARK_BASE}"
+        few, alone = handed or answered, prefix not in self._of(address, "homed")
+        goes_on = peer and syn and protocol == "tcp" and alone and not few
+        if (not peer or goes_on) and (mark := self._of(address, "steer").get(key)):
+            return f"{'on' if peer else 'node'} {int(mark, 16) - MARK_BASE}"
         stays = self._pinned(prefix, pinned)
         asked = self._asked(prefix, client, source)
         asks = prefix in self._of(address, "asks") and (syn or protocol == "udp") and not stays
-        few = handed or answered
         if asks and asked and not (few or about):
             return f"ask {asked}"
         if known or about:
@@ -110,7 +111,8 @@ class FakeTable:
             return f"answer {int(mark, 16) - MARK_BASE}"
         past = _key(prefix, self._of(address, "past").get(prefix), client, source)
         established = protocol == "tcp" and not syn
-        owner = self._of(address, "steer").get(key) if established and not few else None
+        led = established or (protocol == "udp" and alone)
+        owner = self._of(address, "steer").get(key) if led and not few else None
         mark = self._of(address, "prev").get(past, owner)
         if mark and (not answered if established else not few and protocol == "udp"):
             return f"chance {int(mark, 16) - MARK_BASE}"

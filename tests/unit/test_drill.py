@@ -199,6 +199,7 @@ LOADED = replace(
     floods=(FloodSeen("web", 1000, 900),),
     leaders=("m1", "m1"),
 )
+SHIFTED = replace(LOADED, received=tuple(replace(r, at_s=r.at_s + 0.3) for r in LOADED.received))
 
 
 @pytest.mark.parametrize(
@@ -206,6 +207,8 @@ LOADED = replace(
     [
         ({"throughput": [{"after": 1, "mbit": 15}]}, LOADED, True),
         ({"throughput": [{"after": 1, "mbit": 17}]}, LOADED, False),
+        ({"throughput": [{"after": 1, "mbit": 16}]}, SHIFTED, True),
+        ({"throughput": [{"after": 1, "mbit": 16.1}]}, SHIFTED, False),
         ({"throughput": [{"after": 2, "mbit": 14}]}, LOADED, True),
         ({"throughput": [{"after": 2, "mbit": 15}]}, replace(LOADED, received=()), False),
         ({"throughput": [{"after": 2, "mbit": 1}]}, replace(LOADED, faults=()), False),

@@ -80,15 +80,20 @@ class Cluster:
                 known=where == home,
                 protocol=protocol,
                 handed=kind in ("chance", "ask"),
-                answered=kind == "answer" or before == kind == "chance",
+                answered=kind in ("answer", "on") or before == kind == "chance",
                 pinned=self.pins.get((where, client[0]), ""),
             )
             before = kind
             kind, what = out.split(" ") if " " in out else (out, "")
-            if kind not in ("node", "chance", "ask", "answer"):
+            if kind not in ("node", "on", "chance", "ask", "answer"):
                 return f"{out} @{where}"
             where = f"n{what}"
         return "circle"
+
+    def steers(self, entry: str, client: tuple[str, int], protocol: str = "tcp") -> str:
+        """The node that a new flow is sent to where it enters; "" for none."""
+        out = self.fakes[entry].where(str(EIP), 80, *client, protocol=protocol)
+        return f"n{out[5:]}" if out.startswith("node ") else ""
 
     def finds(self, entry: str, client: tuple[str, int], home: str) -> bool:
         """Whether an established flow comes to its node, with what is noted of it on the way."""
@@ -434,7 +439,7 @@ def test_a_node_that_fell_and_is_back_finds_its_flows() -> None:
 def test_what_comes_astray_goes_to_pods_that_left_where_there_are_no_others(flags: str) -> None:
     """A node is drained or loses its pods' readiness, and another has not heard of it.
 
-    One that ends and does not serve takes none.
+    One that ends and does not serve takes none: they go on to the owner.
     """
     cluster = Cluster()
     cluster.apply(table(*PODS))
@@ -446,7 +451,8 @@ def test_what_comes_astray_goes_to_pods_that_left_where_there_are_no_others(flag
     assert theirs
     for client in theirs:
         assert not cluster.lands("n1", client).endswith("@n1")
-        assert (cluster.lands("n2", client) == "stray @n1") == (flags == "t")
+        out = cluster.lands("n2", client)
+        assert out.startswith("pod ") and out.endswith("@n1") == (flags != "t")
 
 
 def test_established_flows_stay_where_an_agent_is_away() -> None:
@@ -459,10 +465,35 @@ def test_established_flows_stay_where_an_agent_is_away() -> None:
     moved = 0
     for client, home in homes.items():
         for entry in INDEX:
-            moved += entry != "n3" and cluster.lands(entry, client).endswith("@n3")
+            moved += cluster.steers(entry, client) == "n3"
             out = cluster.lands(entry, client, syn=False, home=home)
             assert out == f"established @{home}", (client, entry, out)
     assert moved
+
+
+@pytest.mark.parametrize(("protocol", "affinity"), [("tcp", False), ("udp", False), ("tcp", True)])
+@pytest.mark.parametrize("leaves", [False, True])
+def test_new_flows_reach_a_pod_where_an_agent_is_away(
+    protocol: str, affinity: bool, leaves: bool
+) -> None:
+    """Pods come to its node while it is away, or leave another node."""
+    of = service(affinity=affinity, protocols=(Protocol(protocol.upper()),))
+    old, new = (table(*pods, of=of) for pods in (PODS[:4], PODS))
+    old, new = (new, old) if leaves else (old, new)
+    away = "n1" if leaves else "n3"
+    cluster = Cluster()
+    cluster.apply(old)
+    cluster.settle()
+    cluster.apply(new, only=tuple(name for name in INDEX if name != away))
+    cluster.settle()
+    steered = 0
+    for client in MANY:
+        for entry in INDEX:
+            steered += cluster.steers(entry, client, protocol) == "n3"
+            out = cluster.lands(entry, client, protocol=protocol)
+            assert out.startswith("pod "), (client, entry, out)
+            assert not out.endswith("@n3"), (client, entry, out)
+    assert steered > len(MANY) / 6
 
 
 def test_closed_ports_keep_established_flows() -> None:

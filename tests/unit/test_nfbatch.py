@@ -126,6 +126,7 @@ def test_a_change_is_what_differs() -> None:
         ("steer", [0, 1], []),
         ("svc", [WHOLE], []),
         ("past", [WHOLE], []),
+        ("homed", [WHOLE], []),
     ]
 
 

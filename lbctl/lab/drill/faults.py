@@ -134,10 +134,12 @@ def delay(site: Site, of: str, away: str, ms: int) -> None:
 
 @fault("rate")
 def rate(site: Site, machine: str, mbit: int, interface: str = "eth1") -> None:
-    """Limit what a machine sends, with tbf."""
+    """Limit what a machine sends, with tbf. A queue of a few packets per connection: with less, TCP
+    waits for its timers and the limit is not reached.
+    """
     for found in site.machines(machine):
         site.limited[found.name] = interface
-        shape = ("tbf", "rate", f"{mbit}mbit", "burst", "64kb", "latency", "50ms")
+        shape = ("tbf", "rate", f"{mbit}mbit", "burst", "64kb", "latency", "200ms")
         found.run("tc", "qdisc", "replace", "dev", interface, "root", *shape)
 
 
@@ -314,10 +316,20 @@ def evict(site: Site, node: str) -> None:
 
 @fault("wipeTables")
 def wipe_tables(site: Site, machine: str) -> None:
-    """Delete our nftables tables and policy rules on nodes, as a careless hand does."""
+    """Delete our nftables tables on nodes, as a careless hand does."""
     for found in site.machines(machine):
         for family in ("ip", "ip6"):
             found.run("nft", "delete", "table", family, names.NFT_TABLE, check=False)
+
+
+@fault("wipeChain")
+def wipe_chain(site: Site, machine: str, chain: str) -> None:
+    """Empty one chain of ours on nodes: a rule is missing."""
+    if not chain.isidentifier():
+        raise DrillError(f"not a chain's name: {chain!r}")
+    for found in site.machines(machine):
+        for family in ("ip", "ip6"):
+            found.run("nft", "flush", "chain", family, names.NFT_TABLE, chain)
 
 
 @fault("configMap")

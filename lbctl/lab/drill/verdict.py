@@ -8,7 +8,7 @@ that proves that the drill could have failed is an expectation like any other.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -16,6 +16,7 @@ from lbctl.lab.downloads import BIN_S
 from lbctl.lab.drill.spec import Drill, Expect
 
 _SETTLE_S: Final = 3.0  # until TCP has found its rate
+_SAME_S: Final = 1e-6  # what two numbers for one moment may differ by
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,11 +267,12 @@ def _throughput(expect: Expect, seen: Evidence) -> list[Check]:
         from_s = begun[0].done_s + _SETTLE_S if begun else math.inf
         later = [fault.at_s for fault in seen.faults if begun and fault.at_s > begun[0].done_s]
         end_s = min(later, default=max((r.at_s for r in seen.received), default=0.0))
+        first_s, span_s = _whole_bins(seen.received, from_s, end_s)
         by_node: dict[str, float] = {}
         for part in seen.received:
-            if from_s <= part.at_s < end_s - BIN_S:
+            if -_SAME_S <= part.at_s - first_s < span_s - _SAME_S:
                 by_node[part.node] = by_node.get(part.node, 0.0) + part.size
-        span_s = max(end_s - BIN_S - from_s, 0.001)
+        span_s = max(span_s, _SAME_S)
         mbit = sum(by_node.values()) * 8 / span_s / 1e6
         shares = ", ".join(
             f"{node or '?'} {size * 8 / span_s / 1e6:.1f}" for node, size in sorted(by_node.items())
@@ -280,6 +282,14 @@ def _throughput(expect: Expect, seen: Evidence) -> list[Check]:
         limit, held = f"{wanted.mbit:g} Mbit/s or more", mbit >= wanted.mbit
         checks.append(Check(what, limit, found, held, mbit, "Mbit/s"))
     return checks
+
+
+def _whole_bins(parts: Sequence[ReceivedSeen], from_s: float, end_s: float) -> tuple[float, float]:
+    """Where the first bin begins that is wholly in this time, and how long all such take."""
+    if not parts or math.isinf(from_s):
+        return from_s, 0.0
+    first_s = from_s + (parts[0].at_s - from_s) % BIN_S
+    return first_s, max(0.0, (end_s - first_s + _SAME_S) // BIN_S * BIN_S)
 
 
 def _latency(expect: Expect, seen: Evidence) -> list[Check]:
