@@ -4,7 +4,8 @@ Asking conntrack costs a walk over its whole hash table (4 to 8 ms at 262,144 bu
 flows there are), twice what a change of one Service costs. So what left is gathered, and asked for
 at once when conntrack has not been asked lately.
 Rules: after the tables have it, so that no new flow leads there; what came back meanwhile is left
-alone; at most a tenth of the time is spent on it; when the agent stops, what waits is done first.
+alone; at most a tenth of the time is spent on it; what fails is tried again; when the agent stops,
+what waits is done first.
 """
 
 from __future__ import annotations
@@ -21,14 +22,25 @@ from agent.conntrack import Target
 from lbctl.errors import DataplaneError
 
 REST: Final = 9  # times as long as the last walk took
+AGAIN_S: Final = 1.0  # after a walk that failed
 _log = structlog.get_logger()
 
 
 class Forgetting:
-    """Ends flows to pods that left. `still_gone` gives those of the targets that did not return."""
+    """Ends flows to pods that left. `still_gone` gives those of the targets that did not return.
 
-    def __init__(self, still_gone: Callable[[Iterable[Target]], tuple[Target, ...]]) -> None:
+    forget: ends the flows of these, and says how many; raises DataplaneError.
+    """
+
+    def __init__(
+        self,
+        still_gone: Callable[[Iterable[Target]], tuple[Target, ...]],
+        forget: Callable[[Iterable[Target]], int] = conntrack.forget,
+        again_s: float = AGAIN_S,
+    ) -> None:
         self._still_gone = still_gone
+        self._conntrack = forget
+        self._again_s = again_s
         self._waiting: set[Target] = set()
         self._wake = asyncio.Event()
         self.failures = 0
@@ -46,8 +58,12 @@ class Forgetting:
                 await self._wake.wait()
                 self._wake.clear()
                 started_s = time.monotonic()
-                await asyncio.to_thread(self._forget, self._taken())
-                await asyncio.sleep(REST * (time.monotonic() - started_s))
+                gone = self._taken()
+                if await asyncio.to_thread(self._forget, gone):
+                    await asyncio.sleep(REST * (time.monotonic() - started_s))
+                else:
+                    self.add(gone)
+                    await asyncio.sleep(self._again_s)
         finally:
             self._forget(self._taken())
 
@@ -56,13 +72,15 @@ class Forgetting:
         self._waiting.clear()
         return gone
 
-    def _forget(self, gone: tuple[Target, ...]) -> None:
+    def _forget(self, gone: tuple[Target, ...]) -> bool:
+        """Whether their flows are ended."""
         if not gone:
-            return
+            return True
         try:
-            count = conntrack.forget(gone)
+            count = self._conntrack(gone)
         except DataplaneError as error:  # the tables are right all the same
             self.failures += 1
             _log.error("flows_kept", error=str(error))
-        else:
-            _log.info("flows_forgotten", count=count, targets=len(gone))
+            return False
+        _log.info("flows_forgotten", count=count, targets=len(gone))
+        return True
