@@ -174,6 +174,7 @@ class Site:
             machine = self.lab.machine(name)
             if machine.alive:
                 machine.run("tc", "qdisc", "del", "dev", interface, "root", check=False)
+                machine.run("ip", "link", "set", interface, "txqueuelen", "1000", check=False)
         self.limited.clear()
         while self.delays:
             self.delays.pop().end()
