@@ -1,8 +1,6 @@
 """UDP sockets of both daemons: one socket for IPv4 and IPv6 where the kernel has IPv6.
 
-Rules: addresses go in and out as `ipaddress` objects; the mapped form stays in here. What we say to
-each other is network control (DSCP CS6, RFC 4594, as BGP is): behind the data of a full uplink
-probes and their answers would come late or not at all, and a busy node would be taken for dead.
+Rule: addresses go in and out as `ipaddress` objects; the mapped form stays in here.
 """
 
 from __future__ import annotations
@@ -11,11 +9,10 @@ import socket
 from typing import Final
 
 from lbctl.core.model import Address
+from lbctl.precedence import prefer
 
 _BUFFER: Final = 1 << 20  # a thousand answers at once must not be lost while we are not scheduled
 _BATCH: Final = 4096
-CS6: Final = 48 << 2  # as TOS or traffic class: for switches that sort by it
-_FIRST: Final = 6  # of SO_PRIORITY, without privileges: for this host's own queue (tc-prio(8))
 
 
 class UdpSocket:
@@ -30,12 +27,9 @@ class UdpSocket:
         try:
             self.socket.setblocking(False)
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BUFFER)
-            self.socket.setsockopt(socket.IPPROTO_IP, socket.IP_TOS, CS6)
             if self._v6:
                 self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-                self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_TCLASS, CS6)
-            # Last: the kernel takes it from the TOS too.
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_PRIORITY, _FIRST)
+            prefer(self.socket)
             self.socket.bind((host, port))
         except OSError:
             self.socket.close()

@@ -24,6 +24,7 @@ it still behaves:
 - Commands are run as they come, without a scan of all of them and a new event loop per turn.
 - It sleeps until there is something to do; ExaBGP looks a thousand times a second, and sleeps
   while commands wait.
+- Its sessions go first (`lbctl.precedence`): a host's full uplink costs none its hold time.
 - It dies with the launcher (PR_SET_PDEATHSIG), so that no second ExaBGP meets it.
 """
 
@@ -44,6 +45,7 @@ from types import SimpleNamespace
 from typing import Any, Final
 
 from lbctl.core.exabgp import BARRIER, END_OF_RIB
+from lbctl.precedence import prefer
 from manager.speaker.outbox import Group, Outbox
 
 EXABGP_VERSION: Final = "5.0.15"
@@ -326,6 +328,20 @@ def sleep_when_idle() -> None:
     Reactor._wait_for_io = wait_for_io
 
 
+def prefer_sessions() -> None:
+    """Mark what is sent to switches as network control, as other BGP speakers do."""
+    from exabgp.reactor.network import outgoing
+
+    create = outgoing.create
+
+    def preferred(afi: Any, interface: Any = None) -> Any:
+        io = create(afi, interface)
+        prefer(io)
+        return io
+
+    outgoing.create = preferred
+
+
 def die_with_parent(parent: int) -> None:
     """SIGKILL this process when the one that started it dies, or end now if it is dead already."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
@@ -346,6 +362,7 @@ def repair() -> None:
     reconnect_soon()
     run_commands()
     sleep_when_idle()
+    prefer_sessions()
 
 
 def main() -> int:

@@ -24,6 +24,7 @@ READ = {
     "reactor/asynchronous.py": "6cd687ee1e958089",
     "reactor/delay.py": "65622a4d1b2718be",
     "reactor/loop.py": "1ce862d263ca6c20",
+    "reactor/network/outgoing.py": "6ee7b917ee6f1966",
     "reactor/peer.py": "d4352d7c7ae1b0b3",
     "reactor/protocol.py": "e9ca1d552d24651e",
     "rib/__init__.py": "c058fa4c5e3fdace",
@@ -213,6 +214,20 @@ print(send.need_ka(), delay.backoff())
 """
     assert run(code) == "True False"
     assert run(code.replace("receive.check", "#"), repaired=False) == "False True"
+
+
+def test_sessions_are_network_control() -> None:
+    code = """
+import socket
+from exabgp.reactor.network import outgoing
+for family in AFI.ipv4, AFI.ipv6:
+    io = outgoing.create(family)
+    six = (socket.IPPROTO_IPV6, socket.IPV6_TCLASS)
+    of = six if family == AFI.ipv6 else (socket.IPPROTO_IP, socket.IP_TOS)
+    print(io.getsockopt(*of), io.getsockopt(socket.SOL_SOCKET, socket.SO_PRIORITY))
+"""
+    assert run(code).split() == ["192", "6"] * 2
+    assert run(code, repaired=False).split() == ["0", "0"] * 2
 
 
 def test_exabgp_is_the_one_that_the_runner_was_written_for() -> None:

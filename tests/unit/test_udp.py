@@ -7,7 +7,8 @@ from ipaddress import ip_address
 
 import pytest
 
-from lbctl.udp import CS6, UdpSocket
+from lbctl.precedence import CS6, FIRST
+from lbctl.udp import UdpSocket
 
 LIMIT_S = 30.0
 
@@ -32,6 +33,6 @@ def test_datagrams_are_network_control(host: str) -> None:
                 assert near.send(b"probe", near.target(address, far.getsockname()[1]))
                 _, more, _, _ = far.recvmsg(16, 64)
                 assert [data[0] for _, _, data in more] == [CS6]
-                assert near.socket.getsockopt(socket.SOL_SOCKET, socket.SO_PRIORITY) == 6
+                assert near.socket.getsockopt(socket.SOL_SOCKET, socket.SO_PRIORITY) == FIRST
             finally:
                 near.close()
