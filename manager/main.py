@@ -93,13 +93,8 @@ class Manager:
             secrets.items, secrets.synced.is_set, given.namespace, given.address
         )
         self._build(client, given)
-        self.readiness = Readiness(
-            self.inputs,
-            self.configuration,
-            self.announcing,
-            self.speaker,
-            lambda: self._watch is not None,
-        )
+        parts = (self.inputs, self.configuration, self.announcing, self.speaker)
+        self.readiness = Readiness(*parts, lambda: self._watch is not None, self._unheard)
         self._listen()
 
     def _build(self, client: Client, given: Settings) -> None:
@@ -257,13 +252,16 @@ class Manager:
         """Whether the nodes are known well enough: what is not in the first set is withdrawn."""
         if self.announcing.number is not None:
             return True
-        if self._known_s is None or self._watch is None:
+        if self._known_s is None or self._watch is None or self._unheard():
             return False
         if time.monotonic() - self._known_s > START_S:
             return True
         views = self._watch.prober.views().values()
         fetched = all(v.confirmed or not v.digest for v in views if v.state is NodeState.UP)
         return fetched and (self._watch.prober.judges or not views)
+
+    def _unheard(self) -> bool:
+        return self._watch is not None and self._watch.prober.unheard
 
     def _facts(self) -> Facts:
         current = self.configuration.current

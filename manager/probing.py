@@ -138,6 +138,13 @@ class Prober:
         return self._judging
 
     @property
+    def unheard(self) -> bool:
+        """Whether no node has ever answered, though agents are ready: something is between."""
+        targets = self._targets.values()
+        expected = any(t.health.agent and t.health.ready for t in targets)
+        return expected and all(t.answered_s is None for t in targets)
+
+    @property
     def idle(self) -> bool:
         """Whether there is nothing to probe."""
         return not self._targets

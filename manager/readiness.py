@@ -1,9 +1,9 @@
 """What is still missing before a manager is ready.
 
-Rules: ready means caches synced, a configuration accepted, keys known, and every peer that can be
-reached has the full table. A roll-out takes the next replica down on this word, so peers get
-`CONNECT_S` to come up before the others alone decide. Later changes do not make a manager unready
-unless they stay undelivered for `LATE_S`.
+Rules: ready means caches synced, a configuration accepted, keys known, some node heard if agents
+are ready, and every peer that can be reached has the full table. A roll-out takes the next replica
+down on this word, so peers get `CONNECT_S` to come up before the others alone decide. Later changes
+do not make a manager unready unless they stay undelivered for `LATE_S`.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ class Readiness:
         announcing: Announcing,
         speaker: Speaker,
         watching: Callable[[], bool],
+        unheard: Callable[[], bool] = lambda: False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._inputs = inputs
@@ -37,6 +38,7 @@ class Readiness:
         self._announcing = announcing
         self._speaker = speaker
         self._watching = watching
+        self._unheard = unheard
         self._clock = clock
         self._first_set_s: float | None = None
         self._settled_s: float | None = None
@@ -66,7 +68,9 @@ class Readiness:
             found.append("no configuration has been accepted")
         if not self._watching():
             found.append("the probe keys are not known yet")
-        if self._announcing.number is None:
+        if self._announcing.number is None and self._unheard():
+            found.append("no node has answered though agents are ready: does UDP 7482 pass?")
+        elif self._announcing.number is None:
             found.append("the routes are not known yet")
         elif not self.full:
             down = ", ".join(self._awaited(self._clock()))

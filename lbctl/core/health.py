@@ -12,6 +12,9 @@ Rules beyond the table:
 - More than half of the nodes (and at least two) gone at once is *panic*: such nodes are Suspect but
   `held`. The other manager decides; without one, or if it cannot name all that it calls gone,
   NotReady or PANIC_S do.
+- If no manager sees any node, nothing is won by believing it: what is between managers and nodes
+  may have failed (a link, a firewall's rule). Then NotReady alone decides.
+- A node that was held until it answered again has not fallen.
 - A node that fell is back after RETURN_ANSWERS answers in a row. From its second fall on it is Up
   but not `stable` for a time that doubles to STABLE_MAX_S.
 - A node of which no manager ever had an answer stays Unknown: it is in no down set and no panic.
@@ -262,15 +265,20 @@ def judge(
     if not uneasy:
         return {}
     judging = tuple(peer for peer in peers if peer.judging)
-    panic = _panic(nodes, now_s, limits)
+    panic, none_left = _panic(nodes, now_s, limits)
     mass = _mass_not_ready(nodes, limits)
     seen_here = seen(nodes.values())
+    blind = panic if none_left and not any(peer.seen for peer in judging) else frozenset()
     changed: dict[str, Health] = {}
     for name in uneasy:
         old = nodes[name]
         known = _counted(old, mass, now_s)
-        new = _enter(known, TABLE[old.state, _signal(known, judging, now_s, limits)], now_s)
-        new = _hold(new, panic, judging, seen_here, now_s, limits)
+        signal = _signal(known, () if name in blind else judging, now_s, limits)
+        new = _enter(known, TABLE[old.state, signal], now_s)
+        if name in blind and new.state is NodeState.SUSPECT:
+            new = _held(new, True, False)
+        else:
+            new = _hold(new, panic, judging, seen_here, now_s, limits)
         if (reason := _reason(new, now_s)) is not new.reason:
             new = replace(new, reason=reason)
         if new is not old and new != old:
@@ -350,6 +358,8 @@ def _enter(health: Health, state: NodeState, now_s: float) -> Health:
         health = replace(health, falls=0, since_s=now_s)
     if state is old:
         return health
+    if old is NodeState.SUSPECT and health.held and state not in GONE:
+        return replace(health, state=state, since_s=now_s, falls=max(0, health.falls - 1))
     if state in GONE:
         fell = old in _SERVING
         since_s = health.since_s if old in GONE else now_s
@@ -374,7 +384,7 @@ def _hold(
         return _held(health, False, True)
     if health.state is not NodeState.SUSPECT:
         return _held(health, False, False)
-    if health.settled:
+    if health.settled or (health.held and not health.misses):  # it answers again
         return health
     since_s = now_s - health.since_s
     if health.name in panic:
@@ -392,9 +402,12 @@ def _held(health: Health, held: bool, settled: bool) -> Health:
     return replace(health, held=held, settled=settled)
 
 
-def _panic(nodes: Mapping[str, Health], now_s: float, limits: Limits) -> frozenset[str]:
+def _panic(
+    nodes: Mapping[str, Health], now_s: float, limits: Limits
+) -> tuple[frozenset[str], bool]:
     """Return the nodes that are gone at once if they are too many to believe it, else none.
 
+    And whether no other node is left.
     A node one miss short of Suspect counts as gone: when the first of many falls, the others are
     about to.
     """
@@ -414,8 +427,8 @@ def _panic(nodes: Mapping[str, Health], now_s: float, limits: Limits) -> frozens
                 staying += 1
     going_or_gone += len(going)
     if going_or_gone < 2 or going_or_gone <= staying:
-        return frozenset()
-    return frozenset(going)
+        return frozenset(), False
+    return frozenset(going), not staying
 
 
 def _mass_not_ready(nodes: Mapping[str, Health], limits: Limits) -> bool:

@@ -251,6 +251,18 @@ async def test_agents_name_the_managers_that_they_hear(bed: Bed) -> None:
     agent.close()
 
 
+async def test_silence_of_all_ready_agents_is_no_knowledge(bed: Bed) -> None:
+    """Nothing may be announced, or rather withdrawn, by what a manager has heard of nobody."""
+    for name in ("n1", "n2"):  # they have published nothing, and answer nothing
+        await bed.agent(name)
+    await wait("all to be missed", lambda: bed.prober.judges)
+    assert not bed.prober.unheard, "no agent is ready: there may be none"
+    bed.prober.set_nodes(bed.nodes, None, frozenset({"n1"}))
+    assert bed.prober.unheard
+    bed.agents["n2"].publish(SOME, 5, 1)
+    await wait("an answer", lambda: not bed.prober.unheard)
+
+
 async def test_nodes_without_an_agent_are_not_probed(bed: Bed) -> None:
     await bed.agent("n1", SOME)
     bed.nodes["n2"] = Node("n2", uid="n2", addresses=(ip_address(bed.address("n2")),))
