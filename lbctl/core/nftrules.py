@@ -441,8 +441,11 @@ def _outgoing(family: Family) -> str:
     """What leaves: external endpoints see this node, clients learn the tunnel's MSS.
 
     A tunnel routes its outer packets by the mark too: with ours on it they would go in again.
+    SYN-ACKs go first in this host's own queue (6: interactive, tc-prio(8)): behind the data of a
+    full uplink they are lost, and a client that repeats itself while its bucket moves is answered
+    by two pods.
     """
-    ip = family.ip
+    ip, answer = family.ip, "tcp flags & (syn|rst|ack) == (syn|ack)"
     return f"""  chain outbound {{
     type nat hook postrouting priority srcnat - 5; policy accept;
     {ip} daddr @external ct original {ip} daddr @ranges masquerade
@@ -450,7 +453,7 @@ def _outgoing(family: Family) -> str:
   chain leaving {{
     type filter hook postrouting priority srcnat + 5; policy accept;
     oifname "{TUNNEL_DEVICE}" meta mark set 0
-    tcp flags & (syn|rst|ack) == (syn|ack) {ip} saddr @ranges \
-      tcp option maxseg size set oifname map @clamp
+    {answer} {ip} saddr @ranges meta priority set 0:6
+    {answer} {ip} saddr @ranges tcp option maxseg size set oifname map @clamp
   }}
 """

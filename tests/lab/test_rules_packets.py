@@ -63,6 +63,39 @@ def flows(net: RulesNet, version: int, count: int = 3) -> list[Flow]:
     return found
 
 
+_FIRST = """table {family} first {{
+  chain leaving {{
+    type filter hook postrouting priority 300;
+    tcp sport {port} tcp flags & (syn|ack) == (syn|ack) meta priority 0:6 counter
+    tcp sport {port} tcp flags & (syn|ack) == ack meta priority 0:6 drop
+  }}
+}}
+"""
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_answers_to_syns_go_first_and_nothing_else(net: RulesNet, version: int) -> None:
+    """In the node's own queue: behind a full uplink's data they would be lost."""
+    family = "ip" if version == 4 else "ip6"
+    for node in (1, 2):
+        net.load(node, _FIRST.format(family=family, port=PORT))
+    try:
+        made = flows(net, version)
+        assert all(flow.carries(100) for flow in made)
+        seen = [net.run(f"n{n}", "nft", "-j", "list", "table", family, "first") for n in (1, 2)]
+        counts = [
+            expression["counter"]["packets"]
+            for text in seen
+            for entry in json.loads(text)["nftables"]
+            for expression in entry.get("rule", {}).get("expr", ())
+            if "counter" in expression
+        ]
+        assert len(counts) == 2 and all(count >= 3 for count in counts)
+    finally:
+        for node in (1, 2):
+            net.load(node, f"delete table {family} first\n")
+
+
 @pytest.mark.parametrize("version", [4, 6])
 def test_path_mtu_reaches_the_pod(net: RulesNet, version: int) -> None:
     """The path narrows: the router's words about it come in by node 1, whoever has the flow."""
