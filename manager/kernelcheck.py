@@ -18,6 +18,7 @@ from collections.abc import Iterable
 from typing import Final
 
 from lbctl.core.model import Address
+from lbctl.precedence import prefer
 
 LIMIT_S: Final = 1.0
 REACH_S: Final = 1.0
@@ -68,6 +69,7 @@ class KernelCheck:
         self.asked += 1
         attempt.setblocking(False)
         attempt.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER)
+        prefer(attempt)
         try:
             error = attempt.connect_ex((str(address), self._port))
         except OSError as refused:

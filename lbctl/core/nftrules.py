@@ -17,7 +17,7 @@ from __future__ import annotations
 from typing import Final
 
 from lbctl.core import maglev
-from lbctl.core.names import MARK_BASE, MARK_MASK, TUNNEL_DEVICE, TUNNEL_PORT
+from lbctl.core.names import MARK_BASE, MARK_MASK, PROBE_PORT, TUNNEL_DEVICE, TUNNEL_PORT
 from lbctl.core.nftfamily import (
     BUCKET,
     BUCKET_BASE,
@@ -441,9 +441,9 @@ def _outgoing(family: Family) -> str:
     """What leaves: external endpoints see this node, clients learn the tunnel's MSS.
 
     A tunnel routes its outer packets by the mark too: with ours on it they would go in again.
-    SYN-ACKs go first in this host's own queue (6: interactive, tc-prio(8)): behind the data of a
+    In this host's own queue SYN-ACKs go first (6: interactive, tc-prio(8)): behind the data of a
     full uplink they are lost, and a client that repeats itself while its bucket moves is answered
-    by two pods.
+    by two pods. So does the kernel's answer to a manager that asks whether it lives.
     """
     ip, answer = family.ip, "tcp flags & (syn|rst|ack) == (syn|ack)"
     return f"""  chain outbound {{
@@ -454,6 +454,7 @@ def _outgoing(family: Family) -> str:
     type filter hook postrouting priority srcnat + 5; policy accept;
     oifname "{TUNNEL_DEVICE}" meta mark set 0
     {answer} {ip} saddr @ranges meta priority set 0:6
+    tcp sport {PROBE_PORT} tcp flags & rst == rst meta priority set 0:6
     {answer} {ip} saddr @ranges tcp option maxseg size set oifname map @clamp
   }}
 """

@@ -18,6 +18,7 @@ import pytest
 from agent import conntrack
 from lbctl.core import nft, nodeview
 from lbctl.core.model import ForwardingOptions, Protocol, TrafficPolicy
+from lbctl.core.names import PROBE_PORT
 from lbctl.core.nftrules import PINGS_PER_SECOND
 from lbctl.core.nftsets import Policy
 
@@ -68,20 +69,26 @@ _FIRST = """table {family} first {{
     type filter hook postrouting priority 300;
     tcp sport {port} tcp flags & (syn|ack) == (syn|ack) meta priority 0:6 counter
     tcp sport {port} tcp flags & (syn|ack) == ack meta priority 0:6 drop
+    tcp sport {probes} tcp flags & rst == rst meta priority != 0:6 drop
   }}
 }}
 """
 
 
 @pytest.mark.parametrize("version", [4, 6])
-def test_answers_to_syns_go_first_and_nothing_else(net: RulesNet, version: int) -> None:
-    """In the node's own queue: behind a full uplink's data they would be lost."""
+def test_answers_to_syns_go_first_and_data_does_not(net: RulesNet, version: int) -> None:
+    """In the node's own queue, the kernel's to a manager's too: full uplinks would lose them."""
     family = "ip" if version == 4 else "ip6"
     for node in (1, 2):
-        net.load(node, _FIRST.format(family=family, port=PORT))
+        net.load(node, _FIRST.format(family=family, port=PORT, probes=PROBE_PORT))
     try:
         made = flows(net, version)
         assert all(flow.carries(100) for flow in made)
+        for node in (1, 2):
+            with net.opened("r", version, socket.SOCK_STREAM) as asking:
+                asking.settimeout(LIMIT_S)
+                with pytest.raises(ConnectionRefusedError):
+                    asking.connect((NODE[version].format(node), PROBE_PORT))
         seen = [net.run(f"n{n}", "nft", "-j", "list", "table", family, "first") for n in (1, 2)]
         counts = [
             expression["counter"]["packets"]
