@@ -12,6 +12,7 @@ Rules:
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
@@ -66,6 +67,21 @@ class Confirmed:
     eips: Mapping[Address, Behind] = field(default_factory=PMap)
 
 
+@dataclass(frozen=True, slots=True)
+class Gone:
+    """The nodes that are called down, and since when (monotonic; known of those that fell here).
+
+    One value, for a pass goes by what it began with: nodes may be back before it plans.
+    """
+
+    nodes: frozenset[str] = frozenset()
+    fell_s: Mapping[str, float] = field(default_factory=dict)
+
+    def fallen(self, now_s: float) -> frozenset[str]:
+        """Those that fell so lately that they may be back in a moment."""
+        return frozenset(n for n in self.nodes if now_s - self.fell_s.get(n, -math.inf) < FALLEN_S)
+
+
 class Engine:
     """Programs one node. `on_confirmed` and `on_saved` are called in the event loop."""
 
@@ -87,8 +103,7 @@ class Engine:
         self._on_state = on_state
         self._inputs: Inputs | None = None
         self._between: deque[Endpoints] = deque(maxlen=LIVED_THROUGH)
-        self._down: frozenset[str] = frozenset()
-        self._fell_s: Mapping[str, float] = {}  # when each of them fell
+        self._gone = Gone()
         self._state = State()
         self._planned: tuple[State, tuple[conntrack.Target, ...]] = self._state, ()
         self._settling = Settling()
@@ -112,13 +127,13 @@ class Engine:
 
     def set_down(self, nodes: frozenset[str]) -> None:
         """Take in which nodes' endpoints take no new flows."""
-        if nodes != self._down:
+        old = self._gone
+        if nodes != old.nodes:
             _log.info("down_set", nodes=sorted(nodes))
             now_s = time.monotonic()
-            self._fell_s = {name: self._fell_s.get(name, now_s) for name in nodes}
-            if nodes - self._down:
+            self._gone = Gone(nodes, {name: old.fell_s.get(name, now_s) for name in nodes})
+            if nodes - old.nodes:
                 asyncio.get_running_loop().call_later(FALLEN_S + 0.1, self._wake.set)
-            self._down = nodes
             self._wake.set()
 
     def restore(self, state: State) -> bool:
@@ -126,7 +141,7 @@ class Engine:
 
         Otherwise the state is known, but nothing is written before `feed`.
         """
-        self._state, self._down, self._macs = state, state.down, state.macs
+        self._state, self._gone, self._macs = state, Gone(state.down), state.macs
         if not self._dataplane.adopt(state.rules, state.shape):
             return False
         self._confirm(state)
@@ -140,7 +155,7 @@ class Engine:
     @property
     def down(self) -> frozenset[str]:
         """The nodes now taken for down."""
-        return self._down
+        return self._gone.nodes
 
     @property
     def failures(self) -> int:
@@ -192,7 +207,7 @@ class Engine:
             try:
                 async with self._turn:
                     between, self._between = list(self._between), deque(maxlen=LIVED_THROUGH)
-                    await _finished(self._pass(self._inputs, between, self._down))
+                    await _finished(self._pass(self._inputs, between, self._gone))
                 failed = 0
             except DataplaneError as error:
                 self._failures += 1
@@ -203,7 +218,7 @@ class Engine:
                 failed += 1
                 self._wake.set()
 
-    async def _pass(self, inputs: Inputs, between: list[Endpoints], down: frozenset[str]) -> None:
+    async def _pass(self, inputs: Inputs, between: list[Endpoints], off: Gone) -> None:
         started = time.monotonic()
         before, reach = self._state, self._reach
         wanted = inputs.forwarding.interfaces
@@ -216,7 +231,7 @@ class Engine:
         whole = self._dataplane.kernel is None
         boots = not before.rules.generation
         parts = growing(inputs) if boots and self._dataplane.blank() else (inputs,)
-        written = await self._dataplane.set(self._stages(before, parts, between, down, index))
+        written = await self._dataplane.set(self._stages(before, parts, between, off, index))
         planned, gone = self._planned
         await reach.prune()
         if not written:
@@ -261,7 +276,7 @@ class Engine:
         before: State,
         parts: Iterable[Inputs],
         between: list[Endpoints],
-        down: frozenset[str],
+        off: Gone,
         index: Mapping[str, int],
     ) -> Iterator[Ruleset]:
         """What the kernel is to hold; where there is nothing yet, the way there in stages.
@@ -270,7 +285,7 @@ class Engine:
         """
         boots, numbers = not before.rules.generation, {**before.index, **index}
         for part in parts:
-            made = self._plan(before, part, between, down, index, boots=boots)
+            made = self._plan(before, part, between, off, index, boots=boots)
             gone = conntrack.left(before.table, made.table, self._node, numbers)
             before, self._planned = made, (made, gone)
             yield made.rules
@@ -280,13 +295,13 @@ class Engine:
         before: State,
         inputs: Inputs,
         between: list[Endpoints],
-        down: frozenset[str],
+        off: Gone,
         index: Mapping[str, int],
         *,
         boots: bool,
     ) -> State:
         """Runs in a thread: pure, and at the cost of what differs from `before`."""
-        sources = self._sources(inputs, down)
+        sources = self._sources(inputs, off)
         if not boots:
             steps = [*(replace(sources, endpoints=each) for each in between), sources]
             table, view = nodeview.live_through(before.view, before.table, steps, self._node)
@@ -297,7 +312,7 @@ class Engine:
         view = nodeview.settle(view, self._settling.due(time.monotonic()))
         state = State(
             inputs,
-            down,
+            off.nodes,
             table,
             view,
             index,
@@ -310,18 +325,16 @@ class Engine:
         generation = before.rules.generation + 1
         return render(state, self._node, generation, self._reach.uplinks, before)
 
-    def _sources(self, inputs: Inputs, down: frozenset[str]) -> Sources:
-        since_s = time.monotonic() - FALLEN_S
-        fallen = frozenset(name for name in down if self._fell_s.get(name, 0.0) > since_s)
+    def _sources(self, inputs: Inputs, off: Gone) -> Sources:
         options, locator = inputs.forwarding, self._located(inputs.nodes)
         return Sources(
             inputs.eips,
             inputs.services,
             inputs.endpoints,
             locator,
-            down,
+            off.nodes,
             options,
-            fallen,
+            off.fallen(time.monotonic()),
             inputs.doubtful,
         )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from ipaddress import IPv4Network, IPv6Network
 from types import SimpleNamespace
 from typing import Any, cast
@@ -34,6 +34,7 @@ class Kernel:
         self.marker: int | None = None
         self.refuses = 0
         self.empties = False  # what is refused had been begun
+        self.meanwhile: Callable[[], None] = lambda: None  # what happens before the plan is made
 
     async def survey(self) -> None:
         pass
@@ -45,6 +46,7 @@ class Kernel:
         return False
 
     async def set(self, stages: Iterable[Ruleset]) -> bool:
+        self.meanwhile()
         *_, last = stages
         self.kernel = None
         if self.refuses:
@@ -126,3 +128,23 @@ async def test_what_came_between_is_lived_through_though_the_kernel_refused_it_a
     assert kernel.refuses == 0 and engine.failures == 2
     (view,) = last.view[EIP]
     assert {holder.node for line in view.former for holder in line} == {"n2", "n3"}
+
+
+async def test_a_node_that_is_back_before_its_fall_is_planned_has_only_just_fallen() -> None:
+    """Its established flows are still handed to it; they were reset by other nodes' pods."""
+    states: asyncio.Queue[State] = asyncio.Queue()
+    kernel = Kernel()
+    engine = Engine("n1", cast(Any, kernel), cast(Any, Links()), lambda _: None, states.put_nowait)
+    running = asyncio.ensure_future(engine.run())
+    try:
+        engine.feed(behind(pod(1, 2), pod(2, 2)))
+        await asyncio.wait_for(states.get(), 30)
+        kernel.meanwhile = lambda: engine.set_down(frozenset())
+        engine.set_down(frozenset({"n2"}))
+        fell = await asyncio.wait_for(states.get(), 30)
+    finally:
+        running.cancel()
+        await asyncio.wait({running})
+    (view,) = fell.view[EIP]
+    assert fell.down == {"n2"} and {h.node for h in view.table.endpoints} == {"n1"}
+    assert {holder.node for line in view.former for holder in line} == {"n2"}
