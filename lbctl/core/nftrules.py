@@ -300,7 +300,7 @@ def _handover(family: Family) -> str:
     """Hand a flow to the node that is its mark, or pass on what was handed to us.
 
     What was handed over is looked up first, and only then goes by what the flow left in conntrack:
-    two nodes' notes may lead to each other.
+    two nodes' notes may lead to each other. Last comes the owner by our table, which may be older.
     """
     ip, key = family.ip, family.key
     return f"""  chain handover {{
@@ -320,6 +320,9 @@ def _handover(family: Family) -> str:
     {key} vmap @past
     meta mark set {key} . meta mark map @prev goto handover
     ct mark & {MARK_MASK:#x} == {MARK_BASE:#x} meta mark set ct mark goto handover
+    meta mark set 0
+    {family.raw_key} vmap @svc
+    meta mark set {family.raw_key} . meta mark map @steer goto handover
     counter name stray drop
   }}
 """

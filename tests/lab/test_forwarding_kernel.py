@@ -228,7 +228,7 @@ def test_the_fake_says_what_the_kernel_does(
         said = fake.where(eip, case.port, case.client, source, **words)
         ways.add(said.split()[0])
         assert found.get(source, "nowhere") == expected(said), (source, case, said)
-    every = {"node", "chance", "ping", "refused", "sources", "odd", "stray"}
+    every = {"node", "chance", "owner", "ping", "refused", "sources", "odd", "stray"}
     if here:
         every |= {"pod", "ask", "answer"} if affinity else {"pod"}
     else:
@@ -238,7 +238,7 @@ def test_the_fake_says_what_the_kernel_does(
 
 def expected(said: str) -> str:
     kind, _, what = said.partition(" ")
-    if kind in ("node", "on", "chance", "ask", "answer"):
+    if kind in ("node", "on", "chance", "owner", "ask", "answer"):
         return f"mark {int(what)}"
     if kind == "pod":
         return f"pod {what.rpartition(':')[0]}"

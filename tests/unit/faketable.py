@@ -79,8 +79,8 @@ class FakeTable:
         ICMP error about one of its answers. handed: with few hops left, as after a hand-over
         or a question; answered: with fewer, as after an answer or two hand-overs. pinned: the pod
         that the client is pinned to here. Out: `node INDEX`, `on INDEX`, `pod ADDRESS:PORT`,
-        `chance INDEX`, `ask INDEX`, `answer INDEX`, `ping`, `established`, or what counts the drop:
-        `refused`, `sources`, `odd` or `stray`.
+        `chance INDEX`, `owner INDEX` (where no note leads elsewhere), `ask INDEX`, `answer INDEX`,
+        `ping`, `established`, or what counts the drop: `refused`, `sources`, `odd` or `stray`.
         """
         prefix = f"{address} . {protocol} . {port}"
         if odd:
@@ -111,15 +111,23 @@ class FakeTable:
             return f"answer {int(mark, 16) - MARK_BASE}"
         past = _key(prefix, self._of(address, "past").get(prefix), client, source)
         established = protocol == "tcp" and not syn
-        led = established or (protocol == "udp" and alone)
-        owner = self._of(address, "steer").get(key) if led and not few else None
-        mark = self._of(address, "prev").get(past, owner)
-        if mark and (not answered if established else not few and protocol == "udp"):
-            return f"chance {int(mark, 16) - MARK_BASE}"
+        led = self._led(key, past, protocol, alone, handed)
+        if led and not answered and (established or protocol != "tcp"):
+            return led
         if established and few:
             return "stray"
         spare = _key(prefix, chain, client, source, SPARES) if syn or protocol != "tcp" else ""
         return self._delivered(key, stays, spare)
+
+    def _led(self, key: str, past: str, protocol: str, alone: bool, handed: bool) -> str:
+        """To whom goes what conntrack does not know here and may be no new flow; "" for nobody."""
+        if protocol == "sctp" or (protocol == "udp" and handed):
+            return ""
+        if mark := self._of(key, "prev").get(past):
+            return f"chance {int(mark, 16) - MARK_BASE}"
+        if (protocol == "tcp" or alone) and (mark := self._of(key, "steer").get(key)):
+            return f"{'owner' if handed else 'chance'} {int(mark, 16) - MARK_BASE}"
+        return ""
 
     def silent(self, version: int, node: str) -> bool:
         """Whether a note that leads to this node is not followed where someone else is known."""

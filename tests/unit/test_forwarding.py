@@ -80,12 +80,12 @@ class Cluster:
                 known=where == home,
                 protocol=protocol,
                 handed=kind in ("chance", "ask"),
-                answered=kind in ("answer", "on") or before == kind == "chance",
+                answered=kind in ("answer", "on", "owner") or before == kind == "chance",
                 pinned=self.pins.get((where, client[0]), ""),
             )
             before = kind
             kind, what = out.split(" ") if " " in out else (out, "")
-            if kind not in ("node", "on", "chance", "ask", "answer"):
+            if kind not in ("node", "on", "chance", "owner", "ask", "answer"):
                 return f"{out} @{where}"
             where = f"n{what}"
         return "circle"
@@ -109,6 +109,7 @@ class Cluster:
             note = self.notes.get((where, client), "")
             to = f"n{said[7:]}" if said.startswith("chance ") else ""
             to = (to or note) if handed or fake.silent(EIP.version, note) else (note or to)
+            to = to or (f"n{said[6:]}" if said.startswith("owner ") else "")
             if not to:
                 return False
             if hops > 8:
@@ -197,9 +198,9 @@ def test_established_flows_reach_their_old_pod() -> None:
     moved = 0
     for client, home in homes.items():
         for entry in INDEX:
-            out = cluster.lands(entry, client, syn=False)
-            moved += not out.endswith(home) or cluster.lands(entry, client) != out
-            assert out.endswith(f"@{home}"), (client, entry, out)
+            out = cluster.lands(entry, client, syn=False, home=home)
+            moved += not cluster.lands(entry, client).endswith(home)
+            assert out == f"established @{home}", (client, entry, out)
     assert moved > 0
 
 
@@ -468,6 +469,23 @@ def test_established_flows_stay_where_an_agent_is_away() -> None:
             moved += cluster.steers(entry, client) == "n3"
             out = cluster.lands(entry, client, syn=False, home=home)
             assert out == f"established @{home}", (client, entry, out)
+    assert moved
+
+
+def test_flows_whose_bucket_goes_on_from_a_node_whose_agent_is_away_stay() -> None:
+    """It was that node's for a moment, of which it knows nothing."""
+    cluster = Cluster()
+    cluster.apply(table(*PODS[:4]))
+    homes = {client: cluster.lands("n1", client).split("@")[1] for client in MANY}
+    come = [*PODS[4:], *(pod(n, p) for p in range(4, 9) for n in (1, 2))]
+    for count in (2, len(come)):
+        cluster.apply(table(*PODS[:4], *come[:count]), only=("n1", "n2"))
+    moved = 0
+    for client, home in homes.items():
+        for entry in INDEX:
+            moved += entry != "n3" and cluster.steers(entry, client) not in ("", home)
+            assert cluster.finds(entry, client, home), (client, entry)
+            cluster.notes.clear()
     assert moved
 
 
