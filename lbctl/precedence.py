@@ -11,8 +11,9 @@ from __future__ import annotations
 import socket
 from typing import Final
 
+from lbctl.core.names import FIRST
+
 CS6: Final = 48 << 2  # as TOS or traffic class: for switches that sort by it
-FIRST: Final = 6  # of SO_PRIORITY, without privileges: for this host's own queue
 
 
 def prefer(of: socket.socket) -> None:

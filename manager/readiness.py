@@ -30,7 +30,7 @@ class Readiness:
         announcing: Announcing,
         speaker: Speaker,
         watching: Callable[[], bool],
-        unheard: Callable[[], bool] = lambda: False,
+        unheard: Callable[[], bool],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._inputs = inputs

@@ -41,6 +41,9 @@ STATE_TOKEN_HEADER: Final = "Lbctl-Authorization"  # the API server's pod proxy 
 MANAGER_HTTP_PORT: Final = 7480  # /healthz /readyz /metrics /v1/state
 AGENT_HTTP_PORT: Final = 7481  # /healthz /readyz /metrics
 PROBE_PORT: Final = 7482  # UDP, the agent listens
+# Of SO_PRIORITY and of nft's `meta priority`: what goes first in a host's own queue (tc-prio(8),
+# interactive), as high as it goes without privileges.
+FIRST: Final = 6
 MANAGER_PEER_PORT: Final = 7483  # UDP, manager to manager
 SPEAKER_PEER_PORT: Final = 7484  # UDP, manager to the other speakers' relays
 TUNNEL_PORT: Final = 7485  # UDP, VXLAN between nodes in different subnets

@@ -75,6 +75,11 @@ class Family:
         return f"{self.ip} daddr . {self.sent}"
 
     @property
+    def owner(self) -> str:
+        """The node that owns the packet's bucket becomes its mark; nothing if that is this one."""
+        return f"meta mark set {self.raw_key} . meta mark map @steer"
+
+    @property
     def delivered(self) -> str:
         """The rule that gives a new flow to the pod that its mark stands for, if there is one."""
         to = f"{self.key} . meta mark map @deliver"

@@ -92,7 +92,7 @@ def questions(family: Family) -> str:
     jump known
     {_TAKING} meta mark set 0 accept
     {family.raw_key} vmap @svc
-    meta mark set {family.raw_key} . meta mark map @steer \
+    {family.owner} \
       {left} set {ANSWER_TTL} counter name answered accept
     meta mark set 0 accept
   }}

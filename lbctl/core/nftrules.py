@@ -17,7 +17,7 @@ from __future__ import annotations
 from typing import Final
 
 from lbctl.core import maglev
-from lbctl.core.names import MARK_BASE, MARK_MASK, PROBE_PORT, TUNNEL_DEVICE, TUNNEL_PORT
+from lbctl.core.names import FIRST, MARK_BASE, MARK_MASK, PROBE_PORT, TUNNEL_DEVICE, TUNNEL_PORT
 from lbctl.core.nftfamily import (
     BUCKET,
     BUCKET_BASE,
@@ -225,7 +225,7 @@ def _steering(family: Family) -> str:
     meta l4proto != tcp {key} @closed goto refuse
     {family.raw_key} vmap @svc
     meta mark 0 goto refuse
-    meta mark set {family.raw_key} . meta mark map @steer counter name steered notrack accept
+    {family.owner} counter name steered notrack accept
     meta mark set 0
     goto ours
   }}
@@ -260,7 +260,7 @@ def _brought(family: Family) -> str:
   }}
   chain sent_on {{
     {family.raw_key} vmap @svc
-    meta mark set {family.raw_key} . meta mark map @steer \
+    {family.owner} \
       {left} set {ANSWER_TTL} counter name sent_on notrack accept
     meta mark set 0
     goto ours
@@ -322,7 +322,7 @@ def _handover(family: Family) -> str:
     ct mark & {MARK_MASK:#x} == {MARK_BASE:#x} meta mark set ct mark goto handover
     meta mark set 0
     {family.raw_key} vmap @svc
-    meta mark set {family.raw_key} . meta mark map @steer goto handover
+    {family.owner} goto handover
     counter name stray drop
   }}
 """
@@ -353,7 +353,7 @@ def _chance(family: Family) -> str:
     meta mark set 0
     meta l4proto udp {key} @homed accept
     {family.raw_key} vmap @svc
-    meta mark set {family.raw_key} . meta mark map @steer goto handover
+    {family.owner} goto handover
     meta mark set 0
   }}
   chain instead {{
@@ -444,7 +444,7 @@ def _outgoing(family: Family) -> str:
     """What leaves: external endpoints see this node, clients learn the tunnel's MSS.
 
     A tunnel routes its outer packets by the mark too: with ours on it they would go in again.
-    In this host's own queue SYN-ACKs go first (6: interactive, tc-prio(8)): behind the data of a
+    In this host's own queue SYN-ACKs go first: behind the data of a
     full uplink they are lost, and a client that repeats itself while its bucket moves is answered
     by two pods. So does the kernel's answer to a manager that asks whether it lives.
     """
@@ -456,8 +456,8 @@ def _outgoing(family: Family) -> str:
   chain leaving {{
     type filter hook postrouting priority srcnat + 5; policy accept;
     oifname "{TUNNEL_DEVICE}" meta mark set 0
-    {answer} {ip} saddr @ranges meta priority set 0:6
-    tcp sport {PROBE_PORT} tcp flags & rst == rst meta priority set 0:6
+    {answer} {ip} saddr @ranges meta priority set 0:{FIRST}
+    tcp sport {PROBE_PORT} tcp flags & rst == rst meta priority set 0:{FIRST}
     {answer} {ip} saddr @ranges tcp option maxseg size set oifname map @clamp
   }}
 """

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager
 from ipaddress import IPv4Network, IPv6Network
 from types import SimpleNamespace
 from typing import Any, cast
@@ -86,14 +87,24 @@ def behind(*pods: Endpoint) -> Inputs:
     )
 
 
+@asynccontextmanager
+async def programming(engine: Engine) -> AsyncIterator[None]:
+    """The engine runs for as long as the block lasts."""
+    running = asyncio.ensure_future(engine.run())
+    try:
+        yield
+    finally:
+        running.cancel()
+        await asyncio.wait({running})
+
+
 @pytest.mark.parametrize("empties", [False, True])
 async def test_a_node_whose_table_is_gone_confirms_nothing_until_it_is_back(empties: bool) -> None:
     """One that was not touched by what the kernel refused forwards as before."""
     said: asyncio.Queue[Confirmed] = asyncio.Queue()
     kernel = Kernel()
     engine = Engine("n1", cast(Any, kernel), cast(Any, Links()), said.put_nowait, lambda _: None)
-    running = asyncio.ensure_future(engine.run())
-    try:
+    async with programming(engine):
         engine.feed(behind(pod(2, 2)))
         assert set((await asyncio.wait_for(said.get(), 30)).eips) == {EIP}
         kernel.refuses, kernel.empties = 2, empties
@@ -103,9 +114,6 @@ async def test_a_node_whose_table_is_gone_confirms_nothing_until_it_is_back(empt
             assert (nothing.eips, nothing.table.digest) == ({}, 0)
             assert nothing.generation  # not as an agent that has not begun yet
         last = await asyncio.wait_for(said.get(), 30)
-    finally:
-        running.cancel()
-        await asyncio.wait({running})
     assert set(last.eips) == {EIP} and kernel.refuses == 0 and said.empty()
 
 
@@ -114,17 +122,13 @@ async def test_what_came_between_is_lived_through_though_the_kernel_refused_it_a
     states: asyncio.Queue[State] = asyncio.Queue()
     kernel = Kernel()
     engine = Engine("n1", cast(Any, kernel), cast(Any, Links()), lambda _: None, states.put_nowait)
-    running = asyncio.ensure_future(engine.run())
-    try:
+    async with programming(engine):
         engine.feed(behind(pod(2, 2)))
         await asyncio.wait_for(states.get(), 30)
         kernel.refuses = 2
         for pods in ((pod(2, 2), pod(3, 2)), (pod(1, 2), pod(2, 2), pod(3, 2))):
             engine.feed(behind(*pods))
         last = await asyncio.wait_for(states.get(), 30)
-    finally:
-        running.cancel()
-        await asyncio.wait({running})
     assert kernel.refuses == 0 and engine.failures == 2
     (view,) = last.view[EIP]
     assert {holder.node for line in view.former for holder in line} == {"n2", "n3"}
@@ -135,16 +139,12 @@ async def test_a_node_that_is_back_before_its_fall_is_planned_has_only_just_fall
     states: asyncio.Queue[State] = asyncio.Queue()
     kernel = Kernel()
     engine = Engine("n1", cast(Any, kernel), cast(Any, Links()), lambda _: None, states.put_nowait)
-    running = asyncio.ensure_future(engine.run())
-    try:
+    async with programming(engine):
         engine.feed(behind(pod(1, 2), pod(2, 2)))
         await asyncio.wait_for(states.get(), 30)
         kernel.meanwhile = lambda: engine.set_down(frozenset())
         engine.set_down(frozenset({"n2"}))
         fell = await asyncio.wait_for(states.get(), 30)
-    finally:
-        running.cancel()
-        await asyncio.wait({running})
     (view,) = fell.view[EIP]
     assert fell.down == {"n2"} and {h.node for h in view.table.endpoints} == {"n1"}
     assert {holder.node for line in view.former for holder in line} == {"n2"}

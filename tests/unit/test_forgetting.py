@@ -36,7 +36,6 @@ class Conntrack:
 
 @pytest.mark.parametrize("refuses", [0, 1, 3])
 def test_a_walk_that_fails_is_done_again(refuses: int) -> None:
-
     async def check() -> None:
         loop, done = asyncio.get_running_loop(), asyncio.Event()
         kernel = Conntrack(refuses, lambda: loop.call_soon_threadsafe(done.set))
@@ -51,11 +50,7 @@ def test_a_walk_that_fails_is_done_again(refuses: int) -> None:
             await done.wait()
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
-        held(kernel, forgetting, refuses)
+        assert kernel.asked == [(A, B), *[(A,)] * refuses]
+        assert forgetting.failures == refuses
 
     asyncio.run(check())
-
-
-def held(kernel: Conntrack, forgetting: Forgetting, refuses: int) -> None:
-    assert kernel.asked == [(A, B), *[(A,)] * refuses]
-    assert forgetting.failures == refuses

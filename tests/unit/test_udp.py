@@ -7,7 +7,8 @@ from ipaddress import ip_address
 
 import pytest
 
-from lbctl.precedence import CS6, FIRST
+from lbctl.core.names import FIRST
+from lbctl.precedence import CS6
 from lbctl.udp import UdpSocket
 
 LIMIT_S = 30.0
