@@ -35,6 +35,7 @@ from lbctl.core.clash import Clash
 from lbctl.core.forwarding import EVERYWHERE, EipTable, Locator, Sources, Table
 from lbctl.core.model import Address, Behind, Node, ObjectRef, ServiceEndpoints
 from lbctl.core.nft import Ruleset
+from lbctl.core.nftpins import SYN_MEMORY_S
 from lbctl.core.nftrules import UDP_MEMORY_S
 from lbctl.core.nodeview import View
 from lbctl.core.pmap import PMap, changed, persistent
@@ -106,7 +107,8 @@ class Engine:
         self._gone = Gone()
         self._state = State()
         self._planned: tuple[State, tuple[conntrack.Target, ...]] = self._state, ()
-        self._settling = Settling()
+        self._newcomers = Settling(nodeview.unsettled, UDP_MEMORY_S)
+        self._repeated = Settling(lambda port: port.asking, SYN_MEMORY_S)
         self._macs: Mapping[Address, str] = {}
         self._locator: tuple[tuple[Node, ...], Locator] = ((), Locator(()))
         self._wake = asyncio.Event()
@@ -257,8 +259,10 @@ class Engine:
     def _take_over(self, state: State) -> None:
         """The kernel has it."""
         self._state = state
-        if self._settling.note(state.view, time.monotonic()):
-            asyncio.get_running_loop().call_later(UDP_MEMORY_S + 0.1, self._wake.set)
+        for settling in (self._newcomers, self._repeated):
+            if settling.note(state.view, time.monotonic()):
+                later_s = settling.after_s + 0.1
+                asyncio.get_running_loop().call_later(later_s, self._wake.set)
         self._resolve.set()
         self._confirm(state)
         self._programmed.set()
@@ -309,7 +313,8 @@ class Engine:
             table = forwarding.revise(before.table, sources)
             past = self._others(before, table, sources)
             view = nodeview.advance(past, table, self._node, before.table)
-        view = nodeview.settle(view, self._settling.due(time.monotonic()))
+        view = nodeview.settle(view, self._newcomers.due(time.monotonic()))
+        view = nodeview.asked_long_enough(view, self._repeated.due(time.monotonic()))
         state = State(
             inputs,
             off.nodes,

@@ -1,4 +1,4 @@
-"""Session affinity in rules: pins, and questions about them.
+"""Session affinity in rules: pins. And questions to the node that had a bucket before.
 
 Rules:
 - A pin (`pins`: client and port → a pod's number) is kept on the node that delivers, and decides
@@ -10,9 +10,11 @@ Rules:
 - The owner of a bucket that was another node's (`prev`) asks that node about clients without a pin:
   it sends it their first packet, untracked, for what comes back must be new to conntrack. Of UDP
   every packet, for nothing says which is the first.
+- Without session affinity it asks about SYNs for some seconds (`SYN_MEMORY_S`): a repeated one is
+  of a connection that the former owner's pod has half made, and is still answering.
 - Who is asked delivers what it knows, by conntrack or a pin, and sends the rest back to the
   bucket's owner. Few hops left say that a packet is a question, and fewer that it is an answer: so
-  it is asked about once, and answered once.
+  it is asked about once, and answered once. Both go first in a node's own queue.
 """
 
 from __future__ import annotations
@@ -20,11 +22,22 @@ from __future__ import annotations
 from typing import Final
 
 from lbctl.core import maglev
-from lbctl.core.names import MARK_BASE, MARK_MASK
-from lbctl.core.nftfamily import BUCKET_BASE, HANDOVER_TTL, NOT_NODE, NOT_SYN, Family
+from lbctl.core.names import FIRST, MARK_BASE, MARK_MASK
+from lbctl.core.nftfamily import (
+    BUCKET_BASE,
+    HANDOVER_TTL,
+    NODE,
+    NOT_NODE,
+    NOT_SYN,
+    SYN,
+    Family,
+)
 from lbctl.core.sticky import KINDS, PINNED, TAKING, TIMEOUTS_S
 
 ANSWER_TTL: Final = 3  # enough for the way to the pod
+# A SYN is repeated after 1 and 3 s (RFC 6298), and so is the answer to it.
+SYN_MEMORY_S: Final = 4
+_QUESTIONS: Final = 1000  # in one second, of this node's, that go first
 PINS: Final = 131_072  # clients of all ports of a family; further ones have none
 _KIND: Final = MARK_MASK | KINDS
 PINNED_MARK: Final = f"mark & {_KIND:#x} == {BUCKET_BASE + PINNED:#x}"
@@ -88,7 +101,7 @@ def questions(family: Family) -> str:
     {left} <= {ANSWER_TTL} return
     {NOT_SYN} return
     {key} vmap @asks
-    meta mark 0 return
+    meta mark 0 meta l4proto != tcp return
     jump known
     {_TAKING} meta mark set 0 accept
     {family.raw_key} vmap @svc
@@ -134,3 +147,13 @@ def pinning(family: Family) -> str:
     {family.delivered}
   }}
 """
+
+
+def questions_first(family: Family) -> str:
+    """Return the rule that lets questions and answers past the data in this node's own queue.
+
+    A full uplink would lose them. So many a second, for who fills it may send such packets too.
+    """
+    few = f"{family.ip} {family.hops} < {HANDOVER_TTL}"
+    limit = f"limit rate {_QUESTIONS}/second burst {_QUESTIONS} packets"
+    return f"{SYN} {NODE} {few} {limit} meta priority set 0:{FIRST}"

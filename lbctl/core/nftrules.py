@@ -28,7 +28,14 @@ from lbctl.core.nftfamily import (
     SYN,
     Family,
 )
-from lbctl.core.nftpins import ANSWER_TTL, PINNED_MARK, pin_sets, pinning, questions
+from lbctl.core.nftpins import (
+    ANSWER_TTL,
+    PINNED_MARK,
+    pin_sets,
+    pinning,
+    questions,
+    questions_first,
+)
 from lbctl.core.nodeview import SPARES
 
 # A UDP flow that says something within this time stays with its pod when buckets move; so long do
@@ -40,7 +47,7 @@ COUNTERS: Final = (
     "delivered",  # new flows given to a pod of this node
     "sent_on",  # new connections that a node steered here, where no pod is, to this one's owner
     "second_chance",  # packets of established flows handed to the flow's last owner
-    "asked",  # first packets sent to the bucket's last owner, who may know the client
+    "asked",  # first packets sent to the bucket's last owner, who may know the flow or the client
     "answered",  # … and sent back by that one: it does not
     "pinned",  # new flows given to the pod that their client was with
     "pings",  # echo requests answered
@@ -301,6 +308,7 @@ def _handover(family: Family) -> str:
 
     What was handed over is looked up first, and only then goes by what the flow left in conntrack:
     two nodes' notes may lead to each other. Last comes the owner by our table, which may be older.
+    A SYN comes here by a note alone, and must not look like a question.
     """
     ip, key = family.ip, family.key
     return f"""  chain handover {{
@@ -308,6 +316,7 @@ def _handover(family: Family) -> str:
     {ip} {family.hops} <= {HANDOVER_TTL} goto handed_on
     ct mark set meta mark
     {ip} {family.hops} set {HANDOVER_TTL}
+    {SYN} {ip} {family.hops} set {ANSWER_TTL}
     meta l4proto tcp ct timeout set "handed_tcp"
     meta l4proto udp ct timeout set "handed_udp"
     counter name second_chance accept
@@ -320,7 +329,6 @@ def _handover(family: Family) -> str:
     {key} vmap @past
     meta mark set {key} . meta mark map @prev goto handover
     ct mark & {MARK_MASK:#x} == {MARK_BASE:#x} meta mark set ct mark goto handover
-    meta mark set 0
     {family.raw_key} vmap @svc
     {family.owner} goto handover
     counter name stray drop
@@ -342,21 +350,20 @@ def _chance(family: Family) -> str:
     few = f"{{ {LAST_LOOKUP_TTL}, {HANDOVER_TTL} }}"
     return f"""  chain lookup {{
     {ip} {family.hops} {few} tcp flags & (syn|rst) == 0 goto passed
-    ct mark @silent tcp flags & (syn|rst) == 0 jump instead
+    ct mark @silent tcp flags & (syn|rst) == 0 jump former
     ct mark & {MARK_MASK:#x} == {MARK_BASE:#x} meta mark set ct mark goto handover
     {ip} {family.hops} <= {HANDOVER_TTL} jump answer
     tcp flags & (syn|rst) != 0 accept
     meta l4proto tcp {ip} {family.hops} <= {HANDOVER_TTL} counter name stray drop
     {ip} {family.hops} <= {HANDOVER_TTL} accept
-    {key} vmap @past
-    meta mark set {key} . meta mark map @prev goto handover
+    jump former
     meta mark set 0
     meta l4proto udp {key} @homed accept
     {family.raw_key} vmap @svc
     {family.owner} goto handover
     meta mark set 0
   }}
-  chain instead {{
+  chain former {{
     {key} vmap @past
     meta mark set {key} . meta mark map @prev goto handover
   }}
@@ -455,6 +462,7 @@ def _outgoing(family: Family) -> str:
   }}
   chain leaving {{
     type filter hook postrouting priority srcnat + 5; policy accept;
+    {questions_first(family)}
     oifname "{TUNNEL_DEVICE}" meta mark set 0
     {answer} {ip} saddr @ranges meta priority set 0:{FIRST}
     tcp sport {PROBE_PORT} tcp flags & rst == rst meta priority set 0:{FIRST}

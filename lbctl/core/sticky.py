@@ -32,13 +32,11 @@ Pod: TypeAlias = tuple[Address, int]
 class Sticky:
     """A port with session affinity on one node.
 
-    timeout_s: of a pin. pods: the endpoints here, with their numbers. nodes: the others' nodes,
-    by this node's numbers for them.
+    timeout_s: of a pin. pods: the endpoints here, with their numbers.
     """
 
     timeout_s: int
     pods: tuple[tuple[Pod, int], ...]
-    nodes: tuple[int, ...]
 
     @property
     def numbers(self) -> dict[Pod, int]:
@@ -46,7 +44,7 @@ class Sticky:
         return dict(self.pods)
 
 
-def sticky(affinity_s: int, pods: Iterable[Pod], nodes: Iterable[int]) -> Sticky:
+def sticky(affinity_s: int, pods: Iterable[Pod]) -> Sticky:
     """Return what pins of a port with these endpoints look like.
 
     affinity_s: the Service's own timeout. pods: on this node, each once, in the same order always.
@@ -59,7 +57,7 @@ def sticky(affinity_s: int, pods: Iterable[Pod], nodes: Iterable[int]) -> Sticky
             number = (number + 1) % PINNED
         numbered[number] = pod
     named = tuple((pod, number) for number, pod in numbered.items())
-    return Sticky(rounded(affinity_s), named, tuple(sorted(set(nodes))))
+    return Sticky(rounded(affinity_s), named)
 
 
 def rounded(affinity_s: int) -> int:

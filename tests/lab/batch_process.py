@@ -40,9 +40,11 @@ def port(
     past = bytes((0, 1, 4)[(3 * b + turn) % 5 % 3] for b in range(4 * size))  # no pods
     closed = (turn + number) % 2 == 0
     pods_here = [target for target in found if isinstance(target, tuple)]
-    pinned = sticky(10 + turn, pods_here, (1, 7)) if number % 3 == 0 or turn % 2 else None
+    pinned = sticky(10 + turn, pods_here) if number % 3 == 0 or turn % 2 else None
     head = (address, protocol, number, pinned, closed)
-    made = PortElements(*head, targets, now, past, bytes((2, 3) * 4) if turn % 3 else b"")
+    asked = (1, 7) if pinned or turn % 3 else ()
+    spare = bytes((2, 3) * 4) if turn % 3 else b""
+    made = PortElements(*head, targets, now, past, spare, asked)
     return (address, protocol.value, number), made
 
 

@@ -107,7 +107,8 @@ class FakeTable:
             return f"ask {asked}"
         if known or about:
             return "established" if known else "stray"
-        if asks and handed and (mark := self._of(address, "steer").get(key)):
+        answers = asks or (protocol == "tcp" and syn and not stays)
+        if answers and handed and (mark := self._of(address, "steer").get(key)):
             return f"answer {int(mark, 16) - MARK_BASE}"
         past = _key(prefix, self._of(address, "past").get(prefix), client, source)
         established = protocol == "tcp" and not syn
@@ -143,7 +144,7 @@ class FakeTable:
         return "pod " + pod.replace(" . ", ":") if pod else "stray"
 
     def _asked(self, prefix: str, client: str, source: int) -> int:
-        """The node that is asked about a client without a pin; 0 for none."""
+        """The node that is asked about a first packet of a client without a pin; 0 for none."""
         asks = self._of(prefix, "asks").get(prefix)
         mark = self._of(prefix, "prev").get(_key(prefix, asks, client, source), "")
         known = asks is not None and f"{prefix} . {mark}" in self._of(prefix, "holders")

@@ -205,6 +205,7 @@ def test_a_snapshot_gives_back_the_same_ruleset(tmp_path: Path) -> None:
     assert found.rules == kept.rules
     assert found.inputs.forwarding == OPTIONS
     assert any(port.counts()["prev"] for port in found.rules.ports.values())
+    assert any(port.asked for port in found.rules.ports.values())
     assert (found.usable6, found.tunnel_peers) == (kept.usable6, kept.tunnel_peers)
     assert (found.table.digest, found.index, found.shape) == (
         kept.table.digest,
