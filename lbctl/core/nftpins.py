@@ -12,6 +12,8 @@ Rules:
   every packet, for nothing says which is the first.
 - Without session affinity it asks about SYNs for some seconds (`SYN_MEMORY_S`): a repeated one is
   of a connection that the former owner's pod has half made, and is still answering.
+- Nobody else asks: what came by another table, of a bucket that is not ours, stays here. The answer
+  would go to the owner by a third one, who may not know that yet.
 - Who is asked delivers what it knows, by conntrack or a pin, and sends the rest back to the
   bucket's owner. Few hops left say that a packet is a question, and fewer that it is an answer: so
   it is asked about once, and answered once. Both go first in a node's own queue.
@@ -90,6 +92,8 @@ def questions(family: Family) -> str:
     {left} <= {HANDOVER_TTL} meta mark set 0 accept
     jump known
     {_TAKING} meta mark set 0 accept
+    {family.raw_key} vmap @svc
+    {family.owner} meta mark set 0 accept
     {key} vmap @asks
     meta mark set {key} . meta mark map @prev
     {NOT_NODE} meta mark set 0 accept

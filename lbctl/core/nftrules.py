@@ -371,11 +371,17 @@ def _chance(family: Family) -> str:
 
 
 def _arrivals(family: Family) -> str:
-    """What came in from an uplink, or from another node, and is not established here."""
+    """What came in from an uplink, or from another node, and is not established here.
+
+    For a second conntrack knows the SYN of a question that was answered, and calls what follows it
+    invalid; it may come here if the answer did not go to who asked.
+    """
     ip = family.ip
+    few = f"{ip} {family.hops} {{ {LAST_LOOKUP_TTL}, {HANDOVER_TTL} }}"
     return f"""  chain arrived {{
     ct state related ct mark & {MARK_MASK:#x} == {MARK_BASE:#x} meta mark set ct mark
     ct state established ct {PINNED_MARK} goto refresh
+    ct state invalid {few} tcp flags & (syn|rst) == 0 goto passed
     ct state != new accept
     ct status dnat accept
     meta l4proto udp ct timeout set "brief_udp"

@@ -232,6 +232,35 @@ def test_the_fake_says_what_the_kernel_does(
     assert ways == every | ({"pod", "ask"} if here else {"on"})
 
 
+@pytest.mark.parametrize("version", [4, 6])
+def test_what_follows_a_question_that_was_answered_is_passed_on(space: str, version: int) -> None:
+    """Conntrack knows the SYN, and calls the rest of the connection invalid."""
+    eip = str(EIP if version == 4 else EIP6)
+    pods = [pod(n, p, version=version) for n in (2, 3) for p in (2, 3)]
+    of = table(*pods, eips=(EIP, EIP6))
+    load(space, "".join(nft.full(ruleset(nodeview.advance({}, of, "n1"), "n1", 1, of))))
+    client = CLIENTS[version][0]
+    family = FAMILIES[0 if version == 4 else 1]
+
+    def send(flags: int) -> None:
+        packets = [
+            frames.with_hops(frames.tcp(client, 20000 + n, eip, 80, flags), HANDOVER_TTL - 1)
+            for n in range(10)
+        ]
+        sent = [frames.frame(p, "02:00:00:00:00:01", PEER).hex() for p in packets]
+        command = ["ip", "netns", "exec", space, sys.executable, "-c", SEND]
+        subprocess.run(command, input=json.dumps(sent), text=True, check=True, timeout=60)
+
+    def count(name: str) -> int:
+        text = sh("ip", "netns", "exec", space, "nft", "list", "counter", family.ip, "lbctl", name)
+        return int(re.findall(r"packets (\d+)", text)[0])
+
+    send(frames.SYN)
+    assert (count("answered"), count("second_chance")) == (10, 0)
+    send(frames.ACK)
+    assert (count("second_chance"), count("stray")) == (10, 0)
+
+
 def expected(said: str) -> str:
     kind, _, what = said.partition(" ")
     if kind in ("node", "on", "chance", "owner", "ask", "answer"):

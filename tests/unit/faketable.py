@@ -101,7 +101,8 @@ class FakeTable:
         if (not peer or goes_on) and (mark := self._of(address, "steer").get(key)):
             return f"{'on' if peer else 'node'} {int(mark, 16) - MARK_BASE}"
         stays = self._pinned(prefix, pinned)
-        asked = self._asked(prefix, client, source)
+        ours = key not in self._of(address, "steer")
+        asked = self._asked(prefix, client, source) if ours else 0
         asks = prefix in self._of(address, "asks") and (syn or protocol == "udp") and not stays
         if asks and asked and not (few or about):
             return f"ask {asked}"

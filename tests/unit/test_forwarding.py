@@ -550,6 +550,25 @@ def test_new_flows_reach_a_pod_where_an_agent_is_away(
     assert steered > len(MANY) / 6
 
 
+def test_new_flows_reach_a_pod_while_they_are_asked_about_and_an_agent_is_away() -> None:
+    """Pods come one by one, first to its node; who is asked sends them where its table says."""
+    cluster = Cluster()
+    cluster.apply(table(*PODS[:1], *PODS[2:3]))  # on n1 and n2
+    cluster.settle()
+    come = PODS[4], PODS[1], PODS[3], PODS[5]
+    for count in range(len(come) + 1):
+        cluster.apply(table(PODS[0], PODS[2], *come[:count]), only=("n1", "n2"))
+    asked = [bool(port.asked) for n in ("n1", "n2") for port in cluster.rules[n].ports.values()]
+    assert asked == [True, True]
+    for client in MANY:
+        for entry in INDEX:
+            out = cluster.lands(entry, client)
+            assert out.startswith("pod "), (client, entry, out)
+            home = out.split("@")[1]
+            assert cluster.finds(entry, client, home), (client, entry, home)
+            cluster.notes.clear()
+
+
 def test_closed_ports_keep_established_flows() -> None:
     cluster = Cluster()
     cluster.apply(table(*PODS))
