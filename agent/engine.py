@@ -306,15 +306,16 @@ class Engine:
     ) -> State:
         """Runs in a thread: pure, and at the cost of what differs from `before`."""
         sources = self._sources(inputs, off)
+        # What comes now is not settled with what was there before.
+        view: View = nodeview.settle(before.view, self._newcomers.due(time.monotonic()))
+        view = nodeview.asked_long_enough(view, self._repeated.due(time.monotonic()))
         if not boots:
             steps = [*(replace(sources, endpoints=each) for each in between), sources]
-            table, view = nodeview.live_through(before.view, before.table, steps, self._node)
+            table, view = nodeview.live_through(view, before.table, steps, self._node)
         else:
             table = forwarding.revise(before.table, sources)
             past = self._others(before, table, sources)
             view = nodeview.advance(past, table, self._node, before.table)
-        view = nodeview.settle(view, self._newcomers.due(time.monotonic()))
-        view = nodeview.asked_long_enough(view, self._repeated.due(time.monotonic()))
         state = State(
             inputs,
             off.nodes,

@@ -36,9 +36,15 @@ class Settling:
         """Take in the view that the kernel has now; whether something of it is to be settled."""
         more = False
         for address in changed(self._seen, view):
-            self._changed_s.pop(address, None)
-            if any(map(self._unsettled, view.get(address, ()))):
+            was, now = (self._of(known.get(address, ())) for known in (self._seen, view))
+            if not now or was != now:
+                self._changed_s.pop(address, None)
+            if now and was != now:
                 self._changed_s[address] = now_s
                 more = True
         self._seen = view
         return more
+
+    def _of(self, ports: tuple[PortView, ...]) -> list[int]:
+        """Those that are unsettled; a port that did not change is the same object."""
+        return [id(port) for port in ports if self._unsettled(port)]

@@ -12,11 +12,10 @@ Rules:
   every packet, for nothing says which is the first.
 - Without session affinity it asks about SYNs for some seconds (`SYN_MEMORY_S`): a repeated one is
   of a connection that the former owner's pod has half made, and is still answering.
-- Nobody else asks: what came by another table, of a bucket that is not ours, stays here. The answer
-  would go to the owner by a third one, who may not know that yet.
-- Who is asked delivers what it knows, by conntrack or a pin, and sends the rest back to the
-  bucket's owner. Few hops left say that a packet is a question, and fewer that it is an answer: so
-  it is asked about once, and answered once. Both go first in a node's own queue.
+- Who is asked delivers what it knows, by conntrack or a pin, and sends the rest back to who asked
+  (`callers`, by MAC): its own table may be an older one. Few hops left say that a packet is a
+  question, and fewer that it is an answer: so it is asked about once, and answered once. Both go
+  first in a node's own queue.
 """
 
 from __future__ import annotations
@@ -28,6 +27,7 @@ from lbctl.core.names import FIRST, MARK_BASE, MARK_MASK
 from lbctl.core.nftfamily import (
     BUCKET_BASE,
     HANDOVER_TTL,
+    LAST_LOOKUP_TTL,
     NODE,
     NOT_NODE,
     NOT_SYN,
@@ -36,7 +36,7 @@ from lbctl.core.nftfamily import (
 )
 from lbctl.core.sticky import KINDS, PINNED, TAKING, TIMEOUTS_S
 
-ANSWER_TTL: Final = 3  # enough for the way to the pod
+ANSWER_TTL: Final = 5  # enough for the way to the pod, over a node or two; less than a question's
 # A SYN is repeated after 1 and 3 s (RFC 6298), and so is the answer to it.
 SYN_MEMORY_S: Final = 4
 _QUESTIONS: Final = 1000  # in one second, of this node's, that go first
@@ -68,12 +68,13 @@ def _sought(family: Family) -> str:
 
 
 def pin_sets(family: Family) -> str:
-    """Return the maps of pins, of who asks, of pins' timeouts, and of pods' numbers."""
+    """Return the maps of pins, of who asks and whom, of pins' timeouts, and of pods' numbers."""
     key = f"{family.address} . inet_proto . inet_service"
     return f"""  map pins {{
     typeof {_client(family)} : meta mark; flags dynamic,timeout; size {PINS};
   }}
   map asks {{ type {key} : verdict; }}
+  map callers {{ type ether_addr : mark; }}
   map pin {{ type {key} : verdict; }}
   map holders {{ type {key} . mark : mark; }}
 """
@@ -92,8 +93,6 @@ def questions(family: Family) -> str:
     {left} <= {HANDOVER_TTL} meta mark set 0 accept
     jump known
     {_TAKING} meta mark set 0 accept
-    {family.raw_key} vmap @svc
-    {family.owner} meta mark set 0 accept
     {key} vmap @asks
     meta mark set {key} . meta mark map @prev
     {NOT_NODE} meta mark set 0 accept
@@ -102,14 +101,13 @@ def questions(family: Family) -> str:
     meta mark set 0
   }}
   chain answer {{
-    {left} <= {ANSWER_TTL} return
+    {left} != {LAST_LOOKUP_TTL} return
     {NOT_SYN} return
     {key} vmap @asks
     meta mark 0 meta l4proto != tcp return
     jump known
     {_TAKING} meta mark set 0 accept
-    {family.raw_key} vmap @svc
-    {family.owner} \
+    meta mark set ether saddr map @callers \
       {left} set {ANSWER_TTL} counter name answered accept
     meta mark set 0 accept
   }}

@@ -220,8 +220,12 @@ def _icmp(family: Family) -> str:
 
 
 def _steering(family: Family) -> str:
-    """From outside: refuse, or find the bucket, and mark and untrack what is another node's."""
+    """From outside: refuse, or find the bucket, and mark and untrack what is another node's.
+
+    What has as many hops left as a question or a hand-over would be taken for one there.
+    """
     ip, icmp, key = family.ip, family.icmp, family.key
+    left = f"{ip} {family.hops}"
     return f"""  chain refuse {{
     drop
   }}
@@ -232,6 +236,7 @@ def _steering(family: Family) -> str:
     meta l4proto != tcp {key} @closed goto refuse
     {family.raw_key} vmap @svc
     meta mark 0 goto refuse
+    {left} {HANDOVER_TTL} {left} set {LAST_LOOKUP_TTL}
     {family.owner} counter name steered notrack accept
     meta mark set 0
     goto ours
@@ -371,17 +376,11 @@ def _chance(family: Family) -> str:
 
 
 def _arrivals(family: Family) -> str:
-    """What came in from an uplink, or from another node, and is not established here.
-
-    For a second conntrack knows the SYN of a question that was answered, and calls what follows it
-    invalid; it may come here if the answer did not go to who asked.
-    """
+    """What came in from an uplink, or from another node, and is not established here."""
     ip = family.ip
-    few = f"{ip} {family.hops} {{ {LAST_LOOKUP_TTL}, {HANDOVER_TTL} }}"
     return f"""  chain arrived {{
     ct state related ct mark & {MARK_MASK:#x} == {MARK_BASE:#x} meta mark set ct mark
     ct state established ct {PINNED_MARK} goto refresh
-    ct state invalid {few} tcp flags & (syn|rst) == 0 goto passed
     ct state != new accept
     ct status dnat accept
     meta l4proto udp ct timeout set "brief_udp"

@@ -11,9 +11,8 @@ What a node gets from another by an older or other table goes to one of its own 
 one that ends or is not ready if there is no other, and on to the owner by its own table if there is
 none at all (`homed`); but for established TCP that it does not know: the pod would reset it.
 A SYN may be a repeated one, of a connection that a former owner's pod has half made, and two pods'
-answers would break it: of a bucket that came from another node that one is asked for a moment
-(`asking`, until `asked_long_enough`), if all that it has of the port takes new flows, so that it
-does nothing wrong by an older table either.
+answers would break it: of a bucket that came from another node, that one is asked for a moment
+(`asking`, until `asked_long_enough`), if it has a pod that takes new flows.
 Sizes are powers of two and a bucket is a range of the hash. Where a Service changes its size, the
 past is kept at the finer of the two sizes, and no flow's former owner is forgotten; it goes back to
 the table's own size as soon as nothing is lost by that.
@@ -181,7 +180,7 @@ def asked_long_enough(
     view: View, addresses: Iterable[Address]
 ) -> PMap[Address, tuple[PortView, ...]]:
     """Let the ports of these EIPs ask nobody about SYNs any more."""
-    return _each(view, addresses, lambda port: replace(port, asking=False))
+    return _each(view, addresses, lambda port: replace(port, asking=False) if port.asking else port)
 
 
 def _each(
@@ -321,21 +320,9 @@ def elements(address: Address, view: PortView, me: str, index: Mapping[str, int]
     taking = [place[pod] for pod in pods or spares]
     spare = b"" if table.closed else maglev.row((taking * SPARES)[:SPARES])
     pinned = None if table.affinity_s is None else sticky(table.affinity_s, dict.fromkeys(pods))
-    asked = _asked(view, aims, me, index) if pinned or view.asking else ()
+    others = {aim for aim in aims if isinstance(aim, int)} if pinned or view.asking else set()
     head = (address, table.protocol, table.port, pinned, table.closed)
-    return PortElements(*head, targets, now, past, spare, asked)
-
-
-def _asked(
-    view: PortView, aims: Iterable[Target], me: str, index: Mapping[str, int]
-) -> tuple[int, ...]:
-    """The nodes that know best: whose pods take new flows, without affinity all of them."""
-    found = {aim for aim in aims if isinstance(aim, int)}
-    table = view.table
-    if not table.by_client:
-        others = set(table.members).difference(table.endpoints)
-        found.difference_update(_aim(holder, me, index) for holder in others)
-    return tuple(sorted(found))
+    return PortElements(*head, targets, now, past, spare, tuple(sorted(others)))
 
 
 def _first_node(line: list[Target]) -> int | None:

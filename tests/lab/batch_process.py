@@ -62,6 +62,7 @@ def states() -> list[nft.Ruleset]:
             for number in (80, 443)
         ),
         {FOUR: (ip_network("203.0.113.0/24"),), SIX: (ip_network("2001:db8:3::/64"),)},
+        callers=((4, "02:00:00:00:00:02", 1), (6, "02:00:00:00:00:02", 1)),
     )
     later = dict(
         port(address, protocol, number, 160 if protocol is Protocol.UDP else 40, number + 1)
@@ -73,7 +74,7 @@ def states() -> list[nft.Ruleset]:
     return [
         base,
         replace(base, generation=2, ports=later, silent=(2, 3)),
-        replace(base, generation=3, ports={}, uplinks=("eth0", "eth1"), silent=(3,)),
+        replace(base, generation=3, ports={}, uplinks=("eth0", "eth1"), silent=(3,), callers=()),
         replace(base, generation=4, ports=wide, sources={}, silent=(1, 3)),
     ]
 

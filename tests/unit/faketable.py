@@ -71,6 +71,7 @@ class FakeTable:
         handed: bool = False,
         answered: bool = False,
         pinned: str = "",
+        caller: str = "",
     ) -> str:
         """Say what becomes of a packet that comes in by an uplink.
 
@@ -78,7 +79,8 @@ class FakeTable:
         flow here. odd: with IP options or extension headers. about: not this flow's packet, but an
         ICMP error about one of its answers. handed: with few hops left, as after a hand-over
         or a question; answered: with fewer, as after an answer or two hand-overs. pinned: the pod
-        that the client is pinned to here. Out: `node INDEX`, `on INDEX`, `pod ADDRESS:PORT`,
+        that the client is pinned to here. caller: the MAC of that other node.
+        Out: `node INDEX`, `on INDEX`, `pod ADDRESS:PORT`,
         `chance INDEX`, `owner INDEX` (where no note leads elsewhere), `ask INDEX`, `answer INDEX`,
         `ping`, `established`, or what counts the drop: `refused`, `sources`, `odd` or `stray`.
         """
@@ -101,15 +103,14 @@ class FakeTable:
         if (not peer or goes_on) and (mark := self._of(address, "steer").get(key)):
             return f"{'on' if peer else 'node'} {int(mark, 16) - MARK_BASE}"
         stays = self._pinned(prefix, pinned)
-        ours = key not in self._of(address, "steer")
-        asked = self._asked(prefix, client, source) if ours else 0
+        asked = self._asked(prefix, client, source)
         asks = prefix in self._of(address, "asks") and (syn or protocol == "udp") and not stays
         if asks and asked and not (few or about):
             return f"ask {asked}"
         if known or about:
             return "established" if known else "stray"
         answers = asks or (protocol == "tcp" and syn and not stays)
-        if answers and handed and (mark := self._of(address, "steer").get(key)):
+        if answers and handed and (mark := self._of(address, "callers").get(caller)):
             return f"answer {int(mark, 16) - MARK_BASE}"
         past = _key(prefix, self._of(address, "past").get(prefix), client, source)
         established = protocol == "tcp" and not syn

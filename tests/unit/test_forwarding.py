@@ -25,7 +25,7 @@ from lbctl.core.sticky import rounded, sticky
 from lbctl.errors import DataplaneError
 
 from .faketable import FakeTable
-from .forwarding_cases import EIP, INDEX, nodes, pod, ruleset, service, table
+from .forwarding_cases import EIP, INDEX, mac, nodes, pod, ruleset, service, table
 
 PODS = [pod(n, p) for n in (1, 2, 3) for p in (2, 3)]
 CLIENTS = [("203.0.113.10", 20000 + 7 * k) for k in range(200)]
@@ -69,7 +69,7 @@ class Cluster:
 
         home: the node whose conntrack knows the flow.
         """
-        where, kind, before = entry, "", ""
+        where, kind, before, last = entry, "", "", ""
         for _ in range(5):
             out = self.fakes[where].where(
                 str(EIP),
@@ -82,8 +82,9 @@ class Cluster:
                 handed=kind in ("chance", "ask"),
                 answered=kind in ("answer", "on", "owner") or before == kind == "chance",
                 pinned=self.pins.get((where, client[0]), ""),
+                caller=mac(INDEX[last]) if last else "",
             )
-            before = kind
+            before, last = kind, where
             kind, what = out.split(" ") if " " in out else (out, "")
             if kind not in ("node", "on", "chance", "owner", "ask", "answer"):
                 return f"{out} @{where}"
@@ -228,16 +229,31 @@ def test_a_syn_that_is_repeated_reaches_the_pod_that_answers_the_first(slow: str
         assert all(cluster.lands("n1", c, home=homes[c]).startswith("pod ") for c in moved)
 
 
-def test_nobody_is_asked_whose_pods_do_not_all_take_new_flows() -> None:
-    """By an older table that node would give new ones to a pod that goes."""
+def test_nobody_is_asked_whose_pods_take_no_new_flows() -> None:
     cluster = Cluster()
     cluster.apply(table(*PODS[:4]))
-    cluster.apply(table(*_as("st", PODS[0]), *PODS[1:]))
+    cluster.apply(table(*_as("st", *PODS[:2]), *PODS[2:]))
     (port,) = cluster.rules["n3"].ports.values()
     assert port.asked == (INDEX["n2"],)
-    cluster.apply(table(*_as("", *PODS[:4]), *PODS[4:]))
+    cluster.apply(table(*_as("st", *PODS[:4]), *PODS[4:]))
     (port,) = cluster.rules["n3"].ports.values()
     assert port.asked == ()
+
+
+def test_a_node_whose_agent_is_away_keeps_nothing_that_it_is_asked_about() -> None:
+    """By its older table it would give new flows to a pod that is no more."""
+    cluster = Cluster()
+    cluster.apply(table(*PODS[:4]))
+    cluster.settle()
+    for pods in (PODS, PODS[1:]):  # two come to n3, and one goes from n1
+        cluster.apply(table(*pods), only=("n2", "n3"))
+    kept = [cluster.fakes["n1"].where(str(EIP), 80, *client, peer=True) for client in MANY]
+    assert f"pod {PODS[0].address}:8080" in kept
+    for client in MANY:
+        for entry in ("n2", "n3"):
+            where = cluster.steers(entry, client) or entry
+            out = cluster.lands(entry, client)
+            assert where == "n1" or out.endswith(f"@{where}"), (client, entry, out)
 
 
 def test_a_bucket_that_moves_on_between_pods_of_one_node_is_still_handed_to_who_had_it() -> None:

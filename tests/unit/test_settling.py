@@ -41,6 +41,16 @@ def test_tcp_alone_needs_no_time() -> None:
     assert not settling.note(nodeview.advance(view, table(*PODS), "n2"), 1.0)
 
 
+def test_what_another_port_does_changes_nothing() -> None:
+    of = service(protocols=(Protocol.TCP, Protocol.UDP))
+    settling = Settling(nodeview.unsettled, UDP_MEMORY_S)
+    view = nodeview.advance({}, table(PODS[0], of=of), "n2")
+    grown = nodeview.advance(view, table(*PODS, of=of), "n2")
+    assert settling.note(grown, 0.0)
+    assert not settling.note(nodeview.asked_long_enough(grown, (EIP,)), 4.0)
+    assert settling.due(UDP_MEMORY_S) == (EIP,)
+
+
 def test_who_gets_buckets_of_tcp_asks_for_a_moment() -> None:
     """Only what came from another node, whose pod is still there, is asked about."""
     settlings = {n: Settling(lambda port: port.asking, SYN_MEMORY_S) for n in ("n1", "n2")}
