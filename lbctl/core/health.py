@@ -13,7 +13,8 @@ Rules beyond the table:
   `held`. The other manager decides; without one, or if it cannot name all that it calls gone,
   NotReady or PANIC_S do.
 - If no manager sees any node, nothing is won by believing it: what is between managers and nodes
-  may have failed (a link, a firewall's rule). Then NotReady alone decides.
+  may have failed (a link, a firewall's rule). Then NotReady alone decides, and for AT_ONCE_S after
+  it: nodes are not heard again in the same moment.
 - A node that was held until it answered again has not fallen.
 - A node that fell is back after RETURN_ANSWERS answers in a row. From its second fall on it is Up
   but not `stable` for a time that doubles to STABLE_MAX_S.
@@ -153,7 +154,8 @@ class Health:
     counts that it is not, infinite while it does not.
     misses, answers: in a row. silent_s: when the misses began. alive_s: last sign of life in an
     unbroken chain; kernel_s: last answer of the kernel within it. since_s: when `state` began.
-    settled: gone, and nothing holds it any more. falls: times that it was gone, lately.
+    settled: gone, and nothing holds it any more. blind_s: when no manager saw any node, the last
+    time. falls: times that it was gone, lately.
     """
 
     name: str
@@ -169,6 +171,7 @@ class Health:
     since_s: float = 0.0
     held: bool = False
     settled: bool = False
+    blind_s: float = -math.inf
     falls: int = 0
     stable_from_s: float = 0.0
     reason: Reason | None = Reason.NODE_UNKNOWN
@@ -273,9 +276,12 @@ def judge(
     for name in uneasy:
         old = nodes[name]
         known = _counted(old, mass, now_s)
-        signal = _signal(known, () if name in blind else judging, now_s, limits)
+        if name in blind and now_s - known.blind_s > limits.at_once_s / 4:
+            known = replace(known, blind_s=now_s)  # not each time, for a thousand nodes
+        spared = now_s - known.blind_s < limits.at_once_s
+        signal = _signal(known, () if spared else judging, now_s, limits)
         new = _enter(known, TABLE[old.state, signal], now_s)
-        if name in blind and new.state is NodeState.SUSPECT:
+        if spared and new.state is NodeState.SUSPECT:
             new = _held(new, True, False)
         else:
             new = _hold(new, panic, judging, seen_here, now_s, limits)

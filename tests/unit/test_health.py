@@ -366,6 +366,9 @@ def test_no_node_is_taken_for_dead_while_no_manager_sees_any() -> None:
     world.wait(h.PANIC_S * 3, silent="abc")
     assert world.states() == "Suspect* Suspect* Suspect*"
     world.peer_says("bc", seen=1)
+    world.wait(h.AT_ONCE_S / 2, silent="abc")
+    assert world.states() == "Suspect* Suspect* Suspect*"  # they may be about to answer
+    world.now_s += h.AT_ONCE_S
     world.judge()
     assert world.states() == "Suspect* Down Down"
 
@@ -390,6 +393,24 @@ def test_what_was_held_stays_so_while_its_answers_come_back() -> None:
     world.step(times=h.RETURN_ANSWERS)
     assert world.states() == "Up Up Up"
     assert not any(health.falls for health in world.nodes.values())
+
+
+def test_what_answers_a_little_later_than_the_others_has_not_fallen() -> None:
+    """And what does not answer at all is gone then, for both managers say so."""
+    world = up("a", "b", "c")
+    world.peer_says("abc", seen=0)
+    world.wait(20.0, "abc")
+    world.peer_says("c", seen=2)
+    world.step("c", times=3)
+    assert world.states() == "Up Up Suspect*"
+    world.wait(h.AT_ONCE_S / 2 - 3 * TICK, "c")
+    assert world.states() == "Up Up Suspect*"
+    nodes, now_s = dict(world.nodes), world.now_s
+    world.step(times=3)
+    assert world.states() == "Up Up Up" and world.nodes["c"].falls == 0
+    world.nodes, world.now_s = nodes, now_s
+    world.wait(h.AT_ONCE_S / 2 + TICK, "c")
+    assert world.states() == "Up Up Down"
 
 
 def test_panic_ends_though_the_other_cannot_name_all_that_it_calls_gone() -> None:
