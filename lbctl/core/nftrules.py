@@ -376,11 +376,17 @@ def _chance(family: Family) -> str:
 
 
 def _arrivals(family: Family) -> str:
-    """What came in from an uplink, or from another node, and is not established here."""
+    """What came in from an uplink, or from another node, and is not established here.
+
+    For a second conntrack knows a SYN that this node was asked about and sent back, and calls the
+    rest of the connection invalid; it may come here if the bucket has come here meanwhile. It is
+    passed on untracked: kube-proxy drops what is invalid.
+    """
     ip = family.ip
     return f"""  chain arrived {{
     ct state related ct mark & {MARK_MASK:#x} == {MARK_BASE:#x} meta mark set ct mark
     ct state established ct {PINNED_MARK} goto refresh
+    ct state invalid tcp flags & (syn|rst) == 0 notrack goto passed
     ct state != new accept
     ct status dnat accept
     meta l4proto udp ct timeout set "brief_udp"

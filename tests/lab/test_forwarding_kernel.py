@@ -252,6 +252,49 @@ def test_who_asks_is_answered_whatever_the_table_says(space: str, version: int) 
     assert seen(space, family.ip, eip) == {source: f"mark {n}" for source, n in asked.items()}
 
 
+@pytest.mark.parametrize("version", [4, 6])
+def test_a_connection_whose_bucket_comes_to_who_was_asked_goes_on(space: str, version: int) -> None:
+    """Conntrack still knows the SYN that went back, and calls the rest invalid."""
+    eip = str(EIP if version == 4 else EIP6)
+    pods = [pod(n, p, version=version) for n in (1, 2, 3) for p in (2, 3)]
+    tables = [table(*some, eips=(EIP, EIP6)) for some in (pods[1:4], pods)]
+    first = nodeview.advance({}, tables[0], "n1")
+    views = [first, nodeview.advance(first, tables[1], "n1")]
+    old, new = (ruleset(views[n], "n1", n, tables[n]) for n in (0, 1))
+    fake = FakeTable()
+    for text in [*nft.full(old), *nft.difference(old, new)]:
+        fake.apply(text)
+        load(space, text)
+    family = FAMILIES[0 if version == 4 else 1]
+    client = CLIENTS[version][0]
+
+    def goes(source: int) -> str:
+        return fake.where(eip, 80, client, source, syn=False, peer=True)
+
+    sources = [s for s in range(20000, 20400) if goes(s) == "chance 2"]
+    assert sources
+
+    def send(flags: int, hops: int) -> None:
+        packets = [
+            frames.with_hops(frames.tcp(client, source, eip, 80, flags), hops) for source in sources
+        ]
+        sent = [frames.frame(p, "02:00:00:00:00:01", PEER).hex() for p in packets]
+        command = ["ip", "netns", "exec", space, sys.executable, "-c", SEND]
+        subprocess.run(command, input=json.dumps(sent), text=True, check=True, timeout=60)
+
+    def counts() -> dict[str, int]:
+        text = sh(
+            "ip", "netns", "exec", space, "nft", "list", "counters", "table", family.ip, "lbctl"
+        )
+        return {n: int(c) for n, c in re.findall(r"counter (\w+) \{\s+packets (\d+)", text)}
+
+    send(frames.SYN, LAST_LOOKUP_TTL)
+    assert counts()["answered"] == len(sources)
+    send(frames.ACK, 62)
+    found = counts()
+    assert (found["second_chance"], found["stray"]) == (len(sources), 0)
+
+
 def expected(said: str) -> str:
     kind, _, what = said.partition(" ")
     if kind in ("node", "on", "chance", "owner", "ask", "answer"):
