@@ -11,6 +11,7 @@ import subprocess
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Final
@@ -23,6 +24,7 @@ from lbctl.errors import DrillError, LabError, MessageError
 from lbctl.kube import client as kube
 from lbctl.lab import control, flooding, processes, workload
 from lbctl.lab.api import DAEMON_SETS, DEPLOYMENTS, Api, is_ready, wait
+from lbctl.lab.controllers.endpointslices import SERVICE_LABEL
 from lbctl.lab.drill import links
 from lbctl.lab.drill.delays import Delay
 from lbctl.lab.drill.links import Command
@@ -251,8 +253,8 @@ class Site:
         self.mend()
         for name in made:
             wait(
-                f"Service {name} to be gone",
-                lambda name=name: self.api.find(kube.SERVICES, name) is None,  # type: ignore[misc]
+                f"Service {name} to be gone, with its Pods and endpoints",
+                partial(self._gone, name),
                 limit_s=READY_S,
             )
         self._forget_falls()
@@ -262,6 +264,14 @@ class Site:
         self.crashed.clear()
         if self.added:
             raise LabError(f"{', '.join(sorted(self.added))} cannot be taken away again")
+
+    def _gone(self, service: str) -> bool:
+        """Else the next one of this name has these Pods behind it for a moment."""
+        return not (
+            self.api.find(kube.SERVICES, service)
+            or self.api.all(kube.PODS, "default", f"app={service}")
+            or self.api.all(kube.ENDPOINT_SLICES, "default", f"{SERVICE_LABEL}={service}")
+        )
 
     def _forget_falls(self) -> None:
         """Wait until managers call every node Up; restart them if one still holds a node back.
