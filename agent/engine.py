@@ -35,7 +35,6 @@ from lbctl.core.clash import Clash
 from lbctl.core.forwarding import EVERYWHERE, EipTable, Locator, Sources, Table
 from lbctl.core.model import Address, Behind, Node, ObjectRef, ServiceEndpoints
 from lbctl.core.nft import Ruleset
-from lbctl.core.nftpins import SYN_MEMORY_S
 from lbctl.core.nftrules import UDP_MEMORY_S
 from lbctl.core.nodeview import View
 from lbctl.core.pmap import PMap, changed, persistent
@@ -107,8 +106,7 @@ class Engine:
         self._gone = Gone()
         self._state = State()
         self._planned: tuple[State, tuple[conntrack.Target, ...]] = self._state, ()
-        self._newcomers = Settling(nodeview.unsettled, UDP_MEMORY_S)
-        self._repeated = Settling(lambda port: port.asking, SYN_MEMORY_S)
+        self._settling = Settling()
         self._macs: Mapping[Address, str] = {}
         self._locator: tuple[tuple[Node, ...], Locator] = ((), Locator(()))
         self._wake = asyncio.Event()
@@ -259,10 +257,8 @@ class Engine:
     def _take_over(self, state: State) -> None:
         """The kernel has it."""
         self._state = state
-        for settling in (self._newcomers, self._repeated):
-            if settling.note(state.view, time.monotonic()):
-                later_s = settling.after_s + 0.1
-                asyncio.get_running_loop().call_later(later_s, self._wake.set)
+        if self._settling.note(state.view, time.monotonic()):
+            asyncio.get_running_loop().call_later(UDP_MEMORY_S + 0.1, self._wake.set)
         self._resolve.set()
         self._confirm(state)
         self._programmed.set()
@@ -306,12 +302,11 @@ class Engine:
     ) -> State:
         """Runs in a thread: pure, and at the cost of what differs from `before`."""
         sources = self._sources(inputs, off)
-        # What comes now is not settled with what was there before.
-        view: View = nodeview.settle(before.view, self._newcomers.due(time.monotonic()))
-        view = nodeview.asked_long_enough(view, self._repeated.due(time.monotonic()))
         if not boots:
+            # What comes now is not settled with what was there before.
+            settled = nodeview.settle(before.view, self._settling.due(time.monotonic()))
             steps = [*(replace(sources, endpoints=each) for each in between), sources]
-            table, view = nodeview.live_through(view, before.table, steps, self._node)
+            table, view = nodeview.live_through(settled, before.table, steps, self._node)
         else:
             table = forwarding.revise(before.table, sources)
             past = self._others(before, table, sources)

@@ -20,7 +20,6 @@ from lbctl.core.nft import Ruleset
 from lbctl.core.nftsets import Policy
 from lbctl.core.nodeview import PortElements, PortView
 from lbctl.core.pmap import PMap, changed, persistent
-from lbctl.core.ways import node_addresses, tunnel_mac
 
 _Ranges = tuple[tuple[Address, Address], ...]
 
@@ -85,35 +84,8 @@ def render(
         _sources(before, state, touched),
         _policy(before, state, touched, uplinks),
         tuple(silent),
-        _callers(before, state),
     )
     return replace(state, rules=rules)
-
-
-def _callers(before: State, state: State) -> tuple[tuple[int, str, int], ...]:
-    """Whence packets of other nodes come, on a link or by the tunnel, and the way back."""
-    if (before.inputs.nodes, before.macs, before.tunnel_peers, before.steerable) == (
-        state.inputs.nodes,
-        state.macs,
-        state.tunnel_peers,
-        state.steerable,
-    ):
-        return before.rules.callers
-    tunnels = set(state.tunnel_peers)
-    found: dict[str, set[str]] = {}
-    for node in state.inputs.nodes:
-        for address in node_addresses(node):
-            if address in state.macs:
-                found.setdefault(state.macs[address], set()).add(node.name)
-            if address in tunnels:
-                found.setdefault(tunnel_mac(address), set()).add(node.name)
-    return tuple(
-        (version, mac, index[name])
-        for version, index in sorted(state.steerable.items())
-        for mac, names in sorted(found.items())
-        for name in names
-        if len(names) == 1 and name in index
-    )
 
 
 def _ranges(before: State, state: State, strays: PMap[Address, None]) -> _Ranges:

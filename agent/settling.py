@@ -1,25 +1,21 @@
-"""When a changed port has had time to show what there was: then new flows follow buckets alone.
+"""When the flows of a changed port that is not TCP have had time to show themselves.
 
-Rules: of a port that is not TCP, new flows go to their bucket's former owner until a time
-(`UDP_MEMORY_S`) after its last change, then to the new one; of TCP, former owners are asked about
-first packets for a shorter one (`SYN_MEMORY_S`). The cost is that of what changed.
+Rule: new flows of such a port go to their bucket's former owner until `UDP_MEMORY_S` after its last
+change, then to the new one. The cost is that of what changed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from lbctl.core.model import Address
-from lbctl.core.nodeview import PortView, View
+from lbctl.core.nftrules import UDP_MEMORY_S
+from lbctl.core.nodeview import View, unsettled
 from lbctl.core.pmap import PMap, changed
 
 
 class Settling:
-    """The EIPs with ports that are `unsettled`, with the time (monotonic seconds) of the change."""
+    """The EIPs whose ports are not settled, with the time (monotonic seconds) of the change."""
 
-    def __init__(self, unsettled: Callable[[PortView], bool], after_s: float) -> None:
-        self._unsettled = unsettled
-        self.after_s = after_s
+    def __init__(self) -> None:
         self._seen: View = PMap()
         self._changed_s: dict[Address, float] = {}  # in order of time
 
@@ -27,7 +23,7 @@ class Settling:
         """Those that are to be settled now; they stay due until `note` sees it done."""
         found = []
         for address, since_s in self._changed_s.items():
-            if since_s + self.after_s > now_s:
+            if since_s + UDP_MEMORY_S > now_s:
                 break
             found.append(address)
         return tuple(found)
@@ -36,15 +32,9 @@ class Settling:
         """Take in the view that the kernel has now; whether something of it is to be settled."""
         more = False
         for address in changed(self._seen, view):
-            was, now = (self._of(known.get(address, ())) for known in (self._seen, view))
-            if not now or was != now:
-                self._changed_s.pop(address, None)
-            if now and was != now:
+            self._changed_s.pop(address, None)
+            if any(map(unsettled, view.get(address, ()))):
                 self._changed_s[address] = now_s
                 more = True
         self._seen = view
         return more
-
-    def _of(self, ports: tuple[PortView, ...]) -> list[int]:
-        """Those that are unsettled; a port that did not change is the same object."""
-        return [id(port) for port in ports if self._unsettled(port)]

@@ -205,8 +205,7 @@ def _view(table: Table, me: str, before: Mapping[Address, list[Any]]) -> nodevie
             if size and len(past[1]) in SIZES[SIZES.index(size) :]:
                 former = tuple(tuple(map(_holder, line)) for line in past[0])
                 row = nodeview.past_row(former, past[1])
-                asking = len(past) > 2 and bool(past[2])  # not in those of an older version
-                ports.append(replace(made, former=former, before=row, asking=asking))
+                ports.append(replace(made, former=former, before=row))
             else:
                 ports.append(made)
         view[address] = tuple(ports)
@@ -214,10 +213,9 @@ def _view(table: Table, me: str, before: Mapping[Address, list[Any]]) -> nodevie
 
 
 def _before(view: PortView) -> list[Any]:
-    """Lines of former owners, a place among them plus one for each bucket, 0 for none; `asking`."""
+    """Lines of former owners, and a place among them plus one for each bucket, 0 for none."""
     places = list(view.before) if view.former else []
-    lines = [[[str(e.address), e.port, e.node] for e in line] for line in view.former]
-    return [lines, places, view.asking]
+    return [[[[str(e.address), e.port, e.node] for e in line] for line in view.former], places]
 
 
 def _holder(packed: list[Any]) -> Holder:

@@ -2,9 +2,9 @@
 
 Rules: the maps with an element per bucket (`deliver holders prev spare steer`) and those with one
 per port (`svc past closed homed asks pin`) change together, port by port. With session affinity a
-bucket leads to a pod's number (`holders`), and the number to the pod (`deliver`); nodes that are
-asked about first packets are in `holders` by their mark. A whole load is the difference to nothing.
-The cost is that of the ports that differ. `nft` makes text of it, `nfbatch` netlink messages.
+bucket leads to a pod's number (`holders`), and the number to the pod (`deliver`). A whole load is
+the difference to nothing. The cost is that of the ports that differ. `nft` makes text of it,
+`nfbatch` netlink messages.
 """
 
 from __future__ import annotations
@@ -83,9 +83,8 @@ def _port(key: PortKey, old: PortElements | None, new: PortElements | None) -> I
         maps = of_pod if known is None else "holders", of_node
         for delta in _rows(key, maps, (was, one), (now, other)):
             yield delta if known is None or delta.map != "holders" else _numbered(delta, known)
-    if _asks_chain_of(old) or _asks_chain_of(new):
-        for of_map, of in (("deliver", _pods), ("holders", _pins)):
-            yield _numbers(key, of_map, of(old) if old else {}, of(new) if new else {})
+    if sticky is not None:
+        yield from _numbers(key, old.sticky if old else None, new.sticky if new else None)
     for name, values in _OF_PORT.items():
         before, after = values(old), values(new)
         if before != after:
@@ -162,24 +161,26 @@ def _numbered(pods: Delta, known: Sticky) -> Delta:
     return pods._replace(map="holders", values=values)
 
 
-def _numbers(key: PortKey, name: str, was: Mapping[int, Value], now: Mapping[int, Value]) -> Delta:
-    gone = [place for place in was if now.get(place) != was[place]]
-    fresh = [place for place in now if was.get(place) != now[place]]
-    places = maglev.row(range(len(fresh)))
-    return Delta(key, name, gone, fresh, places, [now[place] for place in fresh])
+def _numbers(key: PortKey, old: Sticky | None, new: Sticky | None) -> Iterator[Delta]:
+    """From a pin to the pod that takes new flows, and the nodes that may be asked about pins."""
+    for name, of in (("deliver", _pods), ("holders", _pins)):
+        was, now = of(old), of(new)
+        gone = [place for place in was if now.get(place) != was[place]]
+        fresh = [place for place in now if was.get(place) != now[place]]
+        places = maglev.row(range(len(fresh)))
+        yield Delta(key, name, gone, fresh, places, [now[place] for place in fresh])
 
 
-def _pods(port: PortElements) -> dict[int, Value]:
-    """From a pin to the pod that takes new flows."""
-    return {TAKING + number: pod for pod, number in port.sticky.pods} if port.sticky else {}
+def _pods(known: Sticky | None) -> dict[int, Value]:
+    return {TAKING + number: pod for pod, number in known.pods} if known else {}
 
 
-def _pins(port: PortElements) -> dict[int, Value]:
-    """From a pin to its like that takes new flows, and the nodes that may be asked."""
+def _pins(known: Sticky | None) -> dict[int, Value]:
+    if known is None:
+        return {}
     # A node's mark is not in the buckets' room, but before it.
-    nodes: dict[int, Value] = {node - _ROOM: node for node in port.asked}
-    pods = port.sticky.pods if port.sticky else ()
-    return nodes | {PINNED + number: _ROOM + TAKING + number for _, number in pods}
+    nodes: dict[int, Value] = {node - _ROOM: node for node in known.nodes}
+    return nodes | {PINNED + number: _ROOM + TAKING + number for _, number in known.pods}
 
 
 # -- maps with one element for a port ------------------------------------------------------------
@@ -195,9 +196,7 @@ def _past_chain_of(port: PortElements | None) -> tuple[Value, ...]:
 
 
 def _asks_chain_of(port: PortElements | None) -> tuple[Value, ...]:
-    if port is None or not (port.sticky or port.asked):
-        return ()
-    return (hash_chain(len(port.past), port.sticky is not None),)
+    return (hash_chain(len(port.past), True),) if port and port.sticky else ()
 
 
 def _pin_chain_of(port: PortElements | None) -> tuple[Value, ...]:

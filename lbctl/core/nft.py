@@ -58,8 +58,7 @@ class Ruleset:
     """Everything that the kernel's tables hold, of both families.
 
     ranges: first and last address, both inclusive. sources: EIPs that not everyone may reach.
-    policy: what else the rules follow. silent: the numbers of nodes that are called down. callers:
-    IP version, MAC and number of the nodes that packets can be sent back to.
+    policy: what else the rules follow. silent: the numbers of nodes that are called down.
     """
 
     generation: int = 0
@@ -70,7 +69,6 @@ class Ruleset:
     sources: Mapping[Address, tuple[Network, ...]] = field(default_factory=dict)
     policy: Policy = field(default_factory=Policy)
     silent: tuple[int, ...] = ()
-    callers: tuple[tuple[int, str, int], ...] = ()
 
 
 def merged(
@@ -223,8 +221,6 @@ def recounted(counts: Mapping[SetKey, int], old: Ruleset, new: Ruleset) -> dict[
     for family in FAMILIES:
         whole = {"uplinks": new.uplinks, "peers": new.peers, "silent": new.silent}
         made[family.version, "gen"] = 1
-        versions = [version for version, _, _ in new.callers]
-        made[family.version, "callers"] = versions.count(family.version)
         made |= {(family.version, name): len(held) for name, held in whole.items()}
     return made
 
@@ -234,8 +230,8 @@ def renewed(rules: Ruleset) -> str:
 
     All is declared first, so that what is new has its place; then what an older version wrote is
     emptied and written anew. Elements and counters stay, and chains that are no more, unused; what
-    an older version did not have (`homed`, `callers`) is filled. nft refuses all of it if a set is
-    not what it was.
+    an older version did not have (`homed`) is filled. nft refuses all of it if a set is not what it
+    was.
     """
     text = ""
     for family in FAMILIES:
@@ -250,7 +246,6 @@ def renewed(rules: Ruleset) -> str:
         text += replaced(
             family, "homed", (_prefix(k) for k in mine if k[0].version == family.version)
         )
-        text += replaced(family, "callers", _callers(family, rules), kind="map")
     return text
 
 
@@ -279,8 +274,6 @@ def _small_sets(old: Ruleset, new: Ruleset) -> Iterator[str]:
             yield replaced(family, "uplinks", (f'"{interface(name)}"' for name in new.uplinks))
         if old.peers != new.peers:
             yield replaced(family, "peers", (_mac(text) for text in new.peers))
-        if old.callers != new.callers:
-            yield replaced(family, "callers", _callers(family, new), kind="map")
         was, now = (
             [(a, b) for a, b in rules.ranges if a.version == family.version] for rules in (old, new)
         )
@@ -289,14 +282,6 @@ def _small_sets(old: Ruleset, new: Ruleset) -> Iterator[str]:
             yield replaced(family, "ranges", spans)
     yield from _restrictions(old.sources, new.sources)
     yield from nftsets.changes(old.policy, new.policy)
-
-
-def _callers(family: Family, rules: Ruleset) -> Iterator[str]:
-    return (
-        f"{_mac(mac)} : {MARK_BASE + number:#x}"
-        for version, mac, number in rules.callers
-        if version == family.version
-    )
 
 
 def _small_text(old: Ruleset, new: Ruleset) -> str:

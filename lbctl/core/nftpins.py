@@ -1,4 +1,4 @@
-"""Session affinity in rules: pins. And questions to the node that had a bucket before.
+"""Session affinity in rules: pins, and questions about them.
 
 Rules:
 - A pin (`pins`: client and port → a pod's number) is kept on the node that delivers, and decides
@@ -10,12 +10,9 @@ Rules:
 - The owner of a bucket that was another node's (`prev`) asks that node about clients without a pin:
   it sends it their first packet, untracked, for what comes back must be new to conntrack. Of UDP
   every packet, for nothing says which is the first.
-- Without session affinity it asks about SYNs for some seconds (`SYN_MEMORY_S`): a repeated one is
-  of a connection that the former owner's pod has half made, and is still answering.
-- Who is asked delivers what it knows, by conntrack or a pin, and sends the rest back to who asked
-  (`callers`, by MAC): its own table may be an older one. Few hops left say that a packet is a
-  question, and fewer that it is an answer: so it is asked about once, and answered once. Both go
-  first in a node's own queue.
+- Who is asked delivers what it knows, by conntrack or a pin, and sends the rest back to the
+  bucket's owner. Few hops left say that a packet is a question, and fewer that it is an answer: so
+  it is asked about once, and answered once.
 """
 
 from __future__ import annotations
@@ -23,23 +20,11 @@ from __future__ import annotations
 from typing import Final
 
 from lbctl.core import maglev
-from lbctl.core.names import FIRST, MARK_BASE, MARK_MASK
-from lbctl.core.nftfamily import (
-    BUCKET_BASE,
-    HANDOVER_TTL,
-    LAST_LOOKUP_TTL,
-    NODE,
-    NOT_NODE,
-    NOT_SYN,
-    SYN,
-    Family,
-)
+from lbctl.core.names import MARK_BASE, MARK_MASK
+from lbctl.core.nftfamily import BUCKET_BASE, HANDOVER_TTL, NOT_NODE, NOT_SYN, Family
 from lbctl.core.sticky import KINDS, PINNED, TAKING, TIMEOUTS_S
 
-ANSWER_TTL: Final = 5  # enough for the way to the pod, over a node or two; less than a question's
-# A SYN is repeated after 1 and 3 s (RFC 6298), and so is the answer to it.
-SYN_MEMORY_S: Final = 4
-_QUESTIONS: Final = 1000  # in one second, of this node's, that go first
+ANSWER_TTL: Final = 3  # enough for the way to the pod
 PINS: Final = 131_072  # clients of all ports of a family; further ones have none
 _KIND: Final = MARK_MASK | KINDS
 PINNED_MARK: Final = f"mark & {_KIND:#x} == {BUCKET_BASE + PINNED:#x}"
@@ -68,13 +53,12 @@ def _sought(family: Family) -> str:
 
 
 def pin_sets(family: Family) -> str:
-    """Return the maps of pins, of who asks and whom, of pins' timeouts, and of pods' numbers."""
+    """Return the maps of pins, of who asks, of pins' timeouts, and of pods' numbers."""
     key = f"{family.address} . inet_proto . inet_service"
     return f"""  map pins {{
     typeof {_client(family)} : meta mark; flags dynamic,timeout; size {PINS};
   }}
   map asks {{ type {key} : verdict; }}
-  map callers {{ type ether_addr : mark; }}
   map pin {{ type {key} : verdict; }}
   map holders {{ type {key} . mark : mark; }}
 """
@@ -101,13 +85,14 @@ def questions(family: Family) -> str:
     meta mark set 0
   }}
   chain answer {{
-    {left} != {LAST_LOOKUP_TTL} return
+    {left} <= {ANSWER_TTL} return
     {NOT_SYN} return
     {key} vmap @asks
-    meta mark 0 meta l4proto != tcp return
+    meta mark 0 return
     jump known
     {_TAKING} meta mark set 0 accept
-    meta mark set ether saddr map @callers \
+    {family.raw_key} vmap @svc
+    {family.owner} \
       {left} set {ANSWER_TTL} counter name answered accept
     meta mark set 0 accept
   }}
@@ -149,13 +134,3 @@ def pinning(family: Family) -> str:
     {family.delivered}
   }}
 """
-
-
-def questions_first(family: Family) -> str:
-    """Return the rule that lets questions and answers past the data in this node's own queue.
-
-    A full uplink would lose them. So many a second, for who fills it may send such packets too.
-    """
-    few = f"{family.ip} {family.hops} < {HANDOVER_TTL}"
-    limit = f"limit rate {_QUESTIONS}/second burst {_QUESTIONS} packets"
-    return f"{SYN} {NODE} {few} {limit} meta priority set 0:{FIRST}"

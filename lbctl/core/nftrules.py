@@ -28,14 +28,7 @@ from lbctl.core.nftfamily import (
     SYN,
     Family,
 )
-from lbctl.core.nftpins import (
-    ANSWER_TTL,
-    PINNED_MARK,
-    pin_sets,
-    pinning,
-    questions,
-    questions_first,
-)
+from lbctl.core.nftpins import ANSWER_TTL, PINNED_MARK, pin_sets, pinning, questions
 from lbctl.core.nodeview import SPARES
 
 # A UDP flow that says something within this time stays with its pod when buckets move; so long do
@@ -47,7 +40,7 @@ COUNTERS: Final = (
     "delivered",  # new flows given to a pod of this node
     "sent_on",  # new connections that a node steered here, where no pod is, to this one's owner
     "second_chance",  # packets of established flows handed to the flow's last owner
-    "asked",  # first packets sent to the bucket's last owner, who may know the flow or the client
+    "asked",  # first packets sent to the bucket's last owner, who may know the client
     "answered",  # … and sent back by that one: it does not
     "pinned",  # new flows given to the pod that their client was with
     "pings",  # echo requests answered
@@ -220,12 +213,8 @@ def _icmp(family: Family) -> str:
 
 
 def _steering(family: Family) -> str:
-    """From outside: refuse, or find the bucket, and mark and untrack what is another node's.
-
-    What has as many hops left as a question or a hand-over would be taken for one there.
-    """
+    """From outside: refuse, or find the bucket, and mark and untrack what is another node's."""
     ip, icmp, key = family.ip, family.icmp, family.key
-    left = f"{ip} {family.hops}"
     return f"""  chain refuse {{
     drop
   }}
@@ -236,7 +225,6 @@ def _steering(family: Family) -> str:
     meta l4proto != tcp {key} @closed goto refuse
     {family.raw_key} vmap @svc
     meta mark 0 goto refuse
-    {left} {HANDOVER_TTL} {left} set {LAST_LOOKUP_TTL}
     {family.owner} counter name steered notrack accept
     meta mark set 0
     goto ours
@@ -313,7 +301,6 @@ def _handover(family: Family) -> str:
 
     What was handed over is looked up first, and only then goes by what the flow left in conntrack:
     two nodes' notes may lead to each other. Last comes the owner by our table, which may be older.
-    A SYN comes here by a note alone, and must not look like a question.
     """
     ip, key = family.ip, family.key
     return f"""  chain handover {{
@@ -321,7 +308,6 @@ def _handover(family: Family) -> str:
     {ip} {family.hops} <= {HANDOVER_TTL} goto handed_on
     ct mark set meta mark
     {ip} {family.hops} set {HANDOVER_TTL}
-    {SYN} {ip} {family.hops} set {ANSWER_TTL}
     meta l4proto tcp ct timeout set "handed_tcp"
     meta l4proto udp ct timeout set "handed_udp"
     counter name second_chance accept
@@ -334,6 +320,7 @@ def _handover(family: Family) -> str:
     {key} vmap @past
     meta mark set {key} . meta mark map @prev goto handover
     ct mark & {MARK_MASK:#x} == {MARK_BASE:#x} meta mark set ct mark goto handover
+    meta mark set 0
     {family.raw_key} vmap @svc
     {family.owner} goto handover
     counter name stray drop
@@ -355,20 +342,21 @@ def _chance(family: Family) -> str:
     few = f"{{ {LAST_LOOKUP_TTL}, {HANDOVER_TTL} }}"
     return f"""  chain lookup {{
     {ip} {family.hops} {few} tcp flags & (syn|rst) == 0 goto passed
-    ct mark @silent tcp flags & (syn|rst) == 0 jump former
+    ct mark @silent tcp flags & (syn|rst) == 0 jump instead
     ct mark & {MARK_MASK:#x} == {MARK_BASE:#x} meta mark set ct mark goto handover
     {ip} {family.hops} <= {HANDOVER_TTL} jump answer
     tcp flags & (syn|rst) != 0 accept
     meta l4proto tcp {ip} {family.hops} <= {HANDOVER_TTL} counter name stray drop
     {ip} {family.hops} <= {HANDOVER_TTL} accept
-    jump former
+    {key} vmap @past
+    meta mark set {key} . meta mark map @prev goto handover
     meta mark set 0
     meta l4proto udp {key} @homed accept
     {family.raw_key} vmap @svc
     {family.owner} goto handover
     meta mark set 0
   }}
-  chain former {{
+  chain instead {{
     {key} vmap @past
     meta mark set {key} . meta mark map @prev goto handover
   }}
@@ -376,17 +364,11 @@ def _chance(family: Family) -> str:
 
 
 def _arrivals(family: Family) -> str:
-    """What came in from an uplink, or from another node, and is not established here.
-
-    For a second conntrack knows a SYN that this node was asked about and sent back, and calls the
-    rest of the connection invalid; it may come here if the bucket has come here meanwhile. It is
-    passed on untracked: kube-proxy drops what is invalid.
-    """
+    """What came in from an uplink, or from another node, and is not established here."""
     ip = family.ip
     return f"""  chain arrived {{
     ct state related ct mark & {MARK_MASK:#x} == {MARK_BASE:#x} meta mark set ct mark
     ct state established ct {PINNED_MARK} goto refresh
-    ct state invalid tcp flags & (syn|rst) == 0 notrack goto passed
     ct state != new accept
     ct status dnat accept
     meta l4proto udp ct timeout set "brief_udp"
@@ -473,7 +455,6 @@ def _outgoing(family: Family) -> str:
   }}
   chain leaving {{
     type filter hook postrouting priority srcnat + 5; policy accept;
-    {questions_first(family)}
     oifname "{TUNNEL_DEVICE}" meta mark set 0
     {answer} {ip} saddr @ranges meta priority set 0:{FIRST}
     tcp sport {PROBE_PORT} tcp flags & rst == rst meta priority set 0:{FIRST}

@@ -10,9 +10,6 @@ over too, so only an owner that takes these is remembered, and only until `settl
 What a node gets from another by an older or other table goes to one of its own pods (`spare`), to
 one that ends or is not ready if there is no other, and on to the owner by its own table if there is
 none at all (`homed`); but for established TCP that it does not know: the pod would reset it.
-A SYN may be a repeated one, of a connection that a former owner's pod has half made, and two pods'
-answers would break it: of a bucket that came from another node, that one is asked for a moment
-(`asking`, until `asked_long_enough`), if it has a pod that takes new flows.
 Sizes are powers of two and a bucket is a range of the hash. Where a Service changes its size, the
 past is kept at the finer of the two sizes, and no flow's former owner is forgotten; it goes back to
 the table's own size as soon as nothing is lost by that.
@@ -21,7 +18,7 @@ What there is for each bucket is a row of small numbers (`maglev.Row`) into a sh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from typing import Final, TypeAlias
@@ -52,14 +49,12 @@ class PortView:
 
     shared: the table of all nodes; `table` is another one only where it is strict. `before` holds
     places in `former` plus one, and NOTHING; it is as long as the table, or a power of two times.
-    asking: buckets came here lately from a node that may still answer a SYN of theirs.
     """
 
     shared: PortTable
     table: PortTable
     former: tuple[Line, ...]
     before: Row
-    asking: bool = False
 
 
 View: TypeAlias = Mapping[Address, tuple[PortView, ...]]
@@ -73,8 +68,7 @@ class PortElements:
     now, past: for each bucket the place of its target in `targets`, of which the first is None.
     Nodes of `now` are in the map `steer` and pods in `deliver`; nodes of `past` are in `prev`.
     spare: by a bucket's last bits, who takes new flows of others' that were steered here all the
-    same; empty without a pod here. sticky: of a port with session affinity. asked: the nodes that
-    are asked about first packets of buckets that were theirs.
+    same; empty without a pod here. sticky: of a port with session affinity.
     """
 
     address: Address
@@ -86,7 +80,6 @@ class PortElements:
     now: Row
     past: Row
     spare: Row = b""
-    asked: tuple[int, ...] = ()
 
     @property
     def homed(self) -> bool:
@@ -103,7 +96,7 @@ class PortElements:
         named = self.sticky
         return {
             "deliver": len(named.pods) if named else own,
-            "holders": len(self.asked) + (own + len(named.pods) if named else 0),
+            "holders": own + len(named.pods) + len(named.nodes) if named else 0,
             "prev": len(self.past) - self.past.count(NOTHING),
             "spare": len(self.spare),
             "steer": len(self.now) - none - own,
@@ -156,8 +149,8 @@ def _view(shared: PortTable, old: PortView | None, me: str) -> PortView:
     made = fresh_view(shared, me)
     if old is None or not old.table.owners:
         return made
-    former, before, came = _before(made.table, old, me)
-    return replace(made, former=former, before=before, asking=bool(came or old.asking))
+    former, before = _before(made.table, old)
+    return replace(made, former=former, before=before)
 
 
 def settle(view: View, addresses: Iterable[Address]) -> PMap[Address, tuple[PortView, ...]]:
@@ -165,28 +158,16 @@ def settle(view: View, addresses: Iterable[Address]) -> PMap[Address, tuple[Port
 
     The established ones have left an entry in conntrack by then, which leads them on.
     """
-    return _each(
-        view,
-        addresses,
-        lambda port: (
+    fresh = {
+        address: tuple(
             replace(port, former=(), before=_nothing(len(port.table.owners)))
             if unsettled(port)
             else port
-        ),
-    )
-
-
-def asked_long_enough(
-    view: View, addresses: Iterable[Address]
-) -> PMap[Address, tuple[PortView, ...]]:
-    """Let the ports of these EIPs ask nobody about SYNs any more."""
-    return _each(view, addresses, lambda port: replace(port, asking=False) if port.asking else port)
-
-
-def _each(
-    view: View, addresses: Iterable[Address], of: Callable[[PortView], PortView]
-) -> PMap[Address, tuple[PortView, ...]]:
-    fresh = {a: tuple(of(port) for port in view[a]) for a in addresses if a in view}
+            for port in view[address]
+        )
+        for address in addresses
+        if address in view
+    }
     return persistent(view).updated(fresh)
 
 
@@ -216,10 +197,10 @@ def _nothing(size: int) -> bytes:
     return _NOTHING[size]
 
 
-def _before(table: PortTable, old: PortView, me: str) -> tuple[tuple[Line, ...], Row, bool]:
+def _before(table: PortTable, old: PortView) -> tuple[tuple[Line, ...], Row]:
     size, old_size, old_past = len(table.owners), len(old.table.owners), len(old.before)
     if not size:
-        return (), b"", False
+        return (), b""
     past = max(size, old_size, old_past)
     rows = (_stretched(row, past) for row in (table.owners, old.table.owners, old.before))
     buckets = list(zip(*rows, strict=True))
@@ -229,18 +210,7 @@ def _before(table: PortTable, old: PortView, me: str) -> tuple[tuple[Line, ...],
     place = {line: number for number, line in enumerate(((), *former))}
     found = {bucket: place[line] for bucket, line in lines.items()}
     row = maglev.row(_coarsest([found[bucket] for bucket in buckets], size))
-    came = _came(table, old.table, lines, me)
-    return tuple(tuple(holders[n] for n in line) for line in former), row, came
-
-
-def _came(table: PortTable, old: PortTable, buckets: Iterable[_Bucket], me: str) -> bool:
-    """Whether one of these came to node `me` from another one's pod that still takes new flows."""
-    if table.protocol is not Protocol.TCP or table.by_client:
-        return False
-    mine = [holder.at(me) for holder in table.endpoints]
-    takes = frozenset(table.endpoints)
-    left = [holder in takes and not holder.at(me) for holder in old.endpoints]
-    return any(mine[now] and left[was] for now, was, _ in buckets)
+    return tuple(tuple(holders[n] for n in line) for line in former), row
 
 
 _Bucket: TypeAlias = tuple[int, ...]  # its owner's place now and before, and its old line's place
@@ -319,10 +289,16 @@ def elements(address: Address, view: PortView, me: str, index: Mapping[str, int]
         )
     taking = [place[pod] for pod in pods or spares]
     spare = b"" if table.closed else maglev.row((taking * SPARES)[:SPARES])
-    pinned = None if table.affinity_s is None else sticky(table.affinity_s, dict.fromkeys(pods))
-    others = {aim for aim in aims if isinstance(aim, int)} if pinned or view.asking else set()
+    pinned = _sticky(table, aims)
     head = (address, table.protocol, table.port, pinned, table.closed)
-    return PortElements(*head, targets, now, past, spare, tuple(sorted(others)))
+    return PortElements(*head, targets, now, past, spare)
+
+
+def _sticky(table: PortTable, aims: list[Target]) -> Sticky | None:
+    if table.affinity_s is None:
+        return None
+    pods = dict.fromkeys(aim for aim in aims if isinstance(aim, tuple))
+    return sticky(table.affinity_s, pods, (aim for aim in aims if isinstance(aim, int)))
 
 
 def _first_node(line: list[Target]) -> int | None:

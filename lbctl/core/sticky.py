@@ -32,11 +32,13 @@ Pod: TypeAlias = tuple[Address, int]
 class Sticky:
     """A port with session affinity on one node.
 
-    timeout_s: of a pin. pods: the endpoints here, with their numbers.
+    timeout_s: of a pin. pods: the endpoints here, with their numbers. nodes: the others' nodes,
+    by this node's numbers for them.
     """
 
     timeout_s: int
     pods: tuple[tuple[Pod, int], ...]
+    nodes: tuple[int, ...]
 
     @property
     def numbers(self) -> dict[Pod, int]:
@@ -44,7 +46,7 @@ class Sticky:
         return dict(self.pods)
 
 
-def sticky(affinity_s: int, pods: Iterable[Pod]) -> Sticky:
+def sticky(affinity_s: int, pods: Iterable[Pod], nodes: Iterable[int]) -> Sticky:
     """Return what pins of a port with these endpoints look like.
 
     affinity_s: the Service's own timeout. pods: on this node, each once, in the same order always.
@@ -57,7 +59,7 @@ def sticky(affinity_s: int, pods: Iterable[Pod]) -> Sticky:
             number = (number + 1) % PINNED
         numbered[number] = pod
     named = tuple((pod, number) for number, pod in numbered.items())
-    return Sticky(rounded(affinity_s), named)
+    return Sticky(rounded(affinity_s), named, tuple(sorted(set(nodes))))
 
 
 def rounded(affinity_s: int) -> int:

@@ -65,7 +65,7 @@ def inputs_of(spec: dict[str, Any]) -> Inputs:
         nodes=tuple(node_of(n, spec) for n in range(1, spec["nodes"] + 1)),
         forwarding=ForwardingOptions(steering=spec.get("steering", "auto")),
         ranges=tuple((ip_address(a), ip_address(b)) for a, b in spec["ranges"]),
-        config_generation=spec.get("number", 1),
+        config_generation=1,
     )
 
 
@@ -100,9 +100,7 @@ async def main() -> None:
             sys.argv[1],
             dataplane,
             links,
-            lambda done: say(
-                {"number": done.config_generation, "digest": f"{done.table.digest:x}"}
-            ),
+            lambda done: say({"generation": done.generation, "digest": f"{done.table.digest:x}"}),
             lambda state: say({"macs": len(state.macs), "elements": len(state.rules.ports)}),
         )
         task = group.create_task(engine.run())

@@ -40,11 +40,9 @@ def port(
     past = bytes((0, 1, 4)[(3 * b + turn) % 5 % 3] for b in range(4 * size))  # no pods
     closed = (turn + number) % 2 == 0
     pods_here = [target for target in found if isinstance(target, tuple)]
-    pinned = sticky(10 + turn, pods_here) if number % 3 == 0 or turn % 2 else None
+    pinned = sticky(10 + turn, pods_here, (1, 7)) if number % 3 == 0 or turn % 2 else None
     head = (address, protocol, number, pinned, closed)
-    asked = (1, 7) if pinned or turn % 3 else ()
-    spare = bytes((2, 3) * 4) if turn % 3 else b""
-    made = PortElements(*head, targets, now, past, spare, asked)
+    made = PortElements(*head, targets, now, past, bytes((2, 3) * 4) if turn % 3 else b"")
     return (address, protocol.value, number), made
 
 
@@ -62,7 +60,6 @@ def states() -> list[nft.Ruleset]:
             for number in (80, 443)
         ),
         {FOUR: (ip_network("203.0.113.0/24"),), SIX: (ip_network("2001:db8:3::/64"),)},
-        callers=((4, "02:00:00:00:00:02", 1), (6, "02:00:00:00:00:02", 1)),
     )
     later = dict(
         port(address, protocol, number, 160 if protocol is Protocol.UDP else 40, number + 1)
@@ -74,7 +71,7 @@ def states() -> list[nft.Ruleset]:
     return [
         base,
         replace(base, generation=2, ports=later, silent=(2, 3)),
-        replace(base, generation=3, ports={}, uplinks=("eth0", "eth1"), silent=(3,), callers=()),
+        replace(base, generation=3, ports={}, uplinks=("eth0", "eth1"), silent=(3,)),
         replace(base, generation=4, ports=wide, sources={}, silent=(1, 3)),
     ]
 

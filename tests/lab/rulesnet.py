@@ -252,13 +252,9 @@ class RulesNet:
                         made.listen(512)
                     known[made] = pod
 
-    def connect(
-        self, version: int, host: str = "", source: int = 0, by: str = "", hops: int = 64
-    ) -> Flow:
-        """by: another address of the client's than its first. hops: how far its packets go."""
+    def connect(self, version: int, host: str = "", source: int = 0, by: str = "") -> Flow:
+        """by: another address of the client's than its first."""
         client = self.opened("c", version, socket.SOCK_STREAM)
-        level, option = (0, socket.IP_TTL) if version == 4 else (41, socket.IPV6_UNICAST_HOPS)
-        client.setsockopt(level, option, hops)
         if source or by:
             client.bind((by or CLIENT[version], source))
         client.connect((host or EIP[version], PORT))
@@ -364,7 +360,6 @@ def rules(
         },
         {a: entry.sources for a, entry in of.eips.items() if entry.sources},
         policy,
-        callers=tuple((version, MAC.format(other), other) for version in (4, 6)),
     )
 
 

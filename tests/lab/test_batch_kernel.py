@@ -94,7 +94,7 @@ def test_the_kernel_holds_what_nft_would_have_written(
     whole = held(by_text)
     assert held(by_batch) == whole
     big = [n for n, e in whole.items() if n.split()[1] == "map" and e]
-    assert len(big) == 20  # svc past asks pin steer prev deliver holders spare callers, twice
+    assert len(big) == 18  # svc past asks pin steer prev deliver holders spare, twice
     for number in range(1, len(known)):
         load(by_text, nft.difference(known[number - 1], known[number]))
         assert writer.write(number) == "", number
@@ -123,7 +123,6 @@ def test_an_upgraded_agent_writes_its_own_chains_and_leaves_the_elements(
     load(space, [*older, "flush chain ip lbctl cleanup\ndelete chain ip lbctl cleanup"])
     load(space, ["flush chain ip lbctl lookup\ndelete set ip lbctl silent"])
     load(space, ["flush chain ip lbctl brought\ndelete set ip lbctl homed"])
-    load(space, ["flush chain ip6 lbctl answer\ndelete map ip6 lbctl callers"])
     assert held(space) != before
     assert writer.write(OLDER) == ""
     assert held(space) == before

@@ -20,11 +20,11 @@ import pytest
 from lbctl.core import nft, nodeview
 from lbctl.core.model import Protocol
 from lbctl.core.names import MARK_BASE
-from lbctl.core.nftfamily import FAMILIES, LAST_LOOKUP_TTL
+from lbctl.core.nftfamily import FAMILIES, HANDOVER_TTL
 from lbctl.core.nftpins import ANSWER_TTL
 from lbctl.core.nftsets import Policy
 from tests.unit.faketable import FakeTable
-from tests.unit.forwarding_cases import EIP, EIP6, mac, pod, ruleset, service, table
+from tests.unit.forwarding_cases import EIP, EIP6, pod, ruleset, service, table
 
 from . import frames
 from .agentnet import sh
@@ -159,7 +159,7 @@ class Case:
             flags = frames.SYN if self.syn else frames.ACK
             packet = frames.tcp(self.client, source, eip, self.port, flags)
         if self.handed or self.answered:
-            packet = frames.with_hops(packet, LAST_LOOKUP_TTL if self.handed else ANSWER_TTL)
+            packet = frames.with_hops(packet, HANDOVER_TTL if self.handed else ANSWER_TTL)
         return frames.odd(packet) if self.odd else packet
 
 
@@ -225,74 +225,15 @@ def test_the_fake_says_what_the_kernel_does(
     ways = set()
     for source, case in asked.items():
         words = {name: getattr(case, name) for name in WORDS}
-        said = fake.where(eip, case.port, case.client, source, caller=PEER, **words)
+        said = fake.where(eip, case.port, case.client, source, **words)
         ways.add(said.split()[0])
         assert found.get(source, "nowhere") == expected(said), (source, case, said)
-    every = {"node", "chance", "owner", "ping", "refused", "sources", "odd", "stray", "answer"}
-    assert ways == every | ({"pod", "ask"} if here else {"on"})
-
-
-@pytest.mark.parametrize("version", [4, 6])
-def test_who_asks_is_answered_whatever_the_table_says(space: str, version: int) -> None:
-    """It may be an older one."""
-    eip = str(EIP if version == 4 else EIP6)
-    pods = [pod(n, p, version=version) for n in (1, 2, 3) for p in (2, 3)]
-    of = table(*pods, eips=(EIP, EIP6))
-    load(space, "".join(nft.full(ruleset(nodeview.advance({}, of, "n1"), "n1", 1, of))))
-    family = FAMILIES[0 if version == 4 else 1]
-    load(space, TRACE.format(ip=family.ip, icmp=family.icmp, port=family.client_port))
-    asked = {20000 + n: n % 2 + 2 for n in range(40)}
-    sent = []
-    for source, number in asked.items():
-        packet = frames.tcp(CLIENTS[version][0], source, eip, 80, frames.SYN)
-        packet = frames.with_hops(packet, LAST_LOOKUP_TTL)
-        sent.append(frames.frame(packet, "02:00:00:00:00:01", mac(number)).hex())
-    command = ["ip", "netns", "exec", space, sys.executable, "-c", SEND]
-    subprocess.run(command, input=json.dumps(sent), text=True, check=True, timeout=60)
-    assert seen(space, family.ip, eip) == {source: f"mark {n}" for source, n in asked.items()}
-
-
-@pytest.mark.parametrize("version", [4, 6])
-def test_a_connection_whose_bucket_comes_to_who_was_asked_goes_on(space: str, version: int) -> None:
-    """Conntrack still knows the SYN that went back, and calls the rest invalid."""
-    eip = str(EIP if version == 4 else EIP6)
-    pods = [pod(n, p, version=version) for n in (1, 2, 3) for p in (2, 3)]
-    tables = [table(*some, eips=(EIP, EIP6)) for some in (pods[1:4], pods)]
-    first = nodeview.advance({}, tables[0], "n1")
-    views = [first, nodeview.advance(first, tables[1], "n1")]
-    old, new = (ruleset(views[n], "n1", n, tables[n]) for n in (0, 1))
-    fake = FakeTable()
-    for text in [*nft.full(old), *nft.difference(old, new)]:
-        fake.apply(text)
-        load(space, text)
-    family = FAMILIES[0 if version == 4 else 1]
-    client = CLIENTS[version][0]
-
-    def goes(source: int) -> str:
-        return fake.where(eip, 80, client, source, syn=False, peer=True)
-
-    sources = [s for s in range(20000, 20400) if goes(s) == "chance 2"]
-    assert sources
-
-    def send(flags: int, hops: int) -> None:
-        packets = [
-            frames.with_hops(frames.tcp(client, source, eip, 80, flags), hops) for source in sources
-        ]
-        sent = [frames.frame(p, "02:00:00:00:00:01", PEER).hex() for p in packets]
-        command = ["ip", "netns", "exec", space, sys.executable, "-c", SEND]
-        subprocess.run(command, input=json.dumps(sent), text=True, check=True, timeout=60)
-
-    def counts() -> dict[str, int]:
-        text = sh(
-            "ip", "netns", "exec", space, "nft", "list", "counters", "table", family.ip, "lbctl"
-        )
-        return {n: int(c) for n, c in re.findall(r"counter (\w+) \{\s+packets (\d+)", text)}
-
-    send(frames.SYN, LAST_LOOKUP_TTL)
-    assert counts()["answered"] == len(sources)
-    send(frames.ACK, 62)
-    found = counts()
-    assert (found["second_chance"], found["stray"]) == (len(sources), 0)
+    every = {"node", "chance", "owner", "ping", "refused", "sources", "odd", "stray"}
+    if here:
+        every |= {"pod", "ask", "answer"} if affinity else {"pod"}
+    else:
+        every |= {"on", "answer"} if affinity else {"on"}
+    assert ways == every
 
 
 def expected(said: str) -> str:

@@ -123,16 +123,6 @@ def test_a_small_ttl_does_not_loop(net: RulesNet, wire: socket.socket, version: 
 
 
 @pytest.mark.parametrize("version", [4, 6])
-@pytest.mark.parametrize("hops", range(4, 13))
-def test_far_clients_are_served(net: RulesNet, version: int, hops: int) -> None:
-    """However few hops their packets have left, they are not taken for other nodes'."""
-    made = [net.connect(version, hops=hops) for _ in range(8)]
-    assert {flow.pod for flow in made} == {1, 2} and all(flow.echoes() for flow in made)
-    for flow in made:
-        flow.close()
-
-
-@pytest.mark.parametrize("version", [4, 6])
 def test_marks_from_outside_are_reset(net: RulesNet, version: int) -> None:
     """A mark of ours that something put on a packet before us steers nothing."""
     family = "ip" if version == 4 else "ip6"

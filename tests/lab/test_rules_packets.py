@@ -5,7 +5,6 @@ fragments, options. Real sockets through two nodes, both families.
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import select
 import socket
@@ -281,58 +280,6 @@ def test_no_flow_moves_when_a_pod_comes_and_the_switch_hashes_anew(net: RulesNet
     for flow in open_flows:
         flow.close()
     net.enter(1)
-    both(net, table())
-
-
-_UNHEARD = """table inet unheard {
-  counter lost { }
-  chain in {
-    type filter hook input priority 0;
-    tcp sport 80 tcp flags & (syn|ack) == (syn|ack) counter name lost drop
-  }
-}
-"""
-
-
-def test_a_pod_that_comes_while_answers_to_syns_are_lost_breaks_no_connection(
-    net: RulesNet,
-) -> None:
-    """The pod that answered the first SYN answers the repeated ones, and no other does."""
-    old, new = table((1,)), table()
-    for n in (1, 2):
-        net.load(n, *nft.full(rules(old, n)))
-    net.run_text("c", _UNHEARD)
-    clients = [net.opened("c", v, socket.SOCK_STREAM) for v in (4, 6) for _ in range(20)]
-    for client in clients:
-        client.setblocking(False)
-        version = 4 if client.family == socket.AF_INET else 6
-        assert client.connect_ex((EIP[version], PORT)) == errno.EINPROGRESS
-    wait_for(
-        "the pod's answers to be lost",
-        lambda: (
-            f"packets {len(clients)} " in net.run("c", "nft", "list", "table", "inet", "unheard")
-        ),
-    )
-    for n in (1, 2):
-        view = nodeview.advance(nodeview.advance({}, old, f"n{n}"), new, f"n{n}")
-        net.load(n, *nft.difference(rules(old, n), rules(new, n, view=view)))
-    net.run_text("c", "delete table inet unheard\n")
-    by_port = {client.getsockname()[:2]: client for client in clients}
-    made: list[Flow] = []
-    while len(made) < len(clients):
-        ready, _, _ = select.select(list(net.listeners), [], [], LIMIT_S)
-        assert ready, f"{len(clients) - len(made)} of {len(clients)} connections never came about"
-        server, peer = ready[0].accept()
-        net.open.append(server)
-        by_port[peer[:2]].setblocking(True)
-        made.append(Flow(by_port[peer[:2]], server, net.listeners[ready[0]]))
-    assert {flow.pod for flow in made} == {1}
-    assert all(flow.echoes() for flow in made)
-    assert net.counters(2)["asked"] >= len(clients) / 4
-    new_ones = [net.connect(version) for version in (4, 6) for _ in range(10)]
-    assert {flow.pod for flow in new_ones} == {1, 2}
-    for flow in made + new_ones:
-        flow.close()
     both(net, table())
 
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from lbctl.core import nft, nodeview
+from lbctl.core import nft
 from lbctl.core.names import TUNNEL_DEVICE, TUNNEL_PORT, TUNNEL_VNI
 from lbctl.core.nftsets import Policy
 
@@ -45,14 +45,10 @@ def net() -> Iterator[RulesNet]:
             lay(net, node)
             ruleset = replace(rules(table(), node, POLICY), uplinks=("eth0", TUNNEL_DEVICE))
             # The nodes know nothing of each other's MAC: they are in different subnets.
-            net.load(node, *nft.full(replace(ruleset, peers=(), callers=callers(node))))
+            net.load(node, *nft.full(replace(ruleset, peers=())))
         yield net
     finally:
         net.close()
-
-
-def callers(node: int) -> tuple[tuple[int, str, int], ...]:
-    return tuple((version, INNER.format(3 - node), 3 - node) for version in (4, 6))
 
 
 def lay(net: RulesNet, node: int) -> None:
@@ -86,26 +82,6 @@ def test_connections_go_through_with_a_fitting_mss(net: RulesNet, version: int) 
     assert net.counters(1)["steered"] > before
     # Nothing of the tunnel is tracked: a flood of inner flows would fill conntrack by it.
     assert str(TUNNEL_PORT) not in net.run("n2", "cat", "/proc/net/nf_conntrack")
-
-
-@pytest.mark.parametrize("version", [4, 6])
-def test_questions_and_answers_go_through_it(net: RulesNet, version: int) -> None:
-    """A pod has come to node 2, which asks node 1 about the first packets of connections."""
-    old, new = table((1,)), table()
-    views = {n: nodeview.advance(nodeview.advance({}, old, f"n{n}"), new, f"n{n}") for n in (1, 2)}
-    for n in (1, 2):
-        known = rules(new, n, POLICY, views[n])
-        known = replace(known, uplinks=("eth0", TUNNEL_DEVICE), peers=(), callers=callers(n))
-        net.load(n, *nft.full(known))
-    flows = [net.connect(version) for _ in range(20)]
-    assert {flow.pod for flow in flows} == {1, 2} and all(flow.echoes() for flow in flows)
-    asked = sum(flow.pod == 2 for flow in flows)
-    assert (net.counters(2)["asked"], net.counters(1)["answered"]) == (asked, asked)
-    for flow in flows:
-        flow.close()
-    for n in (1, 2):
-        ruleset = replace(rules(new, n, POLICY), uplinks=("eth0", TUNNEL_DEVICE))
-        net.load(n, *nft.full(replace(ruleset, peers=(), callers=callers(n))))
 
 
 def test_what_does_not_fit_is_told_to_the_sender(net: RulesNet) -> None:

@@ -71,7 +71,6 @@ class FakeTable:
         handed: bool = False,
         answered: bool = False,
         pinned: str = "",
-        caller: str = "",
     ) -> str:
         """Say what becomes of a packet that comes in by an uplink.
 
@@ -79,8 +78,7 @@ class FakeTable:
         flow here. odd: with IP options or extension headers. about: not this flow's packet, but an
         ICMP error about one of its answers. handed: with few hops left, as after a hand-over
         or a question; answered: with fewer, as after an answer or two hand-overs. pinned: the pod
-        that the client is pinned to here. caller: the MAC of that other node.
-        Out: `node INDEX`, `on INDEX`, `pod ADDRESS:PORT`,
+        that the client is pinned to here. Out: `node INDEX`, `on INDEX`, `pod ADDRESS:PORT`,
         `chance INDEX`, `owner INDEX` (where no note leads elsewhere), `ask INDEX`, `answer INDEX`,
         `ping`, `established`, or what counts the drop: `refused`, `sources`, `odd` or `stray`.
         """
@@ -109,8 +107,7 @@ class FakeTable:
             return f"ask {asked}"
         if known or about:
             return "established" if known else "stray"
-        answers = asks or (protocol == "tcp" and syn and not stays)
-        if answers and handed and (mark := self._of(address, "callers").get(caller)):
+        if asks and handed and (mark := self._of(address, "steer").get(key)):
             return f"answer {int(mark, 16) - MARK_BASE}"
         past = _key(prefix, self._of(address, "past").get(prefix), client, source)
         established = protocol == "tcp" and not syn
@@ -146,7 +143,7 @@ class FakeTable:
         return "pod " + pod.replace(" . ", ":") if pod else "stray"
 
     def _asked(self, prefix: str, client: str, source: int) -> int:
-        """The node that is asked about a first packet of a client without a pin; 0 for none."""
+        """The node that is asked about a client without a pin; 0 for none."""
         asks = self._of(prefix, "asks").get(prefix)
         mark = self._of(prefix, "prev").get(_key(prefix, asks, client, source), "")
         known = asks is not None and f"{prefix} . {mark}" in self._of(prefix, "holders")

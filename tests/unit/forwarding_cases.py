@@ -113,7 +113,7 @@ def ruleset(
     return Ruleset(
         generation,
         ("eth0",),
-        tuple(map(mac, index.values())),
+        tuple(f"02:00:00:00:00:0{number}" for number in index.values()),
         nft.merged([*RANGES, *((a, a) for a in view)]),
         {
             (address, port.table.protocol.value, port.table.port): nodeview.elements(
@@ -124,10 +124,4 @@ def ruleset(
         },
         sources,
         policy or Policy(),
-        callers=tuple((v, mac(number), number) for v in (4, 6) for number in index.values()),
     )
-
-
-def mac(number: int) -> str:
-    """A node's."""
-    return f"02:00:00:00:00:0{number}"

@@ -148,17 +148,3 @@ async def test_a_node_that_is_back_before_its_fall_is_planned_has_only_just_fall
     (view,) = fell.view[EIP]
     assert fell.down == {"n2"} and {h.node for h in view.table.endpoints} == {"n1"}
     assert {holder.node for line in view.former for holder in line} == {"n2"}
-
-
-async def test_a_node_that_boots_asks_for_some_seconds_who_had_its_buckets() -> None:
-    """And no longer: new connections then follow their buckets alone."""
-    states: asyncio.Queue[State] = asyncio.Queue()
-    engine = Engine(
-        "n1", cast(Any, Kernel()), cast(Any, Links()), lambda _: None, states.put_nowait
-    )
-    async with programming(engine):
-        engine.feed(behind(pod(1, 2), pod(2, 2)))
-        first, second = [await asyncio.wait_for(states.get(), 30) for _ in range(2)]
-    (asking,), (settled,) = first.rules.ports.values(), second.rules.ports.values()
-    assert asking.asked == (first.index["n2"],) and settled.asked == ()
-    assert settled.past == asking.past and second.table.digest == first.table.digest

@@ -23,7 +23,7 @@ from lbctl.core.model import (
     ServiceEndpoints,
 )
 from lbctl.core.names import MARK_BASE, NODE_BITS, ROUTE_TABLE_BASE, RULE_PRIORITY
-from lbctl.core.ways import TUNNEL, Hop, Survey, assign, current_macs, rules, tunnel_mac
+from lbctl.core.ways import TUNNEL, Hop, Survey, assign, current_macs, rules
 from lbctl.kube.objects import DataObject
 
 from .forwarding_cases import EIP, RANGES, WEB, nodes, pod, service, table
@@ -194,19 +194,6 @@ def state() -> State:
     return render(bare, "n1", 9, ("eth0",))
 
 
-def test_the_way_back_to_who_sent_a_packet() -> None:
-    """By the MAC that it comes from, if that is one node's alone and there is a way to it."""
-    known, far = state(), tunnel_mac(IPv4Address("192.0.2.23"))
-    near = "02:00:00:00:00:02"
-    assert set(known.rules.callers) == {(4, near, 1), (6, near, 1), (4, far, 5)}
-    again = render(known, "n1", 10, ("eth0",), known)
-    assert again.rules.callers is known.rules.callers
-    shared = {ip_address("192.0.2.22"): near, ip_address("192.0.2.23"): near}
-    assert render(replace(known, macs=shared), "n1", 10, ("eth0",), known).rules.callers == (
-        (4, far, 5),
-    )
-
-
 def test_a_snapshot_gives_back_the_same_ruleset(tmp_path: Path) -> None:
     kept = state()
     store = Store(tmp_path, "n1")
@@ -218,7 +205,6 @@ def test_a_snapshot_gives_back_the_same_ruleset(tmp_path: Path) -> None:
     assert found.rules == kept.rules
     assert found.inputs.forwarding == OPTIONS
     assert any(port.counts()["prev"] for port in found.rules.ports.values())
-    assert any(port.asked for port in found.rules.ports.values())
     assert (found.usable6, found.tunnel_peers) == (kept.usable6, kept.tunnel_peers)
     assert (found.table.digest, found.index, found.shape) == (
         kept.table.digest,

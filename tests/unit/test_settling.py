@@ -5,7 +5,6 @@ from __future__ import annotations
 from agent.settling import Settling
 from lbctl.core import nodeview
 from lbctl.core.model import Protocol
-from lbctl.core.nftpins import SYN_MEMORY_S
 from lbctl.core.nftrules import UDP_MEMORY_S
 
 from .forwarding_cases import EIP, EIP6, pod, service, table
@@ -15,7 +14,7 @@ PODS = [pod(n, 2) for n in (1, 2, 3)]
 
 def test_an_eip_is_due_a_time_after_its_last_change() -> None:
     of = service(protocols=(Protocol.TCP, Protocol.UDP))
-    settling = Settling(nodeview.unsettled, UDP_MEMORY_S)
+    settling = Settling()
     views = [nodeview.advance({}, table(PODS[0], of=of, eips=(EIP, EIP6)), "n2")]
     assert not settling.note(views[0], 0.0)  # nothing of it was anybody's before
     views.append(nodeview.advance(views[0], table(*PODS[:2], of=of), "n2"))
@@ -36,33 +35,6 @@ def test_an_eip_is_due_a_time_after_its_last_change() -> None:
 
 def test_tcp_alone_needs_no_time() -> None:
     view = nodeview.advance({}, table(PODS[0]), "n2")
-    settling = Settling(nodeview.unsettled, UDP_MEMORY_S)
+    settling = Settling()
     settling.note(view, 0.0)
     assert not settling.note(nodeview.advance(view, table(*PODS), "n2"), 1.0)
-
-
-def test_what_another_port_does_changes_nothing() -> None:
-    of = service(protocols=(Protocol.TCP, Protocol.UDP))
-    settling = Settling(nodeview.unsettled, UDP_MEMORY_S)
-    view = nodeview.advance({}, table(PODS[0], of=of), "n2")
-    grown = nodeview.advance(view, table(*PODS, of=of), "n2")
-    assert settling.note(grown, 0.0)
-    assert not settling.note(nodeview.asked_long_enough(grown, (EIP,)), 4.0)
-    assert settling.due(UDP_MEMORY_S) == (EIP,)
-
-
-def test_who_gets_buckets_of_tcp_asks_for_a_moment() -> None:
-    """Only what came from another node, whose pod is still there, is asked about."""
-    settlings = {n: Settling(lambda port: port.asking, SYN_MEMORY_S) for n in ("n1", "n2")}
-    before, after = table(*PODS[:1]), table(*PODS[:2])
-    views = {n: nodeview.advance({}, before, n) for n in settlings}
-    grown = {n: nodeview.advance(view, after, n) for n, view in views.items()}
-    assert not settlings["n1"].note(grown["n1"], 1.0)
-    assert settlings["n2"].note(grown["n2"], 1.0)
-    assert settlings["n2"].due(0.9 + SYN_MEMORY_S) == ()
-    assert settlings["n2"].due(1.0 + SYN_MEMORY_S) == (EIP,)
-    silent = nodeview.asked_long_enough(grown["n2"], (EIP,))
-    assert silent[EIP][0].former == grown["n2"][EIP][0].former != ()
-    assert not settlings["n2"].note(silent, 9.0)
-    alone = nodeview.advance(silent, table(PODS[1]), "n2")
-    assert not settlings["n2"].note(alone, 10.0)  # the other pod answers nobody any more
