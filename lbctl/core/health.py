@@ -13,8 +13,8 @@ Rules beyond the table:
   `held`. The other manager decides; without one, or if it cannot name all that it calls gone,
   NotReady or PANIC_S do.
 - If no manager sees any node, nothing is won by believing it: what is between managers and nodes
-  may have failed (a link, a firewall's rule). Then NotReady alone decides, and for AT_ONCE_S after
-  it: nodes are not heard again in the same moment.
+  may have failed (a link, a firewall's rule). Then NotReady alone decides, and after it
+  for as long as that lasted, AT_ONCE_S at most: nodes are not heard again in the same moment.
 - A node that was held until it answered again has not fallen.
 - A node that fell is back after RETURN_ANSWERS answers in a row. From its second fall on it is Up
   but not `stable` for a time that doubles to STABLE_MAX_S.
@@ -154,8 +154,8 @@ class Health:
     counts that it is not, infinite while it does not.
     misses, answers: in a row. silent_s: when the misses began. alive_s: last sign of life in an
     unbroken chain; kernel_s: last answer of the kernel within it. since_s: when `state` began.
-    settled: gone, and nothing holds it any more. blind_s: when no manager saw any node, the last
-    time. falls: times that it was gone, lately.
+    settled: gone, and nothing holds it any more. blind_s: when no manager saw any node, the
+    last time, and blind_for_s: how long. falls: times that it was gone, lately.
     """
 
     name: str
@@ -172,6 +172,7 @@ class Health:
     held: bool = False
     settled: bool = False
     blind_s: float = -math.inf
+    blind_for_s: float = 0.0
     falls: int = 0
     stable_from_s: float = 0.0
     reason: Reason | None = Reason.NODE_UNKNOWN
@@ -276,9 +277,9 @@ def judge(
     for name in uneasy:
         old = nodes[name]
         known = _counted(old, mass, now_s)
-        if name in blind and now_s - known.blind_s > limits.at_once_s / 4:
-            known = replace(known, blind_s=now_s)  # not each time, for a thousand nodes
-        spared = now_s - known.blind_s < limits.at_once_s
+        known = _blinded(known, now_s, limits) if name in blind else known
+        after_s = min(known.blind_for_s, limits.at_once_s)
+        spared = name in blind or now_s - known.blind_s < after_s
         signal = _signal(known, () if spared else judging, now_s, limits)
         new = _enter(known, TABLE[old.state, signal], now_s)
         if spared and new.state is NodeState.SUSPECT:
@@ -399,6 +400,15 @@ def _hold(
         held = seen_here <= most and (told or since_s < PANIC_S)
         return _held(health, held, not held)
     return _held(health, False, since_s >= limits.at_once_s)
+
+
+def _blinded(health: Health, now_s: float, limits: Limits) -> Health:
+    """With the time in which no manager sees any node; noted now and then, for all are judged."""
+    since_s = now_s - health.blind_s
+    if since_s < limits.at_once_s / 4:
+        return health
+    lately = since_s < limits.at_once_s / 2
+    return replace(health, blind_s=now_s, blind_for_s=health.blind_for_s + since_s if lately else 0)
 
 
 def _held(health: Health, held: bool, settled: bool) -> Health:

@@ -413,6 +413,17 @@ def test_what_answers_a_little_later_than_the_others_has_not_fallen() -> None:
     assert world.states() == "Up Up Down"
 
 
+def test_a_blink_spares_nobody() -> None:
+    """The last node is busy and late for a moment: the others are dead all the same."""
+    world = up("a", "b", "c")
+    world.peer_says("abc", seen=0)
+    world.step("abc", times=LIMITS.misses)
+    assert world.states() == "Suspect* Suspect* Suspect*"
+    world.peer_says("bc", seen=1)
+    world.step("bc")
+    assert world.states() == "Suspect* Down Down"
+
+
 def test_panic_ends_though_the_other_cannot_name_all_that_it_calls_gone() -> None:
     """A heartbeat has room for so many; both see the same, so neither would ever give in."""
     world = up(*"abcde")
