@@ -38,9 +38,11 @@ def pair(eips: list[str]) -> tuple[str, str] | None:
 def test_both_eips_answer_and_the_clients_address_arrives(system: System) -> None:
     four, six = deploy(system, "both", 3, (("UDP", 53, 8053),))
     for eip, peer in ((four, "203.0.113.10"), (six, CLIENT6)):
-        replies = system.replies(eip, 60)
-        assert {reply.peer for reply in replies} == {peer}
-        assert len({reply.pod for reply in replies}) == 3, "all pods are reached"
+        assert {reply.peer for reply in system.replies(eip, 60)} == {peer}
+        wait(
+            "all pods to be reached",
+            lambda eip=eip: len({reply.pod for reply in system.replies(eip, 60)}) == 3,  # type: ignore[misc]
+        )
         with Load.start(system.lab.machine("client"), eip, 53, datagrams=12) as load:
             begin = time.monotonic()
             wait("a second of datagrams", lambda begin=begin: time.monotonic() > begin + 1)  # type: ignore[misc]
