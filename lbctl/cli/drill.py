@@ -157,7 +157,7 @@ class Drills:
         try:
             site.restore()
         except LabError as error:
-            self.console.print(f"  the lab did not heal: {output.clean(error)}")
+            self.console.print(f"  this lab is not used again: {output.clean(error)}")
             return False
         return True
 
