@@ -169,11 +169,14 @@ def _status(good: bool) -> int:
 
 @asynccontextmanager
 async def serving(app: web.Application, port: int = AGENT_HTTP_PORT) -> AsyncIterator[None]:
-    """Serve while the block lasts. Raises DataplaneError if the port cannot be had."""
+    """Serve at every address of the node while the block lasts.
+
+    Raises DataplaneError if the port cannot be had.
+    """
     runner = web.AppRunner(app, access_log=None)
     await runner.setup()
     try:
-        await web.TCPSite(runner, "0.0.0.0", port, reuse_address=True).start()
+        await web.TCPSite(runner, None, port, reuse_address=True).start()
         yield
     except OSError as error:
         raise errors.DataplaneError(f"TCP port {port}: {error}") from error

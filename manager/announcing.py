@@ -427,9 +427,6 @@ class Announcing:
         self._metrics.next_hops.clear()
         for name in sorted(self._nodes.keys() | (+self._hops).keys()):
             self._metrics.next_hops.labels(name).set(self._hops[name])
-        self._metrics.session_up.clear()
-        for session in self._speaker.sessions():
-            self._metrics.session_up.labels(session.peer).set(session.up)
 
 
 def _judgement(view: NodeView) -> tuple[object, ...]:

@@ -394,10 +394,10 @@ class Manager:
     def _measure(self) -> None:
         self.inputs.measure(self.metrics)
         self.announcing.measure()
-        self.metrics.measure_pools(
-            self.configuration.current.config.pools if self.configuration.current else (),
-            self.inputs.eips.cache.items.values(),
-        )
+        if current := self.configuration.current:
+            eips = self.inputs.eips.cache.items.values()
+            self.metrics.measure_pools(current.config.pools, eips)
+            self.metrics.measure_sessions(current.config.bgp.peers, self.speaker.sessions())
         if self._watch is not None:
             prober = self._watch.prober
             self.metrics.measure_nodes(prober.views().values(), prober.counters)

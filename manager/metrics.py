@@ -18,8 +18,8 @@ from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
-from lbctl.core.config import Pool
-from lbctl.core.model import Eip, NodeState, NodeView
+from lbctl.core.config import PeerConfig, Pool
+from lbctl.core.model import Eip, NodeState, NodeView, Session
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -74,7 +74,10 @@ class Metrics:
 
     def _announcing(self, registry: CollectorRegistry) -> None:
         self.session_up = Gauge(
-            "lbctl_bgp_session_up", "1 while established.", ["peer"], registry=registry
+            "lbctl_bgp_session_up",
+            "1 while established, of every configured peer.",
+            ["peer"],
+            registry=registry,
         )
         self.prefixes = Gauge(
             "lbctl_announced_prefixes", "EIPs with at least one next hop.", registry=registry
@@ -134,6 +137,13 @@ class Metrics:
         for pool in pools:
             self.pool_addresses.labels(pool.name).set(pool.size)
             self.pool_used.labels(pool.name).set(used[pool.name])
+
+    def measure_sessions(self, peers: Iterable[PeerConfig], sessions: Iterable[Session]) -> None:
+        """Fill in the session of every peer, of those too that cannot be spoken to."""
+        up = {session.peer for session in sessions if session.up}
+        self.session_up.clear()
+        for peer in peers:
+            self.session_up.labels(peer.name).set(peer.name in up)
 
     def measure_nodes(self, views: Iterable[NodeView], counters: DataclassInstance) -> None:
         """Fill in the node metrics; `counters` is a dataclass of integers."""

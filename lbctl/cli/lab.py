@@ -62,7 +62,8 @@ OutputOption = Annotated[Output, typer.Option("--output", "-o", help="Format of 
 @app.command()
 def up(
     topology: Annotated[
-        str, typer.Argument(help="A containerlab topology file, or one of ours: small, racks.")
+        str,
+        typer.Argument(help="A containerlab topology file, or one of ours: small, hosts, racks."),
     ] = "small",
     cluster: Annotated[
         ClusterChoice, typer.Option(help="embedded starts at once; kubernetes is the real one.")

@@ -47,12 +47,16 @@ SERVED = {
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What the manager in one Pod said: its state, or why there is none."""
+    """What the manager in one Pod said: its state, or why there is none.
+
+    runs: whether the Pod may have a speaker; a silent one may still announce something.
+    """
 
     pod: str
     node: str = ""
     state: ManagerState | None = None
     error: str = ""
+    runs: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +167,7 @@ async def _ask(
     client: Client, namespace: str, pod: str, node: str, phase: str, token: str
 ) -> Answer:
     if not node or phase in ("Pending", "Failed", "Succeeded"):
-        return Answer(pod, node, error=f"its Pod is {phase or 'not scheduled'}")
+        return Answer(pod, node, error=f"its Pod is {phase or 'not scheduled'}", runs=False)
     base = f"/api/v1/namespaces/{namespace}/pods/http:{pod}:{names.MANAGER_HTTP_PORT}"
     headers = {names.STATE_TOKEN_HEADER: f"Bearer {token}"}
     try:

@@ -2,8 +2,8 @@
 
 Rules: draining withdraws the node's next hops and nothing else; its pods go on serving what other
 nodes steer to them until `kubectl drain` moves them. "Safe" is said only when every manager that
-answers has withdrawn it, and at least one answers. Exit code 0 done, 1 not within the limit, 2 the
-question could not be answered.
+runs answers and has withdrawn it. Exit code 0 done, 1 not within the limit, 2 it cannot be told,
+because a manager did not answer within the limit.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lbctl.cli.live import Answer, ask_all, find_kubeconfig
 from lbctl.cli.output import WRONG, Kubeconfig, cannot, clean, console
 from lbctl.core import names
 from lbctl.core.model import Phase
-from lbctl.errors import LbctlError, NotFound
+from lbctl.errors import LbctlError, NotFound, Unreachable
 from lbctl.kube.client import NODES, Client
 
 POLL_S: Final = 0.3
@@ -93,13 +93,23 @@ async def _drain(node: str, limit_s: float, kubeconfig: Path | None) -> tuple[st
     async with await _client(kubeconfig) as client:
         await _set(client, node, "true")
         while True:
-            left = in_the_way(node, (await ask_all(client, names.NAMESPACE)).answers)
-            if not left:
+            answers = (await ask_all(client, names.NAMESPACE)).answers
+            left, silent = in_the_way(node, answers), unheard(answers)
+            if not left and not silent:
                 await asyncio.sleep(SETTLE_S)
                 return ()
             if time.monotonic() > deadline:
+                if not left:
+                    raise Unreachable(f"{node} may still be in routes: {silent}")
                 return left
             await asyncio.sleep(POLL_S)
+
+
+def unheard(answers: Iterable[Answer]) -> str:
+    """Which managers' routes are not known, in a sentence with the way out; "" if all are. Pure."""
+    silent = [answer for answer in answers if answer.runs and answer.state is None]
+    who = ", ".join(f"{a.pod} on {a.node or 'no node'} ({a.error})" for a in silent)
+    return who and f"no answer of manager {who}; look at the switches before you switch it off"
 
 
 def in_the_way(node: str, answers: Iterable[Answer]) -> tuple[str, ...]:

@@ -81,7 +81,8 @@ def uninstall(
 def _ask() -> None:
     if not sys.stdin.isatty():
         cannot("nothing was done: there is no terminal to ask at; say --yes to go ahead")
-    typer.confirm("Go ahead?", abort=True)
+    if not typer.confirm("Go ahead?"):
+        cannot("nothing was done")
 
 
 def told(steps: Sequence[Step], whole: bool) -> list[str]:

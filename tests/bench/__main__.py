@@ -1,8 +1,9 @@
 """Print the medians that `docs/benchmarks.md` holds, as a Markdown table.
 
 `python -m tests.bench [--runs N] [--services N] [--eips N] [--only PART]`, PART one of pure, scale,
-lab, memory, beside (or a part of it: faults, speed, many), announce, and drills, which runs only
-when it is named. Absolute times depend on the machine, which is printed; compare rows of one run.
+probes, lab, memory, beside (or a part of it: faults, speed, many), and announce and drills, which
+run only when they are named. Absolute times depend on the machine, which is printed; compare rows
+of one run.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`lbctl node drain`: "safe" is said only when every manager that answers has withdrawn it."""
+"""`lbctl node drain`: "safe" is said only when every manager that runs has withdrawn it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import replace
 from ipaddress import ip_address
 
 from lbctl.cli.live import Answer
-from lbctl.cli.node import in_the_way
+from lbctl.cli.node import in_the_way, unheard
 from lbctl.core.model import ObjectRef, Phase
 from lbctl.core.reasons import Reason
 from lbctl.core.state import EipState, HopState, ManagerState
@@ -29,6 +29,14 @@ def test_one_of_two_still_announces() -> None:
     left = in_the_way("node-2", [manager("m-0", draining), manager("m-1", HOP)])
     assert left == ("m-1 still announces it for 198.51.100.1",)
     assert in_the_way("node-2", [manager("m-0", draining), manager("m-1", draining)]) == ()
+
+
+def test_a_manager_that_runs_and_does_not_answer_may_still_announce() -> None:
+    pending = Answer("m-1", error="its Pod is Pending", runs=False)
+    assert unheard([manager("m-0"), pending]) == ""
+    silent = Answer("m-1", "control-2", error="it does not answer (timed out)")
+    said = unheard([manager("m-0"), silent])
+    assert "m-1 on control-2 (it does not answer (timed out))" in said and "switches" in said
 
 
 def test_other_nodes_and_released_eips_are_not_in_the_way() -> None:

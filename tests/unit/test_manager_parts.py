@@ -18,7 +18,7 @@ from lbctl import errors
 from lbctl.core import config, names
 from lbctl.core.actions import Action, CreateEip, RemoveFinalizer, WriteStatus
 from lbctl.core.holdings import Decision
-from lbctl.core.model import Eip, NodeState, NodeView, ObjectRef, Peer, Service
+from lbctl.core.model import Eip, NodeState, NodeView, ObjectRef, Peer, Service, Session
 from lbctl.core.reasons import Reason
 from lbctl.kube.cache import Cache
 from lbctl.kube.client import MERGE, Client
@@ -70,6 +70,13 @@ def test_peers_get_their_passwords_and_keep_them() -> None:
     assert str(a.router_id) == "192.0.2.11" and "s3cret" not in repr(b)
     secrets.clear()
     assert made.peers(now)[1].password == "s3cret", "a password that is known must not be lost"
+
+
+def test_a_peer_without_its_password_is_down_in_the_metrics_too() -> None:
+    metrics = Metrics()
+    metrics.measure_sessions(accepted().config.bgp.peers, (Session("a", True, ()),))
+    up = [metrics.registry.get_sample_value("lbctl_bgp_session_up", {"peer": p}) for p in "ab"]
+    assert up == [1, 0], "an alert on 0 would never fire"
 
 
 def test_before_secrets_are_listed_the_speaker_keeps_the_passwords() -> None:
