@@ -9,14 +9,14 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lbctl.core import state
 from lbctl.core.classes import class_rule, not_ours
 from lbctl.core.health import Health
 from lbctl.core.model import Address, Eip, NodeState, NodeView, ObjectRef, Phase, Service, Session
 from lbctl.core.reasons import Reason
-from lbctl.core.routes import EipSelection
+from lbctl.core.routes import EipSelection, withheld
 from manager.allocating import Allocating
 from manager.announcing import Announcing
 from manager.configuration import Configuration
@@ -172,7 +172,9 @@ def _nodes(parts: Parts, judged: tuple[Judgement, ...]) -> tuple[state.NodeStatu
     found = {view.name: _node(health, view, age_s) for health, view, age_s in judged}
     for node in parts.inputs.nodes.cache.items.values():
         unknown = state.NodeStatus(node.name, NodeState.UNKNOWN, False, Reason.NODE_UNKNOWN)
-        found.setdefault(node.name, unknown)
+        status = found.setdefault(node.name, unknown)
+        if (wish := withheld(node)) is not None:
+            found[node.name] = replace(status, reason=wish)
     return tuple(found[name] for name in sorted(found))
 
 

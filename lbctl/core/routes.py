@@ -410,13 +410,18 @@ def _announceable(hop: Address) -> bool:
     return deliverable(hop) and not hop.is_reserved and not local
 
 
-def _tier(node: Node, view: NodeView) -> tuple[_Tier, Reason]:
+def withheld(node: Node) -> Reason | None:
+    """Why its owner wants a node to be no next hop, whatever its health; None if it may be one."""
     if node.excluded:
-        return _Tier.NEVER, Reason.NODE_EXCLUDED
+        return Reason.NODE_EXCLUDED
     if node.out_of_service:
-        return _Tier.NEVER, Reason.NODE_OUT_OF_SERVICE
-    if node.draining or node.deleting:
-        return _Tier.NEVER, Reason.NODE_DRAINING
+        return Reason.NODE_OUT_OF_SERVICE
+    return Reason.NODE_DRAINING if node.draining or node.deleting else None
+
+
+def _tier(node: Node, view: NodeView) -> tuple[_Tier, Reason]:
+    if (reason := withheld(node)) is not None:
+        return _Tier.NEVER, reason
     match view.state:
         case NodeState.UNKNOWN:
             return _Tier.NEVER, Reason.NODE_UNKNOWN

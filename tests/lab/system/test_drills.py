@@ -72,6 +72,7 @@ def test_a_node_is_drained_and_comes_back(system: System) -> None:
         assert "node-2 is in no route any more" in done.stdout
         left = sorted(system.lab.machine(name).address for name in ("node-1", "node-3"))
         assert all(hops == left for hops in system.hops(eip).values())
+        assert "NodeDraining" in lbctl("status", *kubeconfig).stdout
     finally:
         assert lbctl("node", "undrain", "node-2", *kubeconfig).returncode == 0
     system.wait_routed(eip)
