@@ -33,7 +33,7 @@ from agent.settling import Settling
 from lbctl.core import forwarding, nodeview
 from lbctl.core.clash import Clash
 from lbctl.core.forwarding import EVERYWHERE, EipTable, Locator, Sources, Table
-from lbctl.core.model import Address, Behind, Node, ObjectRef, ServiceEndpoints
+from lbctl.core.model import Address, Behind, LocatedBy, Node, ObjectRef, ServiceEndpoints
 from lbctl.core.nft import Ruleset
 from lbctl.core.nftrules import UDP_MEMORY_S
 from lbctl.core.nodeview import View
@@ -52,6 +52,7 @@ LIVED_THROUGH: Final = 16  # changes of endpoints during one pass; more are a lo
 RETRY_S: Final = (0.1, 0.5, 2.0, 5.0)
 _log = structlog.get_logger()
 Endpoints: TypeAlias = Mapping[ObjectRef, ServiceEndpoints]
+_LocatorOf: TypeAlias = tuple[tuple[Node, ...], LocatedBy]
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +109,7 @@ class Engine:
         self._planned: tuple[State, tuple[conntrack.Target, ...]] = self._state, ()
         self._settling = Settling()
         self._macs: Mapping[Address, str] = {}
-        self._locator: tuple[tuple[Node, ...], Locator] = ((), Locator(()))
+        self._locator: tuple[_LocatorOf, Locator] = (((), "podCIDR"), Locator(()))
         self._wake = asyncio.Event()
         self._resolve = asyncio.Event()
         self._turn = asyncio.Lock()  # a pass or a repair
@@ -327,7 +328,8 @@ class Engine:
         return render(state, self._node, generation, self._reach.uplinks, before)
 
     def _sources(self, inputs: Inputs, off: Gone) -> Sources:
-        options, locator = inputs.forwarding, self._located(inputs.nodes)
+        options = inputs.forwarding
+        locator = self._located((inputs.nodes, options.located_by))
         return Sources(
             inputs.eips,
             inputs.services,
@@ -351,9 +353,9 @@ class Engine:
         others = forwarding.revise(forwarding.EMPTY, away)
         return persistent(before.view).updated(nodeview.advance({}, others, self._node))
 
-    def _located(self, nodes: tuple[Node, ...]) -> Locator:
-        if self._locator[0] != nodes:
-            self._locator = (nodes, Locator(nodes))
+    def _located(self, of: _LocatorOf) -> Locator:
+        if self._locator[0] != of:
+            self._locator = (of, Locator(*of))
         return self._locator[1]
 
     def _confirm(self, state: State) -> None:

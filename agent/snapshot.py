@@ -160,7 +160,7 @@ def _unpacked(found: Mapping[str, Any]) -> State:
         config_generation=int(found["config_generation"]),
     )
     down = frozenset(found["down"])
-    locator = Locator(inputs.nodes)
+    locator = Locator(inputs.nodes, inputs.forwarding.located_by)
     sources = Sources(
         inputs.eips,
         inputs.services,

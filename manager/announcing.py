@@ -111,7 +111,7 @@ class Announcing:
         self._releasing: set[Address] = set()
         self._owned: dict[ObjectRef, set[Address]] = {}
         self._nodes: dict[str, Node] = {}
-        self._locator: Locator | None = None  # of these
+        self._locator: Locator | None = None  # of these, by the configuration
         self._doubt, self._index = Doubt(), SliceIndex(self._endpoints_due)
         self._verdicts: Verdicts | None = None  # on these
         self._ids, self._levels = PathIds(), Levels()
@@ -283,7 +283,9 @@ class Announcing:
 
     def _judged(self, accepted: Accepted) -> Verdicts:
         if self._verdicts is None or self._verdicts.rules.config is not accepted.config:
-            self._locator = self._locator or Locator(self._nodes.values())
+            by = accepted.config.endpoints.nodes
+            if self._locator is None or self._locator.by != by:
+                self._locator = Locator(self._nodes.values(), by)
             rules = Rules(accepted.config, self._me, self._managers, self._left())
             known = (self._nodes, self._views, self._ids, self._locator)
             doubtful = self._doubt.nodes(time.monotonic())

@@ -117,13 +117,14 @@ async def fetch_scene(client: Client) -> tuple[Scene, Live]:
     for one in slices:
         index.change(None, one)
     managers = tuple(answer.state for answer in live.answers if answer.state is not None)
+    options = config.forwarding_options
     table = forwarding.build(
         eips,
         {service.ref: service for service in services},
         {known.service: known for known in index.all()},
-        Locator(nodes),
+        Locator(nodes, options.located_by),
         tracing.down_set(managers, nodes),
-        options=config.forwarding_options,
+        options=options,
         doubtful=doubt.nodes(0.0),
     )
     return Scene(config, table, tuple(nodes), managers, live.agents), live

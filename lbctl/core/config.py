@@ -30,6 +30,7 @@ from lbctl.core.model import (
     External,
     ForwardingOptions,
     LocalDelivery,
+    LocatedBy,
     ObjectRef,
     Phase,
     Steering,
@@ -116,9 +117,13 @@ class Forwarding(Model):
 
 
 class Endpoints(Model):
-    """Which endpoints take traffic. `external`: what becomes of those that are on no node."""
+    """Which endpoints take traffic. `external`: what becomes of those that are on no node.
+
+    `nodes`: what a Pod's node is found by.
+    """
 
     external: External = "refuse"
+    nodes: LocatedBy = "podCIDR"
 
 
 class Services(Model):
@@ -158,6 +163,7 @@ class Config(Model):
             given.local_delivery,
             given.new_flows_per_second,
             self.endpoints.external,
+            self.endpoints.nodes,
         )
 
     @cached_property

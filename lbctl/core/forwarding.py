@@ -7,7 +7,8 @@ Rules:
 - A port whose endpoints all refuse new flows is `closed`: established flows keep their table, new
   ones are refused at once. A port without any endpoint is in no table: everything is refused.
 - An endpoint's node is found by pod CIDRs and node addresses. nodeName counts only where *no* node
-  has a pod CIDR (some CNIs allocate elsewhere), for Pods alone: anyone may write an EndpointSlice.
+  has a pod CIDR, or where the configuration says so (some CNIs allocate elsewhere), for Pods alone:
+  anyone may write an EndpointSlice.
 - `revise` makes the next table from the last: persistent maps (`lbctl.core.pmap`) tell what changed
   between two whole inputs, so that a change costs its own EIPs.
 """
@@ -28,6 +29,7 @@ from lbctl.core.model import (
     Eip,
     Endpoint,
     ForwardingOptions,
+    LocatedBy,
     Network,
     Node,
     ObjectRef,
@@ -118,13 +120,18 @@ class EipTable:
 
 
 class Locator:
-    """Which node an endpoint's address is on. A function of the nodes alone."""
+    """Which node an endpoint is on. A function of the nodes and of `endpoints.nodes` alone.
 
-    __slots__ = ("_addresses", "_cidrs", "_names", "_shifts", "key")
+    by: "podCIDR", or "nodeName": a Pod is on the node that its endpoint names, and pod CIDRs mean
+    nothing.
+    """
 
-    def __init__(self, nodes: Iterable[Node]) -> None:
+    __slots__ = ("_addresses", "_cidrs", "_names", "_shifts", "by", "key")
+
+    def __init__(self, nodes: Iterable[Node], by: LocatedBy = "podCIDR") -> None:
+        self.by = by
         every = sorted(nodes, key=lambda node: node.name)
-        self.key = tuple((node.name, node.addresses, node.pod_cidrs) for node in every)
+        self.key = by, tuple((node.name, node.addresses, node.pod_cidrs) for node in every)
         self._names = frozenset(node.name for node in every)
         # By numbers: to hash an address takes longer than all the rest of `locate`.
         self._addresses = {
@@ -133,7 +140,7 @@ class Locator:
         self._cidrs: dict[tuple[int, int, int], str] = {}
         shifts = set()
         for node in reversed(every):
-            for cidr in node.pod_cidrs:
+            for cidr in node.pod_cidrs if by == "podCIDR" else ():
                 shift = cidr.max_prefixlen - cidr.prefixlen
                 self._cidrs[cidr.version, shift, int(cidr.network_address) >> shift] = node.name
                 shifts.add((cidr.version, shift))
@@ -144,6 +151,8 @@ class Locator:
         version, number = endpoint.address.version, int(endpoint.address)
         if not _deliverable(version, number):
             return None
+        if self.by == "nodeName" and endpoint.pod and endpoint.node in self._names:
+            return endpoint.node
         if name := self._addresses.get((version, number)):
             return name
         for family, shift in self._shifts:

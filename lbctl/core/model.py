@@ -35,6 +35,7 @@ Network: TypeAlias = IPv4Network | IPv6Network
 Steering: TypeAlias = Literal["auto", "direct", "tunnel"]
 LocalDelivery: TypeAlias = Literal["shared", "strict"]
 External: TypeAlias = Literal["refuse", "masquerade"]
+LocatedBy: TypeAlias = Literal["podCIDR", "nodeName"]
 # The families that a BGP session carries, sorted, each with whether it takes several paths for a
 # prefix (ADD-PATH): ((4, True), (6, False)).
 Agreed: TypeAlias = tuple[tuple[int, bool], ...]
@@ -179,7 +180,7 @@ class ForwardingOptions:
     EIPs answer it. local_delivery: under externalTrafficPolicy Local, "shared" steers by the common
     table, "strict" only ever delivers on the node that the switch chose. new_flows_per_second: for
     each EIP and node, 0 is no limit. external: endpoints on no node are refused, or masqueraded by
-    the node that got the packet.
+    the node that got the packet. located_by: how a Pod's node is found (`forwarding.Locator`).
     """
 
     interfaces: tuple[str, ...] = ()
@@ -188,6 +189,7 @@ class ForwardingOptions:
     local_delivery: LocalDelivery = "shared"
     new_flows_per_second: int = 5000
     external: External = "refuse"
+    located_by: LocatedBy = "podCIDR"
 
 
 @dataclass(frozen=True, slots=True, order=True)

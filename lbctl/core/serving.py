@@ -1,10 +1,10 @@
 """Which nodes have something behind an EIP, and why none has.
 
-Rules: where an endpoint is comes from the nodes (`forwarding.Locator`), as for forwarding, never
-from a nodeName that somebody wrote; only ports that the Service has, and endpoints of the EIP's
-family, count. An endpoint on no node is refused, or with `endpoints.external: masquerade` served by
-every node; a Pod's is never taken for one of those. With externalTrafficPolicy Local it is local to
-no node.
+Rules: where an endpoint is comes from `forwarding.Locator`, as for forwarding: from the nodes, and
+from a nodeName that somebody wrote only if `endpoints.nodes` says so; only ports that the Service
+has, and endpoints of the EIP's family, count. An endpoint on no node is refused, or with
+`endpoints.external: masquerade` served by every node; a Pod's is never taken for one of those. With
+externalTrafficPolicy Local it is local to no node.
 """
 
 from __future__ import annotations

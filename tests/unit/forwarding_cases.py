@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from ipaddress import ip_address, ip_network
 
 from lbctl.core import forwarding, nft, nodeview
@@ -44,6 +45,19 @@ def nodes(count: int = 3, cidrs: bool = True) -> tuple[Node, ...]:
         )
         for n in range(1, count + 1)
     )
+
+
+# As Calico's own IPAM gives addresses, beside the pod CIDRs 10.2.1.0/24 of n1 and 10.2.2.0/24 of
+# n2: both pods are on n1. STRAY has an address of no node's, TAKEN one of n2's.
+STRAY, TAKEN = (
+    Endpoint(ip_address(address), 8080, "n1", f"pod-{address}")
+    for address in ("10.2.56.1", "10.2.2.65")
+)
+
+
+def blocks() -> tuple[Node, ...]:
+    """n1, n2 and n3 with pod CIDRs that nobody's pods are in."""
+    return tuple(replace(n, pod_cidrs=(ip_network(f"10.2.{n.name[1:]}.0/24"),)) for n in nodes())
 
 
 def pod(n: int, p: int, flags: str = "rs", version: int = 4) -> Endpoint:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from ipaddress import IPv4Network, IPv6Network
 from types import SimpleNamespace
 from typing import Any, cast
@@ -14,13 +15,13 @@ import pytest
 from agent.engine import Confirmed, Engine
 from agent.inputs import Inputs
 from agent.rendering import State
-from lbctl.core.model import Eip, Endpoint
+from lbctl.core.model import Eip, Endpoint, ForwardingOptions
 from lbctl.core.nft import Ruleset
 from lbctl.core.pmap import PMap
 from lbctl.core.ways import Survey
 from lbctl.errors import DataplaneError
 
-from .forwarding_cases import EIP, RANGES, WEB, nodes, pod, service, table
+from .forwarding_cases import EIP, RANGES, STRAY, TAKEN, WEB, blocks, nodes, pod, service, table
 
 ON_LINK = Survey(prefixes=((IPv4Network("192.0.2.0/24"), 2), (IPv6Network("2001:db8:1::/64"), 2)))
 
@@ -115,6 +116,23 @@ async def test_a_node_whose_table_is_gone_confirms_nothing_until_it_is_back(empt
             assert nothing.generation  # not as an agent that has not begun yet
         last = await asyncio.wait_for(said.get(), 30)
     assert set(last.eips) == {EIP} and kernel.refuses == 0 and said.empty()
+
+
+async def test_a_change_of_how_pods_are_located_moves_them() -> None:
+    """At a running agent, whose nodes are the same; and back."""
+    states: asyncio.Queue[State] = asyncio.Queue()
+    kernel = Kernel()
+    engine = Engine("n1", cast(Any, kernel), cast(Any, Links()), lambda _: None, states.put_nowait)
+    by_cidr = replace(behind(STRAY, TAKEN), nodes=blocks())
+    by_name = replace(by_cidr, forwarding=ForwardingOptions(located_by="nodeName"))
+    found = []
+    async with programming(engine):
+        for inputs in (by_cidr, by_name, by_cidr):
+            engine.feed(inputs)
+            state = await asyncio.wait_for(states.get(), 30)
+            assert engine.confirmed.table is state.table
+            found.append([e.node for e in state.table.eips[EIP].ports[0].endpoints])
+    assert found == [["n2"], ["n1", "n1"], ["n2"]]
 
 
 async def test_what_came_between_is_lived_through_though_the_kernel_refused_it_at_first() -> None:

@@ -31,6 +31,7 @@ from lbctl.core.model import (
     External,
     ForwardingOptions,
     LocalDelivery,
+    LocatedBy,
     Network,
     ObjectRef,
     PortEndpoints,
@@ -49,6 +50,7 @@ from .forwarding_cases import RANGES, nodes, pod
 EIPS = [ip_address(f"198.51.100.{n}") for n in (1, 2, 200)] + [ip_address("2001:db8::1")]
 REFS = [ObjectRef("default", name) for name in ("a", "b", "c")]
 PODS = [pod(n, p) for n in (1, 2, 3) for p in (2, 3)]
+PODS.append(replace(pod(2, 9), node="n1"))  # in n2's pod CIDR
 OUTSIDE = Endpoint(ip_address("192.0.2.200"), 8080)
 SOURCES = [ip_network("203.0.113.0/24"), ip_network("192.0.2.0/25")]
 PORTS = [ServicePort("", Protocol.TCP, 80), ServicePort("dns", Protocol.UDP, 53)]
@@ -147,12 +149,20 @@ class Passes(RuleBasedStateMachine):
         ping=st.booleans(),
         local=st.sampled_from(get_args(LocalDelivery)),
         external=st.sampled_from(get_args(External)),
+        by=st.sampled_from(get_args(LocatedBy)),
         doubtful=st.sets(st.sampled_from(["n1", "n2", "n3"])),
     )
     def configure(
-        self, ping: bool, local: LocalDelivery, external: External, doubtful: set[str]
+        self,
+        ping: bool,
+        local: LocalDelivery,
+        external: External,
+        by: LocatedBy,
+        doubtful: set[str],
     ) -> None:
-        options = ForwardingOptions(ping=ping, local_delivery=local, external=external)
+        options = ForwardingOptions(
+            ping=ping, local_delivery=local, external=external, located_by=by
+        )
         self.inputs = replace(self.inputs, forwarding=options, doubtful=frozenset(doubtful))
 
     @rule(
@@ -167,7 +177,7 @@ class Passes(RuleBasedStateMachine):
     @rule()
     def one_pass(self) -> None:
         i, before = self.inputs, self.state
-        locator = Locator(i.nodes)
+        locator = Locator(i.nodes, i.forwarding.located_by)
         sources = Sources(
             i.eips,
             i.services,

@@ -155,13 +155,17 @@ def test_unmarked_packets_pass_one_rule() -> None:
     assert [rule.target for rule in made if rule.own] == [last.priority]
 
 
-OPTIONS = ForwardingOptions(("eth1",), "tunnel", False, "strict", 7, "masquerade")
+OPTIONS = ForwardingOptions(("eth1",), "tunnel", False, "strict", 7, "masquerade", "nodeName")
 
 
 def state() -> State:
-    pods = tuple(pod(n, p) for n in (1, 2, 3) for p in (2, 3))
-    limited = service(affinity=False)
-    first, second = table(*pods[:3]), table(*pods, of=limited)
+    named = replace(pod(2, 9), node="n1")  # where its nodeName says, and not in n2's pod CIDR
+    pods = (*(pod(n, p) for n in (1, 2, 3) for p in (2, 3)), named)
+    limited, locator = service(affinity=False), Locator(nodes(), "nodeName")
+    first, second = (
+        table(*pods[:3], locator=locator),
+        table(*pods, of=limited, locator=locator),
+    )
     inputs = Inputs(
         eips={EIP: Eip(EIP, "public", WEB, "uid")},
         services={WEB: limited},
@@ -215,6 +219,18 @@ def test_a_snapshot_gives_back_the_same_ruleset(tmp_path: Path) -> None:
     assert Store(tmp_path, "n2").load() is None
 
 
+def test_a_snapshot_of_before_endpoints_nodes_goes_by_pod_cidrs(tmp_path: Path) -> None:
+    store = Store(tmp_path, "n1")
+    store.save(state())
+    store.kept.write()
+    whole = (tmp_path / FILE).read_bytes()
+    older = whole.replace(b',"located_by":"nodeName"', b"")
+    assert older != whole
+    (tmp_path / FILE).write_bytes(older)
+    found = store.load()
+    assert found is not None and found.inputs.forwarding.located_by == "podCIDR"
+
+
 def test_what_the_agent_takes_from_the_accepted_configuration() -> None:
     assert config_of(None) == (0, (), ForwardingOptions())
     text = """\
@@ -223,7 +239,7 @@ pools: [{name: public, addresses: [198.51.100.0/31]}]
 bgp: {asn: 64512, peers: []}
 forwarding: {interfaces: [eth1], steering: tunnel, ping: false, localDelivery: strict,
   newFlowsPerSecond: 7}
-endpoints: {external: masquerade}
+endpoints: {external: masquerade, nodes: nodeName}
 """
     accepted = DataObject(
         ObjectRef("lbctl-system", "lbctl-accepted"),
@@ -246,6 +262,7 @@ def test_a_damaged_snapshot_is_none(tmp_path: Path) -> None:
         whole[:-9],
         whole.replace(b"198.51.100.1", b"not.an.addr"),
         whole.replace(b"masquerade", b"hide"),
+        whole.replace(b"nodeName", b"podName"),
     ):
         (tmp_path / FILE).write_bytes(damaged)
         assert store.load() is None

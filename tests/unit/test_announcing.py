@@ -5,12 +5,26 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from ipaddress import ip_address
 from types import SimpleNamespace
 from typing import Any, cast
 
 from lbctl.core.announce import Paths
 from lbctl.core.config import Config, parse
-from lbctl.core.model import Network, NodeState, ObjectRef, Peer, Phase, Session, host_route
+from lbctl.core.model import (
+    Endpoint,
+    Network,
+    NodeState,
+    ObjectRef,
+    Peer,
+    Phase,
+    PortEndpoints,
+    Protocol,
+    ServiceEndpoints,
+    Session,
+    TrafficPolicy,
+    host_route,
+)
 from lbctl.core.reasons import Reason
 from lbctl.core.routes import EipSelection
 from lbctl.kube.client import Client
@@ -23,6 +37,7 @@ from tests.bench.cluster import CONFIG, CONFIG_TEXT, Cluster
 
 LIMIT_S = 60.0
 LOST = "n3"
+BY_NAME = parse(CONFIG_TEXT + "endpoints: {nodes: nodeName}")
 RECURSIVE = parse(CONFIG_TEXT + "announce: {nextHop: recursive, virtualNextHops: [100.64.0.0/10]}")
 
 
@@ -182,6 +197,30 @@ async def test_with_virtual_next_hops_a_node_that_goes_is_one_change() -> None:
     }
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_a_change_of_how_pods_are_located_moves_a_local_services_next_hops() -> None:
+    """At a running manager, whose nodes are the same; and back."""
+    world = World()
+    ref = world.cluster.refs[0]
+    # Of n1, by an address that lies in n2's pod CIDR.
+    pods = (Endpoint(ip_address("10.2.2.65"), 80, "n1", "pod"),)
+    world.cluster.endpoints[ref] = ServiceEndpoints(ref, (PortEndpoints("", Protocol.TCP, pods),))
+    local = replace(world.cluster.services[ref], policy=TrafficPolicy.LOCAL)
+    world.cluster.services[ref] = local
+    (prefix,) = world.add(range(1))
+
+    def leads_to(name: str) -> Callable[[Paths], bool]:
+        return lambda paths: [path.node for path in paths.get(prefix, ())] == [name]
+
+    async with asyncio.TaskGroup() as group:
+        task = group.create_task(world.announcing.run())
+        await world.until(leads_to("n2"))
+        world.announcing.configure(Accepted(BY_NAME, "h2", 2))
+        await world.until(leads_to("n1"))
+        world.announcing.configure(Accepted(CONFIG, "h3", 3))
+        await world.until(leads_to("n2"))
+        task.cancel()
 
 
 async def test_our_own_host_is_left_to_another_manager_while_one_announces() -> None:

@@ -41,7 +41,7 @@ forwarding:
   ping: false
   localDelivery: strict
   newFlowsPerSecond: 0
-endpoints: {external: masquerade}
+endpoints: {external: masquerade, nodes: nodeName}
 """
 
 MINIMAL = """\
@@ -88,7 +88,7 @@ def test_everything_that_can_be_set() -> None:
     assert (config.probe.interval_s, config.probe.misses) == (0.1, 5)
     assert config.probe.agent_grace_s == 3600
     assert config.forwarding_options == ForwardingOptions(
-        ("eth0", "bond0.100"), "tunnel", False, "strict", 0, "masquerade"
+        ("eth0", "bond0.100"), "tunnel", False, "strict", 0, "masquerade", "nodeName"
     )
 
 
@@ -444,6 +444,11 @@ def test_virtual_next_hops_are_nobodys_addresses() -> None:
         ("forwarding: {newFlowsPerSecond: 1000001}", "must be at most 1000000"),
         ("forwarding: {newFlowsPerSec: 1}", "did you mean newFlowsPerSecond?"),
         ("endpoints: {external: accept}", "must be 'refuse' or 'masquerade', not \"accept\""),
+        (
+            "endpoints: {nodes: pods}",
+            "4:20: endpoints.nodes: must be 'podCIDR' or 'nodeName', not \"pods\"",
+        ),
+        ("endpoints: {node: nodeName}", "unknown key; did you mean nodes?"),
         ("endpoints: {externals: refuse}", "unknown key; did you mean external?"),
         ("endpoint: {external: refuse}", "unknown key; did you mean endpoints?"),
     ],

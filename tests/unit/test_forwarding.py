@@ -14,18 +14,34 @@ from lbctl.core import forwarding, nft, nodeview
 from lbctl.core.forwarding import Locator, Table
 from lbctl.core.model import (
     Address,
+    Eip,
     Endpoint,
+    External,
     ForwardingOptions,
     Node,
+    PortEndpoints,
     Protocol,
     Service,
+    ServiceEndpoints,
     TrafficPolicy,
 )
 from lbctl.core.sticky import rounded, sticky
 from lbctl.errors import DataplaneError
 
 from .faketable import FakeTable
-from .forwarding_cases import EIP, INDEX, nodes, pod, ruleset, service, table
+from .forwarding_cases import (
+    EIP,
+    INDEX,
+    STRAY,
+    TAKEN,
+    WEB,
+    blocks,
+    nodes,
+    pod,
+    ruleset,
+    service,
+    table,
+)
 
 PODS = [pod(n, p) for n in (1, 2, 3) for p in (2, 3)]
 CLIENTS = [("203.0.113.10", 20000 + 7 * k) for k in range(200)]
@@ -731,6 +747,53 @@ def test_where_endpoints_are() -> None:
     )
     assert nested.locate(Endpoint(ip_address("10.1.2.3"), 1)) == "b"
     assert nested.locate(Endpoint(ip_address("10.2.2.3"), 1)) == "a"
+
+
+def test_pods_are_where_the_endpoint_says_if_the_configuration_says_so() -> None:
+    """With Calico's own IPAM a node's pod CIDR tells nothing of where its pods are."""
+    by_cidr, by_name = Locator(blocks()), Locator(blocks(), "nodeName")
+    assert [by_cidr.locate(e) for e in (STRAY, TAKEN)] == [None, "n2"]
+    assert [by_name.locate(e) for e in (STRAY, TAKEN)] == ["n1", "n1"]
+    # A host's own; one that somebody wrote, and one of a node that is not there.
+    host = ip_address("192.0.2.23")
+    assert by_name.locate(Endpoint(host, 1, "n3", "pod")) == "n3"
+    assert by_name.locate(Endpoint(host, 1, "n1")) == by_name.locate(Endpoint(host, 1)) == "n3"
+    for odd in (replace(TAKEN, pod=""), replace(TAKEN, node="n9"), replace(STRAY, node="")):
+        assert by_name.locate(odd) is None
+    assert by_name.locate(Endpoint(host, 1, "n9", "pod")) == "n3"
+    for address in ("127.0.0.1", "224.0.0.1", "0.0.0.0"):
+        assert by_name.locate(Endpoint(ip_address(address), 1, "n1", "pod")) is None
+
+
+def test_a_table_follows_the_way_in_which_pods_are_located() -> None:
+    """And not the one before, from which what did not change is taken over."""
+    first = table(STRAY, TAKEN, locator=Locator(blocks()))
+    assert {e.node for e in first.eips[EIP].ports[0].endpoints} == {"n2"}
+    assert [refusal.endpoint for refusal in first.eips[EIP].refused] == [STRAY]
+    by_name = Locator(blocks(), "nodeName")
+    second = table(STRAY, TAKEN, locator=by_name, previous=first)
+    assert second == table(STRAY, TAKEN, locator=by_name) and second.digest != first.digest
+    assert {e.node for e in second.eips[EIP].ports[0].endpoints} == {"n1"}
+    assert len(second.eips[EIP].ports[0].endpoints) == 2 and not second.eips[EIP].refused
+    third = table(STRAY, TAKEN, locator=Locator(blocks()), previous=second)
+    assert third == first and third.digest == first.digest
+
+
+@pytest.mark.parametrize("external", ["refuse", "masquerade"])
+def test_who_has_no_pod_is_on_no_node_by_its_nodename(external: External) -> None:
+    """A pod CIDR means nothing then; a Pod of a node that we do not know is never masqueraded."""
+    by_hand, unknown = replace(TAKEN, pod=""), replace(STRAY, node="n9")
+    made = forwarding.build(
+        [Eip(EIP, "public", WEB, "uid")],
+        {WEB: service()},
+        {WEB: ServiceEndpoints(WEB, (PortEndpoints("", Protocol.TCP, (by_hand, unknown)),))},
+        Locator(blocks(), "nodeName"),
+        options=ForwardingOptions(external=external, located_by="nodeName"),
+    ).eips[EIP]
+    masqueraded = [(by_hand.address, "*")] if external == "masquerade" else []
+    assert [(e.address, e.node) for port in made.ports for e in port.endpoints] == masqueraded
+    refused = [unknown] if masqueraded else [by_hand, unknown]
+    assert [refusal.endpoint for refusal in made.refused] == refused
 
 
 def test_ranges_merge_and_have_holes_at_the_nodes() -> None:

@@ -11,6 +11,7 @@ from lbctl.core.forwarding import Locator
 from lbctl.core.model import (
     Endpoint,
     External,
+    LocatedBy,
     Node,
     ObjectRef,
     PortEndpoints,
@@ -21,6 +22,8 @@ from lbctl.core.model import (
 )
 from lbctl.core.reasons import Reason
 from lbctl.core.serving import Serving, serving
+
+from .forwarding_cases import STRAY, TAKEN, blocks
 
 WEB = ObjectRef("default", "web")
 SERVICE = Service(WEB, "uid", 0.0, (ServicePort("", Protocol.TCP, 80),), True)
@@ -76,6 +79,31 @@ def off(endpoint: Endpoint, *, serving: bool = False, ending: bool = False) -> E
 def test_who_serves(endpoints: tuple[Endpoint, ...], external: External, found: Serving) -> None:
     known = ServiceEndpoints(WEB, (PortEndpoints("", Protocol.TCP, endpoints),))
     assert serving(SERVICE, known, 4, LOCATOR, external) == found
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "by", "external", "found"),
+    [
+        (STRAY, "podCIDR", "refuse", Serving(reason=Reason.ENDPOINTS_ON_NO_NODE)),
+        (TAKEN, "podCIDR", "refuse", Serving(frozenset({"n2"}))),
+        (STRAY, "nodeName", "refuse", Serving(frozenset({"n1"}))),
+        (TAKEN, "nodeName", "refuse", Serving(frozenset({"n1"}))),
+        (HOST, "nodeName", "refuse", Serving(frozenset({"n2"}))),
+        (replace(TAKEN, pod=""), "nodeName", "refuse", Serving(reason=Reason.ENDPOINTS_ON_NO_NODE)),
+        (replace(TAKEN, pod=""), "nodeName", "masquerade", Serving(everywhere=True)),
+        (
+            replace(TAKEN, node="n9"),
+            "nodeName",
+            "masquerade",
+            Serving(reason=Reason.ENDPOINTS_ON_NO_NODE),
+        ),
+    ],
+)
+def test_who_serves_where_pod_cidrs_mean_nothing(
+    endpoint: Endpoint, by: LocatedBy, external: External, found: Serving
+) -> None:
+    known = ServiceEndpoints(WEB, (PortEndpoints("", Protocol.TCP, (endpoint,)),))
+    assert serving(SERVICE, known, 4, Locator(blocks(), by), external) == found
 
 
 def test_families_ports_and_host_names() -> None:

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import io
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from ipaddress import ip_address, ip_network
+from typing import cast
 
 import pytest
 import typer
 from rich.console import Console
 
 from lbctl.cli.live import Answer, Live
-from lbctl.cli.trace import _end, show
+from lbctl.cli.trace import _end, fetch_scene, show
 from lbctl.core import forwarding, packet
-from lbctl.core.config import parse
+from lbctl.core.config import Config, Endpoints, parse
 from lbctl.core.forwarding import Locator
 from lbctl.core.model import (
     Address,
     Eip,
     Endpoint,
     ForwardingOptions,
+    LocatedBy,
     Node,
     NodeState,
     ObjectRef,
@@ -36,6 +39,9 @@ from lbctl.core.model import (
 from lbctl.core.reasons import Reason
 from lbctl.core.state import EipState, HopState, ManagerState, NodeStatus, SessionState
 from lbctl.core.trace import Action, Packet, Scene, Trace, Verdict, down_set, judge, trace
+from lbctl.kube import objects
+from lbctl.kube.client import Client
+from lbctl.kube.objects import Slice
 
 EIP, SIX = ip_address("198.51.100.1"), ip_address("2001:db8:100::1")
 EMPTY, LEAVING = ip_address("198.51.100.2"), ip_address("198.51.100.3")
@@ -324,6 +330,37 @@ def test_the_page() -> None:
     assert "n3: no next hop;" in text and "directly" in text
     assert "the node is being drained [NodeDraining]" in text
     assert "manager pod-x: it does not answer" in text
+
+
+@pytest.mark.parametrize(("by", "node"), [("podCIDR", "n2"), ("nodeName", "n1")])
+async def test_a_trace_locates_pods_as_agents_do(
+    monkeypatch: pytest.MonkeyPatch, by: LocatedBy, node: str
+) -> None:
+    named = replace(pods(4)[1], node="n1")  # by an address in n2's pod CIDR
+    web = Service(WEB, "uid", 0.0, (ServicePort("a", Protocol.TCP, 80),), True)
+    behind = Slice(WEB, WEB, (PortEndpoints("a", Protocol.TCP, (named,)),))
+    known: dict[object, list[object]] = {
+        objects.EIP: [Eip(EIP, "public", WEB, "uid")],
+        objects.SERVICE: [web],
+        objects.SLICE: [behind],
+        objects.NODE: list(NODES),
+    }
+    config = CONFIG.model_copy(update={"endpoints": Endpoints(nodes=by)})
+
+    async def answers(*_: object) -> Live:
+        return Live(())
+
+    async def accepted(_: object) -> Config:
+        return config
+
+    async def every(_: object, kind: object) -> list[object]:
+        return known[kind]
+
+    module = sys.modules["lbctl.cli.trace"]
+    for name, fake in (("ask_all", answers), ("_accepted", accepted), ("_every", every)):
+        monkeypatch.setattr(module, name, fake)
+    scene, _ = await fetch_scene(cast(Client, None))
+    assert ask(scene.table).node == node
 
 
 def test_down_needs_every_manager_and_at_most_half_of_the_nodes() -> None:
