@@ -1,7 +1,8 @@
 """A drill many times over in one lab: how what it finds is distributed; the worst run is the bound.
 
 Each run is what `lbctl drill run` does, the restore after it too. A run that could not be done
-counts as one, and a lab that does not heal is made anew. Whatever ends the bench (an interrupt as
+counts as one, and a lab that does not heal is made anew; if it was given, the runs that are left
+could not be done. Whatever ends the bench (an interrupt as
 well), the tables of the runs so far are printed; `--json FILE` has every run, after each of them.
 """
 
@@ -15,10 +16,12 @@ import statistics
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
 
+from lbctl.cli.drills import Opener, Runner, misfit
 from lbctl.errors import LbctlError
 from lbctl.lab import preflight
 from lbctl.lab.drill import spec, verdict
@@ -67,7 +70,9 @@ def measure(names: Sequence[str], runs: int, given: str, record: Path | None) ->
     """Run them; the lines to print. given: a lab that is up, "" for one of its own."""
     done: list[Run] = []
     try:
-        for one in _runs([spec.find(name) for name in names for _ in range(runs)], given):
+        drills = [spec.find(name) for name in names for _ in range(runs)]
+        preflight.check()
+        for one in each(drills, given):
             done.append(one)
             print(f"  {len(done)}/{len(names) * runs}  {one}", file=sys.stderr, flush=True)
             if record is not None:
@@ -79,32 +84,44 @@ def measure(names: Sequence[str], runs: int, given: str, record: Path | None) ->
     yield from table(done)
 
 
-def _runs(drills: list[Drill], given: str) -> Iterator[Run]:
+def each(
+    drills: list[Drill], given: str, opener: Opener = opened, runner: Runner = run
+) -> Iterator[Run]:
     """Every run. Raises LabError if there is no lab to begin with."""
-    preflight.check()
     left = sorted(drills, key=lambda drill: drill.topology)  # stable: one lab for neighbours
     while left:
-        with opened(left[0].topology, "embedded", f"bench-{os.getpid()}", given) as site:
-            while left and left[0].topology == site.lab.topology.name:
-                yield (one := _run(site, left.pop(0)))
+        topology = left[0].topology
+        with opener(topology, "embedded", f"bench-{os.getpid()}", given) as site:
+            unhealed = ""
+            while left and (given or (not unhealed and left[0].topology == topology)):
+                drill = left.pop(0)
+                if why := unhealed or (misfit(site, drill) if given else ""):
+                    yield Run(drill.name, _clock(), os.getloadavg()[0], 0.0, 0.0, (), why)
+                    continue
+                yield (one := _run(site, drill, given, runner))
                 if one.error and not one.restored_s:
-                    break
+                    unhealed = f"lab {site.lab.name!r} is not healed"
 
 
-def _run(site: Site, drill: Drill) -> Run:
-    load, began, begin_s = (
-        os.getloadavg()[0],
-        f"{dt.datetime.now(dt.UTC):%H:%M:%S}",
-        time.monotonic(),
-    )
+def _clock() -> str:
+    return f"{dt.datetime.now(dt.UTC):%H:%M:%S}"
+
+
+def _run(site: Site, drill: Drill, given: str, runner: Runner) -> Run:
+    load, began, begin_s = os.getloadavg()[0], _clock(), time.monotonic()
     checks: tuple[Check, ...] = ()
     error = ""
     try:
-        seen = run(site, drill, False, lambda _now: None)
+        seen = runner(site, drill, False, lambda _now: None)
         checks = verdict.judge(drill, seen)
         checks += tuple(c for c in _always(seen) if c.name not in {check.name for check in checks})
     except LbctlError as problem:
         error = str(problem)
+    except BaseException:
+        if given:  # it stays up, whatever ends the bench
+            with suppress(LbctlError):
+                site.restore()
+        raise
     ran_s, restored_s = time.monotonic(), 0.0
     try:
         site.restore()
