@@ -229,9 +229,10 @@ def test_an_interrupt_while_a_given_lab_is_healed_begins_that_anew() -> None:
 
 
 def test_what_people_wrote_is_printed_as_it_is() -> None:
-    world = World()
-    assert world.drills().run([replace(SMALL, sabotage="a\x1b[2Jb")], False)
-    assert "small-1  a node dies: see [/etc/frr] and [bold]this[/bold] :warning:\n" in world.said
+    world = World(results={"small-1": BROKEN})
+    assert not world.drills().run([replace(SMALL, sabotage="wiped\x1b[2J [/]\nall")], True)
+    about = "a node dies: see [/etc/frr] and [bold]this[/bold] :warning:"
+    assert f"small-1 (sabotaged)  {about}\n  sabotage: wiped [2J [/] all\n" in world.said
     assert "a [/step]\n" in world.said and "\x1b" not in world.said
     live = World()
     console = Console(file=live.out, force_terminal=True, color_system="standard", width=400)
@@ -350,7 +351,7 @@ def test_a_given_lab_that_does_not_heal_after_chaos_is_said() -> None:
 
 def test_sigterm_is_as_ctrl_c_and_both_end_with_130() -> None:
     app = typer.Typer()
-    before = signal.getsignal(signal.SIGTERM)
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
     ended: list[str] = []
 
     def ask() -> bool:
@@ -362,8 +363,11 @@ def test_sigterm_is_as_ctrl_c_and_both_end_with_130() -> None:
         return True
 
     app.command()(lambda: command.answer(ask))
-    assert CliRunner().invoke(app).exit_code == 130
-    assert ended == ["taken down"] and signal.getsignal(signal.SIGTERM) == before
+    try:
+        assert CliRunner().invoke(app).exit_code == 130
+        assert ended == ["taken down"] and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_the_bench_makes_labs_anew_and_leaves_out_what_a_given_one_is_not() -> None:
