@@ -30,6 +30,9 @@ _WANTED = {
     Reason.RELEASING,
 }
 
+# A node that is fit for an EIP, and not announced by this manager all the same.
+_SPARED = {Reason.LEFT_TO_OTHERS, Reason.OVER_MAX_PATHS}
+
 # A Service with one of these is as its owner wants it; with every other, it lacks something.
 SERVED = {
     Reason.ALLOCATED,
@@ -248,7 +251,7 @@ def _disagreements(states: tuple[ManagerState, ...]) -> list[str]:
     problems = []
     checks: tuple[tuple[str, Callable[[ManagerState], dict[str, str]]], ...] = (
         ("the configuration", lambda s: {"": f"hash {s.config.hash or 'none'}"}),
-        ("next hops of", lambda s: {str(e.address): _hops(e) for e in s.eips}),
+        ("next hops of", lambda s: {str(e.address): _fit(e) for e in s.eips}),
         ("node", lambda s: {n.name: n.state.value for n in s.nodes}),
     )
     for what, view in checks:
@@ -261,8 +264,10 @@ def _disagreements(states: tuple[ManagerState, ...]) -> list[str]:
     return problems
 
 
-def _hops(eip: EipState) -> str:
-    return " ".join(str(hop) for hop in sorted(eip.next_hops, key=str)) or "none"
+def _fit(eip: EipState) -> str:
+    """The nodes found fit for it: which of these are announced may differ (`paths: perManager`)."""
+    fit = [hop.node for hop in eip.hops if hop.next_hop is not None or hop.reason in _SPARED]
+    return " ".join(sorted(fit)) or "none"
 
 
 def _configuration(states: tuple[ManagerState, ...]) -> list[str]:

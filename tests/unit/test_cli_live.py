@@ -119,13 +119,25 @@ def test_disagreements_are_said() -> None:
     ]
     fewer = replace(TWO, eips=(replace(EIP, hops=HOPS[:1]),))
     assert problem(ONE, fewer) == [
-        "managers disagree on next hops of 198.51.100.1: "
-        "one says 192.0.2.21 192.0.2.22, two says 192.0.2.21"
+        "managers disagree on next hops of 198.51.100.1: one says node-1 node-2, two says node-1"
     ]
     down = NodeStatus("node-1", NodeState.DOWN, reason=Reason.NODE_DOWN)
     assert problem(ONE, replace(TWO, nodes=(down, ONE.nodes[1]))) == [
         "managers disagree on node node-1: one says Up, two says Down",
         "node node-1 is Down for two: the node is down: two witnesses agree",
+    ]
+
+
+@pytest.mark.parametrize("reason", [Reason.OVER_MAX_PATHS, Reason.LEFT_TO_OTHERS])
+def test_a_fit_node_that_each_manager_leaves_out_is_no_disagreement(reason: Reason) -> None:
+    """`paths: perManager`, and managers on hosts that are next hops."""
+    first = replace(EIP, hops=(HOPS[0], HopState("node-2", reason)))
+    second = replace(EIP, hops=(HopState("node-1", reason), HOPS[1]))
+    assert problem(replace(ONE, eips=(first,)), replace(TWO, eips=(second,))) == []
+    lost = replace(EIP, hops=(HOPS[0], HopState("node-2", Reason.NODE_SUSPECT)))
+    said = problem(replace(ONE, eips=(second,)), replace(TWO, eips=(lost,)))
+    assert said == [
+        "managers disagree on next hops of 198.51.100.1: one says node-1 node-2, two says node-1"
     ]
 
 
