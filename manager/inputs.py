@@ -10,6 +10,8 @@ import asyncio
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
+import structlog
+
 from lbctl.core import names
 from lbctl.core.model import Eip, Node, ObjectRef, Service
 from lbctl.kube import objects
@@ -20,6 +22,7 @@ from manager.metrics import Metrics
 
 T = TypeVar("T")
 Listener = Callable[[ObjectRef, T | None, T | None], None]
+_log = structlog.get_logger()
 
 
 class Feed(Generic[T]):
@@ -51,6 +54,7 @@ class Inputs:
         self.services: Feed[Service] = Feed(client, objects.SERVICE)
         self.slices: Feed[Slice] = Feed(client, objects.SLICE)
         self.nodes: Feed[Node] = Feed(client, objects.NODE)
+        self.nodes.listen(_say_odd_hops)
         self.eips: Feed[Eip] = Feed(client, objects.EIP)
         self.namespaces: Feed[Namespace] = Feed(client, objects.NAMESPACE)
         self.wanted: Feed[DataObject] = Feed(
@@ -101,3 +105,9 @@ class Inputs:
             metrics.cache_objects.labels(feed.label).set(len(cache.items))
             metrics.cache_skipped.labels(feed.label).set(cache.skipped)
             metrics.cache_age.labels(feed.label).set(cache.age_s())
+
+
+def _say_odd_hops(_key: ObjectRef, old: Node | None, new: Node | None) -> None:
+    """Once for each such annotation, not for each change of the Node."""
+    if new is not None and new.odd_hops and (old is None or old.odd_hops != new.odd_hops):
+        _log.warning("next_hops_ignored", node=new.name, no_addresses=" ".join(new.odd_hops))

@@ -155,7 +155,8 @@ class ServiceEndpoints:
 class Node:
     """A Kubernetes Node as far as forwarding goes.
 
-    `addresses` are its InternalIPs; `next_hops` the parsed `lbctl.io/next-hop` annotation.
+    `addresses` are its InternalIPs; `next_hops` the parsed `lbctl.io/next-hop` annotation, and
+    `odd_hops` what of it is no address.
     A cordoned node (`spec.unschedulable`) forwards like any other, so that is not kept.
     """
 
@@ -169,6 +170,7 @@ class Node:
     draining: bool = False
     deleting: bool = False
     next_hops: tuple[Address, ...] = ()
+    odd_hops: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -345,7 +345,7 @@ def to_node(raw: bytes | msgspec.Raw) -> Node:
     labels, annotations = meta.labels or {}, meta.annotations or {}
     cidrs = found.spec.podCIDRs or ([found.spec.podCIDR] if found.spec.podCIDR else [])
     internal = [a.address for a in found.status.addresses or () if a.type == "InternalIP"]
-    hops = annotations.get(names.ANNOTATION_NEXT_HOP, "").replace(",", " ").split()
+    hops, odd = values.addresses(annotations.get(names.ANNOTATION_NEXT_HOP, ""))
     return Node(
         name=meta.name,
         uid=meta.uid,
@@ -356,7 +356,8 @@ def to_node(raw: bytes | msgspec.Raw) -> Node:
         out_of_service=any(t.key == names.TAINT_OUT_OF_SERVICE for t in found.spec.taints or ()),
         draining=annotations.get(names.ANNOTATION_DRAIN, "false") != "false",
         deleting=meta.deletionTimestamp is not None,
-        next_hops=tuple(values.address(text) for text in hops),
+        next_hops=hops,
+        odd_hops=odd,
     )
 
 

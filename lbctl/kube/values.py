@@ -69,6 +69,18 @@ def address(text: str) -> Address:
         raise errors.KubeError(f"not an address: {text!r}") from error
 
 
+def addresses(text: str) -> tuple[tuple[Address, ...], tuple[str, ...]]:
+    """Addresses between commas or blanks, and what there is no address: people write these."""
+    found: list[Address] = []
+    odd: list[str] = []
+    for word in text.replace(",", " ").split():
+        try:
+            found.append(address(word))
+        except errors.KubeError:
+            odd.append(word)
+    return tuple(found), tuple(odd)
+
+
 class Key(IPv4Address):
     """An address that is the key of maps: it works out its hash once.
 

@@ -146,6 +146,18 @@ def test_node() -> None:
     )
 
 
+def test_a_slip_in_the_next_hop_annotation_does_not_cost_the_node() -> None:
+    """Its drain, its readiness and its deletion have to be seen all the same."""
+    marks = {
+        names.ANNOTATION_DRAIN: "true",
+        names.ANNOTATION_NEXT_HOP: "192.0.2.210x, 192.0.2.9 2001:db8::9 fe80::1%eth0,",
+    }
+    found = objects.to_node(raw("node-1", "", metadata={"annotations": marks}, spec={}))
+    assert found.draining
+    assert found.next_hops == (ip_address("192.0.2.9"), ip_address("2001:db8::9"))
+    assert found.odd_hops == ("192.0.2.210x", "fe80::1%eth0")
+
+
 @pytest.mark.parametrize(
     ("taint", "out"), [("unschedulable", False), ("not-ready", False), ("out-of-service", True)]
 )

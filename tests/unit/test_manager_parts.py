@@ -13,12 +13,13 @@ from typing import Any, cast
 
 import msgspec
 import pytest
+import structlog
 
 from lbctl import errors
 from lbctl.core import config, names
 from lbctl.core.actions import Action, CreateEip, RemoveFinalizer, WriteStatus
 from lbctl.core.holdings import Decision
-from lbctl.core.model import Eip, NodeState, NodeView, ObjectRef, Peer, Service, Session
+from lbctl.core.model import Eip, Node, NodeState, NodeView, ObjectRef, Peer, Service, Session
 from lbctl.core.reasons import Reason
 from lbctl.kube.cache import Cache
 from lbctl.kube.client import MERGE, Client
@@ -29,6 +30,7 @@ from manager.conditions import Conditions
 from manager.configuration import Accepted
 from manager.confirming import Confirming
 from manager.executor import Executor, Sink
+from manager.inputs import Inputs
 from manager.metrics import Metrics
 from manager.neighbours import Neighbours
 from manager.speaker import messages
@@ -276,3 +278,14 @@ async def test_a_condition_says_what_holds_now_and_when_its_status_changed() -> 
     cache[web.ref] = replace(web, version="2")  # a newer one, and it has no condition
     assert (await written())["lastTransitionTime"]
     task.cancel()
+
+
+async def test_a_next_hop_that_is_no_address_is_said_once() -> None:
+    node = Node("node-1", odd_hops=("192.0.2.210x",))
+    nodes = Inputs(Client.with_token("http://127.0.0.1:1", "token")).nodes.cache
+    with structlog.testing.capture_logs() as said:
+        for found in (node, replace(node, draining=True), replace(node, odd_hops=())):
+            await nodes.recall({ObjectRef("", "node-1"): found}, 0.0)
+    assert [(line["event"], line["no_addresses"]) for line in said] == [
+        ("next_hops_ignored", "192.0.2.210x")
+    ]
