@@ -53,6 +53,7 @@ _WORKERS: Final = (names.MANAGER_ACCOUNT, names.AGENT_ACCOUNT)
 _ACCOUNTS: Final = (*_WORKERS, names.VIEWER_ACCOUNT)
 THINGS: Final = (
     AGENTS,
+    Thing("policy/v1", "poddisruptionbudgets", names.MANAGER_APP),
     Thing("coordination.k8s.io/v1", "leases", names.LEASE),
     *(Thing("v1", "configmaps", name) for name in _MAPS),
     Thing("v1", "secrets", names.PROBE_SECRET),

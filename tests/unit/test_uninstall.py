@@ -58,6 +58,15 @@ def test_what_deploy_installs_is_what_is_deleted() -> None:
     assert deleted == installed | written
 
 
+def test_no_two_managers_are_drained_at_once() -> None:
+    """A budget whose selector meets nothing would hold nobody."""
+    kinds = {item["kind"]: item for item in manifests()}
+    budget, managers = kinds["PodDisruptionBudget"]["spec"], kinds["Deployment"]["spec"]
+    marks = managers["template"]["metadata"]["labels"].items()
+    assert budget["maxUnavailable"] == 1 < managers["replicas"]
+    assert budget["selector"]["matchLabels"].items() <= marks
+
+
 def test_routes_go_before_forwarding_and_services_before_what_knows_them() -> None:
     steps = plan(replace(ALL, config=ACCEPTED))
     assert steps[:4] == (
