@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager
-from typing import Final
+from typing import Any, Final
 
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
@@ -26,6 +26,7 @@ from lbctl import errors
 from lbctl.core import nft
 from lbctl.core.clash import Kind
 from lbctl.core.names import AGENT_HTTP_PORT
+from lbctl.kube.cache import Cache
 
 STALLED_S: Final = 10.0
 
@@ -108,12 +109,20 @@ class Figures(Collector):
             yield _counter("lbctl_agent_probes_answered", "Probes answered.", responder.answered)
             yield _counter("lbctl_agent_probes_refused", "Not authentic.", responder.refused)
         if watcher is not None:
-            synced = GaugeMetricFamily(
-                "lbctl_agent_cache_synced", "1 when listed.", labels=["kind"]
-            )
-            for cache in watcher.caches:
-                synced.add_metric([cache.name], float(cache.synced.is_set()))
-            yield synced
+            yield from of_caches(watcher.caches)
+
+
+def of_caches(caches: Iterable[Cache[Any]]) -> Iterator[Metric]:
+    """What is read of the API server, and when it last spoke."""
+    kind = ["kind"]
+    synced = GaugeMetricFamily("lbctl_agent_cache_synced", "1 when listed.", labels=kind)
+    text = "Seconds since the API server last spoke, by kind."
+    age = GaugeMetricFamily("lbctl_agent_cache_contact_age_seconds", text, labels=kind)
+    for cache in caches:
+        synced.add_metric([cache.name], float(cache.synced.is_set()))
+        age.add_metric([cache.name], cache.age_s())
+    yield synced
+    yield age
 
 
 def _gauge(name: str, text: str, value: float) -> Metric:

@@ -91,6 +91,12 @@ class Metrics:
         self.node_state = Gauge(
             "lbctl_node_state", "1 for the state of a node.", ["node", "state"], registry=registry
         )
+        self.node_lags = Gauge(
+            "lbctl_node_lags",
+            "1 while a node's table differs from the majority's for too long.",
+            ["node"],
+            registry=registry,
+        )
         self._probes = _Counted("lbctl_probes", "Probe events, by kind.", "kind")
         registry.register(self._probes)
         self.select_seconds = Histogram(
@@ -148,7 +154,9 @@ class Metrics:
     def measure_nodes(self, views: Iterable[NodeView], counters: DataclassInstance) -> None:
         """Fill in the node metrics; `counters` is a dataclass of integers."""
         self.node_state.clear()
+        self.node_lags.clear()
         for view in views:
+            self.node_lags.labels(view.name).set(view.lags)
             for state in NodeState:
                 self.node_state.labels(view.name, str(state)).set(view.state is state)
         self._probes.values = asdict(counters)

@@ -16,7 +16,14 @@ from typing import Any
 from lbctl.core import names
 from lbctl.core.model import NodeState
 from lbctl.core.reasons import SENTENCE, Reason
-from lbctl.core.state import EipState, ManagerState, PoolState, ServiceState, from_plain
+from lbctl.core.state import (
+    EipState,
+    ManagerState,
+    NodeStatus,
+    PoolState,
+    ServiceState,
+    from_plain,
+)
 from lbctl.errors import KubeError, LbctlError, NotFound, Unreachable
 from lbctl.kube.client import PODS, SERVICES, Client
 
@@ -298,10 +305,15 @@ def _nodes(states: tuple[ManagerState, ...], agents: frozenset[str] | None) -> l
         + (f": {SENTENCE[node.reason]}" if node.reason else "")
         for state in states
         for node in state.nodes
-        if node.state is not NodeState.UP
-        and node.reason not in _WANTED
+        if _wrong(node)
         and (agents is None or node.name in agents or node.state is not NodeState.UNKNOWN)
     ]
+
+
+def _wrong(node: NodeStatus) -> bool:
+    """A node that answers and has another table than most is no next hop either."""
+    judged = node.state is not NodeState.UP or node.reason is Reason.NODE_LAGS
+    return judged and node.reason not in _WANTED
 
 
 def _eips(states: tuple[ManagerState, ...]) -> list[str]:

@@ -141,6 +141,15 @@ def test_a_fit_node_that_each_manager_leaves_out_is_no_disagreement(reason: Reas
     ]
 
 
+def test_a_node_that_lags_is_wrong_though_it_is_up() -> None:
+    lags = replace(ONE.nodes[0], reason=Reason.NODE_LAGS)
+    assert problem(replace(ONE, nodes=(lags, ONE.nodes[1]))) == [
+        "node node-1 is Up for one: the node's table differs from the majority's for too long"
+    ]
+    drained = replace(ONE.nodes[0], reason=Reason.NODE_DRAINING)
+    assert problem(replace(ONE, nodes=(drained,))) == []
+
+
 def test_leadership() -> None:
     (said,) = problem(ONE, replace(TWO, leader=True))
     assert said == "one and two each say that they lead"

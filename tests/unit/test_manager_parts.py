@@ -33,6 +33,7 @@ from manager.executor import Executor, Sink
 from manager.inputs import Inputs
 from manager.metrics import Metrics
 from manager.neighbours import Neighbours
+from manager.probing import Counters
 from manager.speaker import messages
 from manager.speaker.keeper import Keeper
 
@@ -289,3 +290,15 @@ async def test_a_next_hop_that_is_no_address_is_said_once() -> None:
     assert [(line["event"], line["no_addresses"]) for line in said] == [
         ("next_hops_ignored", "192.0.2.210x")
     ]
+
+
+def test_metrics_say_which_node_lags() -> None:
+    metrics = Metrics()
+    views = (NodeView("a", NodeState.UP), NodeView("b", NodeState.UP, lags=True))
+    metrics.measure_nodes(views, Counters())
+    found = {
+        name: metrics.registry.get_sample_value("lbctl_node_lags", {"node": name}) for name in "ab"
+    }
+    assert found == {"a": 0.0, "b": 1.0}
+    metrics.measure_nodes(views[:1], Counters())
+    assert metrics.registry.get_sample_value("lbctl_node_lags", {"node": "b"}) is None
