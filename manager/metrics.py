@@ -134,6 +134,7 @@ class Metrics:
         self.task_errors = Counter(
             "lbctl_task_errors_total", "Errors at task roots.", ["task"], registry=registry
         )
+        self.task_errors.labels("lead")  # from 0 on, else the first error is no rise
 
     def measure_pools(self, pools: Iterable[Pool], eips: Iterable[Eip]) -> None:
         """Fill in the pool metrics."""

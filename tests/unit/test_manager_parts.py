@@ -302,3 +302,9 @@ def test_metrics_say_which_node_lags() -> None:
     assert found == {"a": 0.0, "b": 1.0}
     metrics.measure_nodes(views[:1], Counters())
     assert metrics.registry.get_sample_value("lbctl_node_lags", {"node": "b"}) is None
+
+
+def test_the_first_failure_of_a_leader_is_a_rise() -> None:
+    """A counter that comes into being at 1 has no rate."""
+    found = Metrics().registry.get_sample_value("lbctl_task_errors_total", {"task": "lead"})
+    assert found == 0.0
