@@ -97,8 +97,9 @@ class Allocating:
             return self._rehearsal.decision(ref)
         return self._reign.allocator.decision(ref)
 
-    def free(self) -> dict[str, int]:
-        """Addresses that each pool can still give; nothing while not leading, or observing."""
+    def free(self) -> dict[str, dict[int, int]]:
+        """Addresses that each pool can still give, by family; nothing while not leading, or
+        observing."""
         if self._reign is None or self._observed is not None:
             return {}
         return self._reign.allocator.free()

@@ -396,7 +396,7 @@ class Manager:
         self.announcing.measure()
         if current := self.configuration.current:
             eips = self.inputs.eips.cache.items.values()
-            self.metrics.measure_pools(current.config.pools, eips)
+            self.metrics.measure_pools(current.config.pools, eips, self.allocating.free())
             self.metrics.measure_sessions(current.config.bgp.peers, self.speaker.sessions())
         if self._watch is not None:
             prober = self._watch.prober

@@ -7,7 +7,7 @@ are bounded: pools, peers, nodes, kinds and reasons, never a Service or an addre
 from __future__ import annotations
 
 from collections import Counter as Counted
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -58,6 +58,12 @@ class Metrics:
         )
         self.pool_used = Gauge(
             "lbctl_pool_used_addresses", "Addresses of a pool in use.", ["pool"], registry=registry
+        )
+        self.pool_free = Gauge(
+            "lbctl_pool_free_addresses",
+            "Addresses that a pool can still give to who asks for none of them; the leader's.",
+            ["pool", "family"],
+            registry=registry,
         )
         self.decisions = Counter(
             "lbctl_allocations_total", "Decisions by reason.", ["reason"], registry=registry
@@ -136,14 +142,23 @@ class Metrics:
         )
         self.task_errors.labels("lead")  # from 0 on, else the first error is no rise
 
-    def measure_pools(self, pools: Iterable[Pool], eips: Iterable[Eip]) -> None:
-        """Fill in the pool metrics."""
+    def measure_pools(
+        self,
+        pools: Iterable[Pool],
+        eips: Iterable[Eip],
+        free: Mapping[str, Mapping[int, int]],
+    ) -> None:
+        """Fill in the pool metrics. free: by pool and family, if we lead."""
         used = Counted(eip.pool for eip in eips)
         self.pool_addresses.clear()
         self.pool_used.clear()
         for pool in pools:
             self.pool_addresses.labels(pool.name).set(pool.size)
             self.pool_used.labels(pool.name).set(used[pool.name])
+        self.pool_free.clear()
+        for name, families in free.items():
+            for version, number in families.items():
+                self.pool_free.labels(name, f"IPv{version}").set(number)
 
     def measure_sessions(self, peers: Iterable[PeerConfig], sessions: Iterable[Session]) -> None:
         """Fill in the session of every peer, of those too that cannot be spoken to."""

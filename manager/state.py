@@ -85,12 +85,13 @@ def _config(configuration: Configuration) -> state.ConfigState:
 
 
 def _pools(
-    configuration: Configuration, eips: list[Eip], free: Mapping[str, int]
+    configuration: Configuration, eips: list[Eip], free: Mapping[str, Mapping[int, int]]
 ) -> tuple[state.PoolState, ...]:
     used = Counter(eip.pool for eip in eips)
     pools = configuration.current.config.pools if configuration.current else ()
+    left = {name: sum(families.values()) for name, families in free.items()}
     return tuple(
-        state.PoolState(pool.name, pool.size, used[pool.name], free.get(pool.name))
+        state.PoolState(pool.name, pool.size, used[pool.name], left.get(pool.name))
         for pool in sorted(pools, key=lambda pool: pool.name)
     )
 

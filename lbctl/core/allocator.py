@@ -196,8 +196,8 @@ class Allocator:
             if record.decision is not None
         }
 
-    def free(self) -> dict[str, int]:
-        """How many addresses each pool can still give to who asks for none of them."""
+    def free(self) -> dict[str, dict[int, int]]:
+        """How many addresses each pool can still give to who asks for none of them, by family."""
         return self._supply.free()
 
     def owned(self, ref: ObjectRef) -> tuple[Eip, ...]:

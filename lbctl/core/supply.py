@@ -39,7 +39,7 @@ _NO_LABELS: Final[Mapping[str, str]] = {}
 class _Stock:
     """A pool: what it can give by itself, and who has how much of it."""
 
-    __slots__ = ("by_namespace", "name", "pool", "quota", "selects", "spaces")
+    __slots__ = ("by_namespace", "name", "offers", "pool", "quota", "selects", "spaces")
 
     def __init__(self, pool: Pool) -> None:
         self.pool = pool
@@ -56,6 +56,8 @@ class _Stock:
             part = entry.addresses
             if part.version in self.spaces:
                 self.spaces[part.version].remove(int(part.first), int(part.last))
+        had = sorted(version for version, space in self.spaces.items() if space.free)
+        self.offers = () if pool.drain else tuple(had)
 
     def gives(self, address: Address, config: Config) -> bool:
         """Whether it may be given to one that does not ask for it."""
@@ -231,10 +233,13 @@ class Supply:
         if stock is not None:
             stock.spaces[address.version].remove(int(address), int(address))
 
-    def free(self) -> dict[str, int]:
-        """How many addresses each pool can still give to who asks for none of them."""
+    def free(self) -> dict[str, dict[int, int]]:
+        """How many addresses each pool can still give to who asks for none of them, by family.
+
+        Without families of which it never could: they are reserved, or the pool is drained.
+        """
         return {
-            name: 0 if stock.pool.drain else sum(space.free for space in stock.spaces.values())
+            name: {version: stock.spaces[version].free for version in stock.offers}
             for name, stock in self._stocks.items()
         }
 

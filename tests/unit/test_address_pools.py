@@ -231,7 +231,17 @@ def test_free_is_what_a_pool_can_give_without_being_asked() -> None:
     world = World(config(*pools))
     world.put(service("web"))
     world.allocator.configure(config(*pools), (ip_address("10.0.0.9"), ip_address("10.0.0.20")))
-    assert world.allocator.free() == {"a": 256 - 2 - 4 - 1 - 1, "old": 0}
+    assert world.allocator.free() == {"a": {4: 256 - 2 - 4 - 1 - 1}, "old": {}}
+
+
+def test_free_is_told_by_family_unless_all_of_it_is_reserved() -> None:
+    """A huge IPv6 range must not hide that IPv4 is used up."""
+    both = "name: b, addresses: [10.0.0.0/32, '2001:db8::/64']"
+    kept = "name: k, addresses: [10.1.0.0/32], reserved: [10.1.0.0/32]"
+    world = World(config(both, kept))
+    assert world.allocator.free() == {"b": {4: 1, 6: 1 << 64}, "k": {}}
+    world.put(service("web"))
+    assert world.allocator.free()["b"] == {4: 0, 6: 1 << 64}
 
 
 def test_one_allocation_in_a_huge_pool_looks_at_one_address() -> None:

@@ -308,3 +308,12 @@ def test_the_first_failure_of_a_leader_is_a_rise() -> None:
     """A counter that comes into being at 1 has no rate."""
     found = Metrics().registry.get_sample_value("lbctl_task_errors_total", {"task": "lead"})
     assert found == 0.0
+
+
+def test_metrics_say_what_is_free_by_family() -> None:
+    metrics = Metrics()
+    left = {"family": "IPv4", "pool": "b"}
+    metrics.measure_pools((), (), {"b": {4: 2, 6: 1 << 64}})
+    assert metrics.registry.get_sample_value("lbctl_pool_free_addresses", left) == 2.0
+    metrics.measure_pools((), (), {})
+    assert metrics.registry.get_sample_value("lbctl_pool_free_addresses", left) is None
