@@ -123,6 +123,7 @@ class Manager:
             self.inputs.services.cache,
             self.events,
             self.elector.is_leader,
+            self.metrics,
             self.allocating.decision,
             self.announcing.announced,
         )

@@ -239,7 +239,7 @@ class Recorder(EventRecorder):
 def test_the_event_of_an_allocation_says_why_a_sharing_key_was_not_honoured() -> None:
     events, cache = Recorder(), cast(Cache[Service], SimpleNamespace(items={}, get={}.get))
     conditions = Conditions(
-        Fake(), cache, events, lambda: True, lambda _: None, lambda _: Reason.NO_NEXT_HOP
+        Fake(), cache, events, lambda: True, Metrics(), lambda _: None, lambda _: Reason.NO_NEXT_HOP
     )
     web = ObjectRef("default", "web")
     eip = Eip(ip_address("198.51.100.1"), "p", web, "u")
@@ -260,6 +260,7 @@ async def test_a_condition_says_what_holds_now_and_when_its_status_changed() -> 
         cast(Cache[Service], SimpleNamespace(items=cache, get=cache.get)),
         cast(EventRecorder, None),
         lambda: True,
+        Metrics(),
         lambda ref: Decision(ref, Reason.ADDRESS_TAKEN, said[0]),
         lambda _ref: Reason.NO_NEXT_HOP,
     )
@@ -317,3 +318,56 @@ def test_metrics_say_what_is_free_by_family() -> None:
     assert metrics.registry.get_sample_value("lbctl_pool_free_addresses", left) == 2.0
     metrics.measure_pools((), (), {})
     assert metrics.registry.get_sample_value("lbctl_pool_free_addresses", left) is None
+
+
+class Refusing(Fake):
+    """Refuses the status of Service `default/odd` so many times."""
+
+    def __init__(self, times: int) -> None:
+        super().__init__()
+        self.times, self.refused = times, 0
+
+    async def patch(self, path: str, body: Any, content_type: str = MERGE) -> Any:
+        if "/odd/" in path and self.refused < self.times:
+            self.refused += 1
+            raise errors.Forbidden("a webhook says no")
+        return await super().patch(path, body, content_type)
+
+
+def writes(metrics: Metrics, outcome: str) -> float | None:
+    marks = {"action": "Condition", "outcome": outcome}
+    return metrics.registry.get_sample_value("lbctl_writes_total", marks)
+
+
+@pytest.mark.parametrize(("times", "wait_s"), [(1000, 3600.0), (2, 0.0)])
+async def test_a_condition_that_is_refused_waits_and_is_counted(
+    times: int, wait_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waiting = SimpleNamespace(next_s=lambda: wait_s)
+    monkeypatch.setattr("manager.conditions.Backoff", lambda *_: waiting)
+    odd, web = (
+        Service(ObjectRef("default", name), "u", 0.0, (), True, version="1")
+        for name in ("odd", "web")
+    )
+    cache, client, metrics, said = {odd.ref: odd, web.ref: web}, Refusing(times), Metrics(), ["a"]
+    conditions = Conditions(
+        client,
+        cast(Cache[Service], SimpleNamespace(items=cache, get=cache.get)),
+        cast(EventRecorder, None),
+        lambda: True,
+        metrics,
+        lambda ref: Decision(ref, Reason.ADDRESS_TAKEN, said[0]),
+        lambda _ref: Reason.NO_NEXT_HOP,
+    )
+    task = asyncio.create_task(conditions.lead())
+    async with asyncio.timeout(30):  # for two conditions, of web alone or of both
+        await client.patches.get()
+        if wait_s:
+            said[0] = "b"
+            conditions.mark(odd.ref)
+            conditions.mark(web.ref)
+        await client.patches.get()
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    assert client.refused == writes(metrics, "Forbidden") == (1 if wait_s else 2)
+    assert writes(metrics, "ok") == 2
