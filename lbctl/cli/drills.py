@@ -70,7 +70,7 @@ class Reports:
             "sabotaged": bool(title.sabotage),
             "held": all(check.held for check in checks),
             "checks": [asdict(check) for check in checks],
-            "evidence": {**asdict(seen), "dead": sorted(seen.dead), "gone": sorted(seen.gone)},
+            "evidence": {**asdict(seen), "off": sorted(seen.off), "gone": sorted(seen.gone)},
         }
         try:
             with _whole(record) as file:

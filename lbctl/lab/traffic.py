@@ -263,15 +263,16 @@ class Driver:
         await self._open()
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(self._tick()), group.create_task(self._commands())]
-            tasks.append(group.create_task(self._probe()))
+            group.create_task(self._probe())  # ends by itself: what waits may still fail
             meter = downloads.Meter(self.results.received, self.results.probes)
             for _ in range(self.options.downloads):
                 more = downloads.again_and_again(self.options.host, self.options.port, meter)
                 tasks.append(group.create_task(more))
             await self.stop.wait()
+            asked_until_s = time.monotonic()
             for task in tasks:
                 task.cancel()
-        await self._drain()
+        await self._drain(asked_until_s)
         self.results.ended_s = time.monotonic()
         emit("report", **asdict(self.results))
 
@@ -346,10 +347,12 @@ class Driver:
             return
         async with asyncio.TaskGroup() as group:
             due = time.monotonic()
-            while True:
-                due += 1 / self.options.probes_per_s
-                await asyncio.sleep(max(0.0, due - time.monotonic()))
+            while not self.stop.is_set():
                 group.create_task(self._probe_once())
+                due += 1 / self.options.probes_per_s
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(max(0.0, due - time.monotonic())):
+                        await self.stop.wait()
 
     async def _probe_once(self) -> None:
         start = time.monotonic()
@@ -365,8 +368,7 @@ class Driver:
                 error = str(problem) or type(problem).__name__
         self.results.probes.append((start, time.monotonic() - start, pod, error))
 
-    async def _drain(self) -> None:
-        asked_until_s = time.monotonic()
+    async def _drain(self, asked_until_s: float) -> None:
         for _ in range(int(self.options.drain_s / _TICK_S)):
             if all(flow.idle for flow in self.running):
                 break

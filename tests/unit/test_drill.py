@@ -21,6 +21,7 @@ from lbctl.lab.drill.verdict import (
     HopsSeen,
     ReceivedSeen,
     RequestSeen,
+    RolledSeen,
     judge,
     unharmed,
 )
@@ -89,6 +90,32 @@ def test_steps_are_in_order_and_sabotage_comes_first() -> None:
         ("replicas: 6", "replicas: 0", "3:27: services[0].replicas: input should be greater"),
         ("outage: 1s", "outtage: 1s", "expect.outtage: unknown key"),
         ("about: a node dies\n", "", "about: field required"),
+        ("machine: node-3", "machine: node-9", "timeline[0].machine: there is no machine 'node-9'"),
+        ("manager@*", "manager@node-9", "timeline[0].what: there is no machine 'node-9'"),
+        (
+            "powerCut, machine: node-3",
+            "scale, service: wob, replicas: 2",
+            "7:34: timeline[0].service: there is no service 'wob' in this drill",
+        ),
+        (
+            "powerCut, machine: node-3",
+            "flood, service: web, rate: 999999, seconds: 9.0",
+            "timeline[0]: flood: rate: input should be less than or equal to 20000",
+        ),
+        ("about: a node dies\n", "about: x\ntopology: smal\n", "there is no topology 'smal'; "),
+        ("steered: 0.2", "steered: 20", "expect.steered: input should be less than"),
+        ("{node-3: 0.2}", "{node-9: 0.2}", "expect.entered.node-9: there is no machine"),
+        ("steered: 0.2", "latency: {wob: 2.0}", "expect.latency.wob: there is no service"),
+        (
+            "steered: 0.2",
+            "throughput: [{after: 3, mbit: 1.0}]",
+            "throughput[0].after: the timeline has 2 steps",
+        ),
+        (
+            "  - {name: web, replicas: 6}\n",
+            "  - {name: web}\n  - {name: web}\n",
+            "services[1].name: there are two services 'web'",
+        ),
         ("fails: [outage", "fails: [outag", "fails[0]: this drill does not expect 'outag'"),
     ],
 )
@@ -127,7 +154,7 @@ SEEN = Evidence(
         HopsSeen(-1.0, "web", "tor-b", ("node-1", "node-2", "node-3")),
         HopsSeen(2.4, "web", "tor-b", ("node-1", "node-2")),
     ),
-    dead=frozenset({"node-3"}),
+    dead={"node-3": 2.0},
     gone=frozenset({"web-4"}),
     services={"web": "198.51.100.0"},
     began_s=-2.0,
@@ -147,7 +174,7 @@ def test_flows_to_dead_nodes_and_ended_pods_do_not_count() -> None:
     ("seen", "name"),
     [
         (replace(SEEN, gone=frozenset()), "connections to living pods broken"),
-        (replace(SEEN, dead=frozenset()), "connections to living pods broken"),
+        (replace(SEEN, dead={}), "connections to living pods broken"),
         (
             replace(SEEN, flows=(*SEEN.flows, flow("web-1", "node-1", "node-3", gap_s=2.5))),
             "longest silence",
@@ -158,12 +185,31 @@ def test_flows_to_dead_nodes_and_ended_pods_do_not_count() -> None:
         ),
         (replace(SEEN, requests=()), "new connections failed"),
         (replace(SEEN, hops=SEEN.hops[:-1]), "next hops of web on tor-b at the end"),
+        (replace(SEEN, hops=(), off=frozenset({"tor-a"})), "next hops at the end"),
+        (replace(SEEN, flows=()), "connections to living pods broken"),
+        (replace(SEEN, flows=()), "longest silence"),
+        (replace(SEEN, dead={"node-3": 3.5}), "connections to living pods broken"),
+        (replace(SEEN, rolled=(RolledSeen("managers", 1, 2),)), "managers rolled at the end"),
+        (replace(SEEN, rolled=(RolledSeen("web", 0, 0),)), "web rolled at the end"),
         (replace(SEEN, flows=SEEN.flows[1:2]), "flows that entered at node-3"),
         (replace(SEEN, flows=SEEN.flows[1:3]), "flows that were steered"),
     ],
 )
 def test_each_expectation_can_fail(seen: Evidence, name: str) -> None:
     assert name in failed(seen)
+
+
+def test_a_switch_that_is_off_at_the_end_is_not_asked_and_one_that_is_back_is() -> None:
+    seen = replace(SEEN, dead={**SEEN.dead, "tor-b": 1.0}, hops=SEEN.hops[:-1])
+    assert failed(replace(seen, off=frozenset({"tor-b"}))) == []
+    assert failed(seen) == ["next hops of web on tor-b at the end"]
+
+
+def test_downloads_that_stall_until_the_end_are_judged_to_the_end() -> None:
+    wanted = spec.Expect.model_validate({"throughput": [{"after": 2, "mbit": 8}]}, strict=False)
+    stalled = replace(LOADED, received=tuple(r for r in LOADED.received if r.at_s < 15.0))
+    [check] = judge(replace(drill(), expect=wanted), stalled)
+    assert not check.held and check.value and check.value < 5
 
 
 def test_what_waits_when_a_fault_begins_is_that_ones() -> None:

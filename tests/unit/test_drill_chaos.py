@@ -122,7 +122,9 @@ def manager(name: str, leader: bool = False, digest: str = "d1", hops: int = 2) 
                 ),
             ),
         ),
-        sessions=(SessionState("tor-a", ip_address("192.0.2.1"), True, Reason.SESSION_UP),),
+        sessions=tuple(
+            SessionState(f"tor-{n}", ip_address("192.0.2.1"), True, Reason.SESSION_UP) for n in "ab"
+        ),
         nodes=(
             NodeStatus("control-1", NodeState.UNKNOWN),
             NodeStatus("node-1", NodeState.UP, digest="d1"),
@@ -160,6 +162,7 @@ def test_services_that_share_by_a_key_are_in_order() -> None:
     assert all(found.held for found in check(shared))
 
 
+BLANK = replace(ONE, nodes=tuple(NodeStatus(f"node-{n}", NodeState.UP, digest="") for n in (1, 2)))
 DOWN = replace(
     TWO, sessions=(SessionState("tor-a", ip_address("192.0.2.1"), False, Reason.SESSION_DOWN),)
 )
@@ -173,6 +176,18 @@ DEAD = replace(TWO, nodes=(*TWO.nodes[:2], NodeStatus("node-2", NodeState.DOWN, 
         (replace(GOOD, managers={"control-1": ONE, "control-2": DOWN}), "no session control-2"),
         (replace(GOOD, managers={"control-1": ONE, "control-2": DEAD}), "node-2 is not Up"),
         (replace(GOOD, managers={"control-1": TWO, "control-2": TWO}), "0 managers lead"),
+        (
+            replace(GOOD, managers={"control-1": ONE, "control-2": replace(TWO, sessions=())}),
+            "control-2 has 0 sessions to 2 switches",
+        ),
+        (
+            replace(GOOD, managers={"control-1": ONE, "control-2": replace(TWO, eips=())}),
+            f"m2 does not know of {A}",
+        ),
+        (
+            replace(GOOD, managers={"control-1": BLANK, "control-2": BLANK}),
+            "node-1, node-2: none",
+        ),
         (replace(GOOD, services=(*GOOD.services, ServiceSeen("dns", (A,)))), f"{A} is on web, dns"),
         (
             replace(

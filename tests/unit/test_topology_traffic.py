@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
+import subprocess
+import sys
 import time
 
 import pytest
 
 from lbctl.lab import processes
 from lbctl.lab.asking import parse_answer, take_response
-from lbctl.lab.load import parse_report
+from lbctl.lab.load import Load, parse_report
 from lbctl.lab.traffic import Flow, FlowRecord
 
 
@@ -143,3 +146,23 @@ def test_pid_lines() -> None:
     me = processes.identify(os.getpid())
     assert me is not None and me.alive()
     assert not processes.Pid(me.pid, me.started - 1).alive()
+
+
+def test_what_waits_for_its_answer_at_the_end_is_told() -> None:
+    """A listener that takes connections and says nothing."""
+    with socket.create_server(("127.0.0.1", 0), backlog=512) as silent:
+        port = str(silent.getsockname()[1])
+        words = ("127.0.0.1", port, "--probes", "50", "--timeout", "0.8")
+        process = subprocess.Popen(
+            [sys.executable, "-m", "lbctl.lab.traffic", *words],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        with Load(process) as load:
+            silent.settimeout(30)
+            taken = [silent.accept()[0] for _ in range(5)]  # none of them is over yet
+            report = load.stop()
+        for one in taken:
+            one.close()
+    assert len(report.probes) >= 5
+    assert all("timed out" in probe.error for probe in report.probes)

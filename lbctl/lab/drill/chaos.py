@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any, Final, Literal
 
-from lbctl.lab.drill.spec import Step
+from lbctl.lab.drill.faults import Step
 
 STEADY: Final = "steady"  # the Service that stays, and that traffic is driven at
 QUIET_S: Final = 20.0  # what a quiet period is reckoned at

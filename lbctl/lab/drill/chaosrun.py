@@ -1,8 +1,8 @@
 """Carries out a plan of `chaos`: round after round, until one does not hold.
 
 Rules: a fault that cannot be put in (its process is just starting, say) is said and not counted. A
-round ends when everything holds, at the latest after `HEAL_S`; then new connections must succeed
-for a while. After a round that does not hold the lab is left as it is, to be looked at.
+round ends when everything holds, at the latest `HEAL_S` after healing began; then new connections
+must succeed for a while. After a round that does not hold the lab is left as it is.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def run(
         requests=tuple(seen.requests),
         faults=tuple(seen.faults),
         hops=tuple(eyes.seen),
-        dead=frozenset(),
+        dead={},
         gone=frozenset(),
         services=dict(site.services),
         began_s=0.0,
@@ -136,10 +136,7 @@ def _round(
         _break(site, one, begin_s, loads, eyes, seen, show)
         healed_s = time.monotonic()
         show(Now(healed_s - begin_s, "all is healed; what must hold is looked at"))
-        site.mend()
-        site.dead.clear()
-        site.crashed.clear()
-        found = _settled(site, usual, begin_s, show)
+        found = _healed(site, usual, begin_s, healed_s + HEAL_S, show)
         took_s = time.monotonic() - healed_s
         calm_s = time.monotonic()
         pass_time(calm_s + _AFTER_S, begin_s, "quiet", loads, eyes, show)
@@ -197,18 +194,25 @@ def _break(
     pass_time(end_s, begin_s, "all faults are in", loads, eyes, show)
 
 
-def _settled(
-    site: Site, usual: dict[str, Counter[str]], begin_s: float, show: Show
+def _healed(
+    site: Site, usual: dict[str, Counter[str]], begin_s: float, until_s: float, show: Show
 ) -> tuple[Check, ...]:
-    """The invariants as soon as all hold, or as they are when the time is over."""
-    until_s = time.monotonic() + HEAL_S
+    """Undo the faults; the invariants as soon as all hold, or as they are when the time is over."""
+    try:
+        site.mend()
+    except LbctlError as error:
+        return (Check("all processes run again", "always", str(error), False),)
+    site.dead.clear()
+    site.crashed.clear()
     while True:
         try:
             found = invariants.check(snapshot.take(site, usual))
         except KubeError as error:
             found = (Check("the API server answers", "always", str(error), False),)
         wrong = [check for check in found if not check.held]
-        if not wrong or time.monotonic() > until_s:
+        if time.monotonic() > until_s:
+            return found if wrong else (Check("healed", f"in {HEAL_S:g} s", "later", False),)
+        if not wrong:
             return found
         show(Now(time.monotonic() - begin_s, f"not yet {wrong[0].name}: {wrong[0].found}"))
         time.sleep(0.5)

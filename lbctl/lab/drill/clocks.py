@@ -64,7 +64,8 @@ def _library() -> Path:
 def step(site: Site, what: str, by: int) -> None:
     """Set the clocks of `WHAT@WHERE` to `by` seconds from the true time. Raises DrillError."""
     container = what.partition("@")[0]
-    if container not in _FILE or not site.faked:
+    of = "agents" if container == "agent" else "managers"
+    if container not in _FILE or of not in site.faked:
         raise DrillError(f"{what!r} has no clock that can be set: fakeClocks comes first")
     for pid in site.processes(what):
         file = Path(f"/proc/{pid.pid}/root{_FILE[container]}")

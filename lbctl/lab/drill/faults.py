@@ -11,18 +11,40 @@ import inspect
 import signal
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal, TypeVar, get_type_hints
+from typing import Annotated, Any, Final, Literal, NewType, TypeVar, get_type_hints
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from lbctl.core import names
 from lbctl.errors import DrillError
 from lbctl.kube import client as kube
-from lbctl.lab import bringup, control, processes, switch, workload
+from lbctl.lab import bringup, control, flooding, processes, switch, workload
 from lbctl.lab.api import DEPLOYMENTS, wait
 from lbctl.lab.drill import clocks, delays, links
 from lbctl.lab.drill.site import WORKLOADS, Site
+
+# What an argument names: machines (one, a role, `*`), processes (`WHAT@WHERE`), a Service.
+Machines = NewType("Machines", str)
+Target = NewType("Target", str)
+ServiceName = NewType("ServiceName", str)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One thing done to the lab: `at_s` after the beginning of the timeline."""
+
+    at_s: float
+    fault: str
+    arguments: Mapping[str, Any]
+
+    def __str__(self) -> str:
+        words = (
+            f"{key} {str(value).partition(chr(10))[0]}" for key, value in self.arguments.items()
+        )
+        return " ".join((self.fault, *words))
+
 
 F = TypeVar("F", bound=Callable[..., None])
 FAULTS: Final[dict[str, Callable[..., None]]] = {}
@@ -42,9 +64,8 @@ def checked(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a fault as its function takes them. Raises DrillError, in one sentence."""
     if name not in FAULTS:
         raise DrillError(f"there is no fault {name!r}; there are: {', '.join(sorted(FAULTS))}")
-    function = FAULTS[name]
-    parameters = dict(list(inspect.signature(function).parameters.items())[1:])
-    hints = get_type_hints(function)
+    parameters = dict(list(inspect.signature(FAULTS[name]).parameters.items())[1:])
+    hints = kinds(name)
     if unknown := sorted(arguments.keys() - parameters.keys()):
         raise DrillError(f"{name} takes {', '.join(parameters) or 'nothing'}, not {unknown[0]!r}")
     found = {}
@@ -60,6 +81,11 @@ def checked(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+def kinds(name: str) -> dict[str, Any]:
+    """What each argument of a fault may be, by its name."""
+    return get_type_hints(FAULTS[name], include_extras=True)
+
+
 def inject(site: Site, name: str, arguments: Mapping[str, Any]) -> None:
     """Do it. Raises LabError if it could not be done."""
     FAULTS[name](site, **arguments)
@@ -69,16 +95,16 @@ def inject(site: Site, name: str, arguments: Mapping[str, Any]) -> None:
 
 
 @fault("powerCut")
-def power_cut(site: Site, machine: str) -> None:
+def power_cut(site: Site, machine: Machines) -> None:
     """DESIGN.md's power cut: silence in one instant, carrier kept, then its processes die."""
     for found in site.machines(machine):
         if found.alive:
-            site.dead.add(found.name)
+            site.dead.setdefault(found.name, time.monotonic())
             site.lab.power_cut(found.name)
 
 
 @fault("powerOn")
-def power_on(site: Site, machine: str) -> None:
+def power_on(site: Site, machine: Machines) -> None:
     """Boot what was cut."""
     for found in site.machines(machine):
         if not found.alive:
@@ -86,7 +112,7 @@ def power_on(site: Site, machine: str) -> None:
 
 
 @fault("linkDown")
-def link_down(site: Site, machine: str, interface: str = "eth1") -> None:
+def link_down(site: Site, machine: Machines, interface: str = "eth1") -> None:
     """Take an interface down; the far end loses carrier."""
     for found in site.machines(machine):
         lost = links.down(found, interface)
@@ -94,7 +120,7 @@ def link_down(site: Site, machine: str, interface: str = "eth1") -> None:
 
 
 @fault("linkUp")
-def link_up(site: Site, machine: str, interface: str = "eth1") -> None:
+def link_up(site: Site, machine: Machines, interface: str = "eth1") -> None:
     """Bring it back, with the addresses and routes that went with it."""
     for found in site.machines(machine):
         links.up(found, interface, site.down.pop((found.name, interface), ()))
@@ -104,7 +130,7 @@ def link_up(site: Site, machine: str, interface: str = "eth1") -> None:
 
 
 @fault("partition")
-def partition(site: Site, of: str, away: str, oneWay: bool = False) -> None:
+def partition(site: Site, of: Machines, away: Machines, oneWay: bool = False) -> None:
     """`of` and `away` no longer reach each other; oneWay: `of` alone hears nothing of `away`."""
     away_from = site.addresses(site.machines(away))
     for found in site.machines(of):
@@ -116,7 +142,7 @@ def partition(site: Site, of: str, away: str, oneWay: bool = False) -> None:
 
 
 @fault("loss")
-def loss(site: Site, machine: str, percent: int) -> None:
+def loss(site: Site, machine: Machines, percent: int) -> None:
     """Lose so many percent of what a machine receives."""
     for found in site.machines(machine):
         site.losing[found.name] = percent
@@ -124,7 +150,7 @@ def loss(site: Site, machine: str, percent: int) -> None:
 
 
 @fault("delay")
-def delay(site: Site, of: str, away: str, ms: int) -> None:
+def delay(site: Site, of: Machines, away: Machines, ms: int) -> None:
     """`of` hears `away` so many ms late. Of two such delays the first counts."""
     away_from = site.addresses(site.machines(away))
     for found in site.machines(of):
@@ -133,7 +159,7 @@ def delay(site: Site, of: str, away: str, ms: int) -> None:
 
 
 @fault("rate")
-def rate(site: Site, machine: str, mbit: int, interface: str = "eth1") -> None:
+def rate(site: Site, machine: Machines, mbit: int, interface: str = "eth1") -> None:
     """Limit what a machine sends: tbf, and in it what network cards have, pfifo_fast.
 
     The queue holds a few packets of each connection (200 ms of full ones): with less, TCP waits for
@@ -142,7 +168,7 @@ def rate(site: Site, machine: str, mbit: int, interface: str = "eth1") -> None:
     shape = ("tbf", "rate", f"{mbit}mbit", "burst", "64kb", "latency", "200ms")
     packets = max(32, int(0.2 * mbit * 1e6 / 8 / 1514))
     for found in site.machines(machine):
-        site.limited[found.name] = interface
+        site.limited.add((found.name, interface))
         tc = ("tc", "qdisc", "replace", "dev", interface)
         found.run("ip", "link", "set", interface, "txqueuelen", str(packets))
         found.run(*tc, "root", "handle", "1:", *shape)
@@ -152,9 +178,9 @@ def rate(site: Site, machine: str, mbit: int, interface: str = "eth1") -> None:
 @fault("flood")
 def flood(
     site: Site,
-    service: str,
-    rate: int,
-    seconds: float,
+    service: ServiceName,
+    rate: Annotated[int, Field(ge=1, le=flooding.MOST_PER_S)],
+    seconds: Annotated[float, Field(ge=1, le=flooding.MOST_S)],
     kind: Literal["syn", "udp"] = "syn",
     core: int | None = None,
 ) -> None:
@@ -166,7 +192,7 @@ def flood(
 
 
 @fault("flap")
-def flap(site: Site, machine: str, times: int, every: float) -> None:
+def flap(site: Site, machine: Machines, times: int, every: float) -> None:
     """Machines fall silent and come back, so many times, half of `every` seconds each."""
     for _ in range(times):
         for percent in (100, 0):
@@ -186,13 +212,13 @@ def heal(site: Site) -> None:
 
 
 @fault("signal")
-def send_signal(site: Site, to: str, number: Literal["KILL", "TERM", "HUP"] = "KILL") -> None:
+def send_signal(site: Site, to: Target, number: Literal["KILL", "TERM", "HUP"] = "KILL") -> None:
     """Hit the processes of `WHAT@WHERE` (`Site.processes`)."""
     processes.send(site.processes(to), signal.Signals[f"SIG{number}"])
 
 
 @fault("freeze")
-def freeze(site: Site, what: str) -> None:
+def freeze(site: Site, what: Target) -> None:
     """SIGSTOP; again until no new process has appeared."""
     frozen: set[processes.Pid] = set()
     while new := set(site.processes(what)) - frozen:
@@ -202,7 +228,7 @@ def freeze(site: Site, what: str) -> None:
 
 
 @fault("thaw")
-def thaw(site: Site, what: str) -> None:
+def thaw(site: Site, what: Target) -> None:
     """SIGCONT."""
     found = set(site.processes(what))
     processes.send(found, signal.SIGCONT)
@@ -219,13 +245,13 @@ def fake_clocks(site: Site, of: Literal["managers", "agents"], monotonic: bool =
 
 
 @fault("stepClock")
-def step_clock(site: Site, what: str, by: int) -> None:
+def step_clock(site: Site, what: Target, by: int) -> None:
     """Set the clock of `manager@WHERE`, `speaker@WHERE` or `agent@WHERE` to so many s from now."""
     clocks.step(site, what, by)
 
 
 @fault("forgetSnapshot")
-def forget_snapshot(site: Site, of: str) -> None:
+def forget_snapshot(site: Site, of: Target) -> None:
     """Delete what managers (`manager@…`) keep for their next start."""
     for pid in site.processes(of):
         for file in Path(f"/proc/{pid.pid}/root{names.MANAGER_SNAPSHOT_DIR}").glob("*.json"):
@@ -233,24 +259,29 @@ def forget_snapshot(site: Site, of: str) -> None:
 
 
 @fault("killContainer")
-def kill_container(site: Site, container: str, where: str = "*", grace: float = 30.0) -> None:
+def kill_container(
+    site: Site,
+    container: Literal["manager", "speaker", "agent"],
+    where: Machines = Machines("*"),
+    grace: float = 30.0,
+) -> None:
     """End containers of ours as a kubelet does, one after the other; they are restarted."""
-    places = {machine.name for machine in site.machines(where)}
-    for row in control.containers(site.lab):
-        ours = row.namespace == names.NAMESPACE and row.container == container
-        if ours and row.node in places and row.pidns:
-            control.kill_container(site.lab, f"{row.namespace}/{row.pod}", container, grace)
+    found = site.containers(container, where)
+    if not found:
+        raise DrillError(f"no container {container!r} runs on {where!r} now")
+    for row in found:
+        control.kill_container(site.lab, f"{row.namespace}/{row.pod}", container, grace)
 
 
 @fault("restartRouting")
-def restart_routing(site: Site, machine: str) -> None:
+def restart_routing(site: Site, machine: Machines) -> None:
     """Restart FRR on switches, as an operator does."""
     for found in site.machines(machine):
         switch.restart(found)
 
 
 @fault("resetSessions")
-def reset_sessions(site: Site, machine: str) -> None:
+def reset_sessions(site: Site, machine: Machines) -> None:
     """Reset every BGP session of switches at once."""
     for found in site.machines(machine):
         found.run("vtysh", "-c", "clear bgp *")
@@ -260,31 +291,26 @@ def reset_sessions(site: Site, machine: str) -> None:
 
 
 @fault("scale")
-def scale(site: Site, service: str, replicas: int) -> None:
+def scale(site: Site, service: ServiceName, replicas: int) -> None:
     """Set a Deployment's replicas; does not wait."""
     site.api.scale(service, replicas)
 
 
 @fault("rollout")
-def rollout(site: Site, service: str) -> None:
+def rollout(site: Site, service: ServiceName) -> None:
     """Replace the pods of a Deployment, as `kubectl rollout restart` does; does not wait."""
-    site.api.patch(DEPLOYMENTS, service, _restarted())
+    site.roll(service, DEPLOYMENTS, f"app={service}", service, "default")
 
 
 @fault("upgrade")
 def upgrade(site: Site, what: Literal["managers", "agents"]) -> None:
     """Roll our own pods; does not wait."""
     kind, name = WORKLOADS[what]
-    site.api.patch(kind, name, _restarted(), names.NAMESPACE)
-
-
-def _restarted() -> dict[str, Any]:
-    stamp = {"lbctl.io/drilled-at": str(time.time_ns())}
-    return {"spec": {"template": {"metadata": {"annotations": stamp}}}}
+    site.roll(what, kind, f"app.kubernetes.io/name={name}", name, names.NAMESPACE)
 
 
 @fault("crashPod")
-def crash_pod(site: Site, service: str) -> None:
+def crash_pod(site: Site, service: ServiceName) -> None:
     """SIGKILL one pod's processes; its kubelet restarts it."""
     pod = site.api.ready_pods(service)[0]
     site.crashed.add(pod)
@@ -292,21 +318,21 @@ def crash_pod(site: Site, service: str) -> None:
 
 
 @fault("drain")
-def drain(site: Site, node: str) -> None:
+def drain(site: Site, node: Machines) -> None:
     """Ask for a node to be no next hop any more, as `lbctl node drain` does."""
     site.drained.add(node)
     site.annotate(node, names.ANNOTATION_DRAIN, "true")
 
 
 @fault("undrain")
-def undrain(site: Site, node: str) -> None:
+def undrain(site: Site, node: Machines) -> None:
     """The opposite."""
     site.annotate(node, names.ANNOTATION_DRAIN, None)
     site.drained.discard(node)
 
 
 @fault("evict")
-def evict(site: Site, node: str) -> None:
+def evict(site: Site, node: Machines) -> None:
     """Move the drill's pods off a node, as `kubectl drain` does; returns when none is left."""
     site.cordoned.add(node)
     site.api.patch(kube.NODES, node, {"spec": {"unschedulable": True}}, "")
@@ -321,7 +347,7 @@ def evict(site: Site, node: str) -> None:
 
 
 @fault("wipeTables")
-def wipe_tables(site: Site, machine: str) -> None:
+def wipe_tables(site: Site, machine: Machines) -> None:
     """Delete our nftables tables on nodes, as a careless hand does."""
     for found in site.machines(machine):
         for family in ("ip", "ip6"):
@@ -329,7 +355,7 @@ def wipe_tables(site: Site, machine: str) -> None:
 
 
 @fault("wipeChain")
-def wipe_chain(site: Site, machine: str, chain: str) -> None:
+def wipe_chain(site: Site, machine: Machines, chain: str) -> None:
     """Empty one chain of ours on nodes: a rule is missing."""
     if not chain.isidentifier():
         raise DrillError(f"not a chain's name: {chain!r}")

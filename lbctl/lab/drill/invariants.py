@@ -91,6 +91,8 @@ def _unwell(seen: Snapshot) -> Iterator[str]:
         for name in sorted(seen.nodes - up):
             yield f"{name} is not Up for {control}"
         yield from (f"no session {control} to {s.peer}" for s in state.sessions if not s.up)
+        if len(state.sessions) < len(seen.routes):
+            yield f"{control} has {len(state.sessions)} sessions to {len(seen.routes)} switches"
     leaders = [state.manager for state in seen.states() if state.leader]
     if len(leaders) != 1:
         yield f"{len(leaders)} managers lead"
@@ -128,8 +130,11 @@ def _bound(state: ManagerState) -> dict[str, EipState]:
 
 def _astray(seen: Snapshot) -> Iterator[str]:
     """A switch that differs from a manager, or an EIP that a manager announces nothing for."""
+    given = {eip.address for eip in seen.eips if eip.phase == Phase.BOUND}
     for state in seen.states():
         bound = _bound(state)
+        for address in sorted(given - bound.keys()):
+            yield f"{state.manager} does not know of {address}"
         for address, eip in sorted(bound.items()):
             hops = frozenset(str(hop) for hop in eip.next_hops)
             if not hops:
@@ -149,7 +154,7 @@ def _differing(seen: Snapshot) -> Iterator[str]:
         for node in state.nodes:
             if node.name in seen.nodes:
                 digests.setdefault(node.digest, set()).add(node.name)
-    if len(digests) != 1:
+    if len(digests) != 1 or "" in digests:
         yield from (
             f"{', '.join(sorted(on))}: {digest or 'none'}" for digest, on in digests.items()
         )

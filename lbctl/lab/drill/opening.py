@@ -5,24 +5,22 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Final
 
 from lbctl.lab.api import Api
 from lbctl.lab.bringup import KUBECONFIG, bring_up
 from lbctl.lab.cluster.handle import ClusterKind
+from lbctl.lab.drill.mentions import file_of
 from lbctl.lab.drill.site import Site
 from lbctl.lab.lab import Lab, directory_of, held, take_down
-
-_TOPOLOGIES: Final = Path(__file__).parents[3] / "bgp-lab"
 
 
 @contextmanager
 def opened(topology: str, kind: ClusterKind, own: str, given: str = "") -> Iterator[Site]:
     """A site whose managers and agents are ready.
 
-    given: the name of a lab that is up, and stays so; without it one named `own` is made, and taken
-    down at the end. Raises LabError if it does not come up, or drills are run in it.
+    given: the name of a lab that is up, and stays so (what a killed run left in it is mended);
+    without it one named `own` is made, and taken down at the end. Raises LabError if it does not
+    come up, or drills are run in it.
     """
     with _claimed(given or own):
         if not given:
@@ -31,7 +29,7 @@ def opened(topology: str, kind: ClusterKind, own: str, given: str = "") -> Itera
             lab = Lab.load(given) if given else _made(topology, kind, own)
             with Api(lab.directory / KUBECONFIG) as api:
                 site = Site(lab, api)
-                site.configure()
+                site.take_over() if given else site.configure()
                 yield site
         finally:
             if not given:
@@ -49,7 +47,7 @@ def _claimed(name: str) -> Iterator[None]:
 
 
 def _made(topology: str, kind: ClusterKind, own: str) -> Lab:
-    lab = Lab.up(_TOPOLOGIES / f"{topology}.clab.yml", own, _silent)
+    lab = Lab.up(file_of(topology), own, _silent)
     bring_up(lab, kind, _silent)
     return lab
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from typing import Final
+from typing import Any, Final
 
 from lbctl.core import names
 from lbctl.errors import LabError
@@ -29,6 +29,7 @@ from lbctl.lab.drill.verdict import (
     HopsSeen,
     ReceivedSeen,
     RequestSeen,
+    RolledSeen,
 )
 from lbctl.lab.load import Count, Load, Report
 from lbctl.lab.traffic import FlowRecord
@@ -36,6 +37,7 @@ from lbctl.lab.traffic import FlowRecord
 LOOK_S: Final = 0.25  # between looks at the switches' kernels
 SHOW_S: Final = 0.5
 _PORT: Final = 80
+_LEASE_S: Final = 20.0  # in which it is renewed several times, and another one takes over
 _NOTHING: Final = Count()
 
 
@@ -88,11 +90,7 @@ def run(site: Site, drill: Drill, sabotaged: bool, show: Show) -> Evidence:
     for step in drill.preparations(sabotaged):
         show(Now(0.0, str(step)))
         faults.inject(site, step.fault, step.arguments)
-    for service in drill.services:
-        show(Now(0.0, f"deploying {service.name}"))
-        site.deploy(service.name, service.replicas, service.policy)
-    for service in drill.services:
-        wait_routed(site, service)
+    _deploy(site, drill, show)
     pods = {s.name: site.api.pod_nodes(s.name) for s in drill.services}
     entries.watch(site.lab, site.services.values())
     with ExitStack() as stack:
@@ -102,7 +100,7 @@ def run(site: Site, drill: Drill, sabotaged: bool, show: Show) -> Evidence:
         eyes = stack.enter_context(watched(site, begin_s))
         pass_time(begin_s, begin_s, "traffic runs", loads, eyes, show)
         entered = entries.take(site.lab)
-        leader = _leader(site)
+        leader = _leader(site) if drill.expect.leader else ""
         done = _timeline(site, drill, sabotaged, begin_s, loads, eyes, show)
         reports = [(traffic, load.stop()) for traffic, load in loads]
         floods = tuple(FloodSeen(f.service, f.asked, f.sent()) for f in site.floods)
@@ -113,21 +111,40 @@ def run(site: Site, drill: Drill, sabotaged: bool, show: Show) -> Evidence:
         requests=tuple(requests_seen(reports, begin_s)),
         faults=done,
         hops=tuple(eyes.seen),
-        dead=frozenset(site.dead),
+        dead={name: at_s - begin_s for name, at_s in site.dead.items()},
         gone=frozenset(gone | site.crashed),
         services=dict(site.services),
         began_s=min(report.started_s for _, report in reports) - begin_s,
         ended_s=max(report.ended_s for _, report in reports) - begin_s,
         received=tuple(_received(reports, pods, after, begin_s)),
         floods=floods,
-        leaders=(leader, _leader(site) if drill.expect.leader else leader),
+        leaders=(leader, _leader(site) if drill.expect.leader else ""),
+        off=frozenset(machine.name for machine in site.lab.machines if not machine.alive),
+        rolled=tuple(RolledSeen(what, *site.rolled(what)) for what in sorted(site.rolls)),
     )
 
 
+def _deploy(site: Site, drill: Drill, show: Show) -> None:
+    for service in drill.services:
+        show(Now(0.0, f"deploying {service.name}"))
+        site.deploy(service.name, service.replicas, service.policy)
+    for service in drill.services:
+        wait_routed(site, service)
+
+
 def _leader(site: Site) -> str:
-    """Who holds the Lease, as the API server has it."""
-    lease = site.api.find(kube.LEASES, names.LEASE, names.NAMESPACE) or {}
-    return str(lease.get("spec", {}).get("holderIdentity") or "")
+    """Who holds the Lease and renews it; "" if nobody does. Clocks may be wrong here."""
+
+    def spec() -> dict[str, Any]:
+        lease = site.api.find(kube.LEASES, names.LEASE, names.NAMESPACE) or {}
+        return dict(lease.get("spec") or {})
+
+    first = spec()
+    try:
+        wait("the Lease to be renewed", lambda: spec() != first, limit_s=_LEASE_S)
+    except LabError:
+        return ""
+    return str(spec().get("holderIdentity") or "")
 
 
 def wait_routed(site: Site, service: DrillService) -> None:

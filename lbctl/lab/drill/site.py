@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import signal
 import subprocess
+import time
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -36,6 +37,7 @@ from lbctl.lab.processes import Pid
 READY_S = 120.0
 HELD_BACK_S = 5.0  # about what managers take to start
 _STATE: Final = f"http://127.0.0.1:{names.MANAGER_HTTP_PORT}/v1/state"
+_STAMP: Final = "lbctl.io/drilled-at"
 PRE_STOP_S = 2  # a pod serves on until every node has heard that it goes
 _CONTAINERS: Final = {
     "manager": ("manager", ""),
@@ -44,6 +46,7 @@ _CONTAINERS: Final = {
     "exabgp": ("speaker", "runner"),
     "relay": ("speaker", "relay"),
 }
+ROLES: Final = {"switches": "switch", "nodes": "node", "controls": "control"}
 WORKLOADS: Final = {
     "managers": (DEPLOYMENTS, names.MANAGER_APP),
     "agents": (DAEMON_SETS, names.AGENT_APP),
@@ -79,6 +82,15 @@ class Flood:
         return int(said or 0)
 
 
+@dataclass(frozen=True, slots=True)
+class Roll:
+    """Pods that are being replaced: where they are, and the annotation of the new ones."""
+
+    namespace: str
+    selector: str
+    stamp: str
+
+
 @dataclass(slots=True)
 class Site:
     """A running lab. deaf, mute: per machine the addresses that it does not hear, or speak to."""
@@ -87,11 +99,11 @@ class Site:
     api: Api
     services: dict[str, str] = field(default_factory=dict)  # name → EIP
     passing: set[str] = field(default_factory=set)  # more Services, which come and go
-    dead: set[str] = field(default_factory=set)  # machines whose power was cut, ever
+    dead: dict[str, float] = field(default_factory=dict)  # machines whose power was cut → when
     deaf: dict[str, set[str]] = field(default_factory=dict)
     mute: dict[str, set[str]] = field(default_factory=dict)
     losing: dict[str, int] = field(default_factory=dict)  # percent of the packets
-    limited: dict[str, str] = field(default_factory=dict)  # machine → interface with a rate limit
+    limited: set[tuple[str, str]] = field(default_factory=set)  # machine, interface: rate limits
     delays: list[Delay] = field(default_factory=list)
     # machine, interface → what brings back its addresses and routes
     down: dict[tuple[str, str], tuple[Command, ...]] = field(default_factory=dict)
@@ -101,15 +113,15 @@ class Site:
     crashed: set[str] = field(default_factory=set)  # pods
     added: set[str] = field(default_factory=set)  # nodes
     floods: list[Flood] = field(default_factory=list)
+    rolls: dict[str, Roll] = field(default_factory=dict)  # what → its last one
     faked: dict[str, list[Any]] = field(default_factory=dict)  # of whom → containers as they were
     config: str = workload.CONFIG
 
     # -- who ------------------------------------------------------------------------------------
     def machines(self, name: str) -> list[Machine]:
         """The machines of a name, of a role (`switches`, `nodes`, `controls`), or `*` for all."""
-        roles = {"switches": "switch", "nodes": "node", "controls": "control"}
-        if name in roles:
-            return self.lab.of_role(roles[name])
+        if name in ROLES:
+            return self.lab.of_role(ROLES[name])
         return self.lab.machines if name == "*" else [self.lab.machine(name)]
 
     def addresses(self, machines: Iterable[Machine]) -> set[str]:
@@ -139,14 +151,22 @@ class Site:
         return found
 
     def _in_containers(self, container: str, match: str, where: str) -> list[Pid]:
-        places = {machine.name for machine in self.machines(where)}
         found = []
-        for row in control.containers(self.lab):
-            ours = row.namespace == names.NAMESPACE and row.container == container
-            if ours and row.node in places and row.pidns:
-                pids = control.container_pids(self.lab, row.pod, container, match)
-                found += [known for pid in pids if (known := processes.identify(pid))]
+        for row in self.containers(container, where):
+            pids = control.container_pids(self.lab, row.pod, container, match)
+            found += [known for pid in pids if (known := processes.identify(pid))]
         return found
+
+    def containers(self, name: str, where: str) -> list[control.RunningContainer]:
+        """Those of our own Pods that run under this name on these machines."""
+        places = {machine.name for machine in self.machines(where)}
+        return [
+            row
+            for row in control.containers(self.lab)
+            if (row.namespace, row.container) == (names.NAMESPACE, name)
+            and row.node in places
+            and row.pidns
+        ]
 
     def _daemons(self, program: str, where: str) -> list[Pid]:
         places = [machine.netns for machine in self.machines(where) if machine.alive]
@@ -172,7 +192,7 @@ class Site:
         for machine in self.lab.machines:
             if machine.alive and machine.name in touched:
                 self.wall(machine)
-        for name, interface in sorted(self.limited.items()):
+        for name, interface in sorted(self.limited):
             machine = self.lab.machine(name)
             if machine.alive:
                 machine.run("tc", "qdisc", "del", "dev", interface, "root", check=False)
@@ -227,6 +247,21 @@ class Site:
             if switch.alive
         }
 
+    def roll(self, what: str, kind: kube.Resource, selector: str, name: str, within: str) -> None:
+        """Replace the pods of a workload of ours or of the drill; does not wait."""
+        stamp = str(time.time_ns())
+        template = {"metadata": {"annotations": {_STAMP: stamp}}}
+        self.api.patch(kind, name, {"spec": {"template": template}}, within)
+        self.rolls[what] = Roll(within, selector, stamp)
+
+    def rolled(self, what: str) -> tuple[int, int]:
+        """Of a workload's pods: how many are ready and new, and how many there are."""
+        roll = self.rolls[what]
+        pods = self.api.all(kube.PODS, roll.namespace, roll.selector)
+        stamps = [(pod["metadata"].get("annotations") or {}).get(_STAMP) for pod in pods]
+        new = [is_ready(p) and s == roll.stamp for p, s in zip(pods, stamps, strict=True)]
+        return sum(new), len(pods)
+
     def wait_ready(self) -> None:
         """Managers and agents are ready on every living machine that should have them."""
         living = {m.name for m in self.lab.of_role("node") if m.alive}
@@ -246,6 +281,7 @@ class Site:
         Raises LabError if the lab does not heal.
         """
         self._unblock()
+        self.config = workload.CONFIG
         made = sorted({*self.services, *self.passing})
         for name in made:
             self.api.delete(kube.SERVICES, name)
@@ -262,6 +298,7 @@ class Site:
         self.passing.clear()
         self.dead.clear()
         self.crashed.clear()
+        self.rolls.clear()
         if self.added:
             raise LabError(f"{', '.join(sorted(self.added))} cannot be taken away again")
 
@@ -303,6 +340,19 @@ class Site:
         with suppress(LabError, MessageError):
             return from_json(machine.run("curl", "-sf", "--max-time", "5", _STATE).stdout)
         return None
+
+    def take_over(self) -> None:
+        """Undo what a run that was killed left behind in a lab that is up, as far as can be seen.
+
+        Raises LabError if the lab does not heal.
+        """
+        living = [machine for machine in self.lab.machines if machine.alive]
+        processes.send(processes.members(m.netns for m in living), signal.SIGCONT)
+        if kubelet := self.lab.process("kubelet"):
+            processes.send([kubelet], signal.SIGCONT)
+        for machine in living:
+            machine.run("nft", "-f", "-", input=_NO_WALL)
+        self.mend()
 
     def mend(self) -> None:
         """Undo every fault. Raises LabError if the lab does not heal."""

@@ -16,12 +16,21 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from lbctl.core.config_values import parse_duration
 from lbctl.core.positions import Document, Loc, Problem, load
-from lbctl.errors import DrillError
-from lbctl.lab.drill import faults
+from lbctl.errors import DrillError, LabError
+from lbctl.lab.drill import faults, mentions
+from lbctl.lab.drill.faults import Step
 
 DRILLS: Final = Path(__file__).parents[3] / "bgp-lab" / "drills"
 
+# Where a file has steps.
+_PREPARE: Final[Loc] = ("prepare",)
+_TIMELINE: Final[Loc] = ("timeline",)
+_FIRST: Final[Loc] = ("sabotage", "prepare")
+_MEANWHILE: Final[Loc] = ("sabotage", "timeline")
+
 Seconds = Annotated[float, BeforeValidator(parse_duration)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Factor = Annotated[float, Field(gt=0)]
 
 
 class _Model(BaseModel):
@@ -83,28 +92,13 @@ class Expect(_Model):
     outage: Seconds | None = None
     gap: Seconds | None = None
     next_hops: tuple[str, ...] | None = Field(None, alias="nextHops")
-    entered: dict[str, float] | None = None
-    steered: float | None = None
+    entered: dict[str, Share] | None = None
+    steered: Share | None = None
     throughput: tuple[Carried, ...] | None = None
-    latency: dict[str, float] | None = None
-    flooded: float | None = None
+    latency: dict[str, Factor] | None = None
+    flooded: Share | None = None
     leader: Literal["kept"] | None = None
     changes: int | None = Field(None, ge=0)
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One thing done to the lab: `at_s` after the beginning of the timeline."""
-
-    at_s: float
-    fault: str
-    arguments: Mapping[str, Any]
-
-    def __str__(self) -> str:
-        words = (
-            f"{key} {str(value).partition(chr(10))[0]}" for key, value in self.arguments.items()
-        )
-        return " ".join((self.fault, *words))
 
 
 class Sabotage(_Model):
@@ -193,30 +187,32 @@ def parse(text: str, name: str, source: str) -> Drill:
             problems += [_problem(document, item) for item in error.errors()]
     if file is None:
         raise _refused(problems, source)
-    prepare = _steps(document, ("prepare",), file.prepare, problems)
-    timeline = _steps(document, ("timeline",), file.timeline, problems)
-    before, during = file.sabotage.prepare, file.sabotage.timeline
-    sabotage_prepare = _steps(document, ("sabotage", "prepare"), before, problems)
-    sabotage = _steps(document, ("sabotage", "timeline"), during, problems)
-    problems += _unknown_services(document, file)
+    given = {
+        _PREPARE: file.prepare,
+        _TIMELINE: file.timeline,
+        _FIRST: file.sabotage.prepare,
+        _MEANWHILE: file.sabotage.timeline,
+    }
+    steps = {at: _steps(document, at, entries, problems) for at, entries in given.items()}
     problems += _unexpected(document, file)
+    problems += problems or _unknown(document, file, steps)
     if problems:
         raise _refused(problems, source)
     return Drill(
-        name,
-        file.about,
-        file.topology,
-        file.services,
-        file.traffic,
-        prepare,
-        file.before,
-        file.after,
-        timeline,
-        file.expect,
-        file.sabotage.about,
-        file.sabotage.fails,
-        sabotage_prepare,
-        sabotage,
+        name=name,
+        about=file.about,
+        topology=file.topology,
+        services=file.services,
+        traffic=file.traffic,
+        prepare=steps[_PREPARE],
+        before_s=file.before,
+        after_s=file.after,
+        timeline=steps[_TIMELINE],
+        expect=file.expect,
+        sabotage=file.sabotage.about,
+        sabotage_fails=file.sabotage.fails,
+        sabotage_prepare=steps[_FIRST],
+        sabotage_timeline=steps[_MEANWHILE],
     )
 
 
@@ -233,14 +229,24 @@ def _problem(document: Document, error: Any) -> Problem:
     return Problem(document.mark(loc), loc, said[:1].lower() + said[1:])
 
 
-def _unknown_services(document: Document, file: _File) -> list[Problem]:
-    known = {service.name for service in file.services}
-    return [
-        Problem(document.mark(loc), loc, f"there is no service {traffic.service!r} in this drill")
-        for number, traffic in enumerate(file.traffic)
-        for loc in [("traffic", number, "service")]
-        if traffic.service not in known
-    ]
+def _unknown(
+    document: Document, file: _File, steps: Mapping[Loc, tuple[Step, ...]]
+) -> list[Problem]:
+    """What is mentioned and is not there."""
+    try:
+        rack = mentions.rack(file.topology)
+    except LabError as error:
+        return [Problem(document.mark(("topology",)), ("topology",), str(error))]
+    known = mentions.Known(
+        mentions.machines(rack, (step for some in steps.values() for step in some)),
+        frozenset(service.name for service in file.services),
+        len(file.timeline),
+    )
+    expect = file.expect.model_dump(by_alias=True, exclude_none=True)
+    said = [*known.twice(file.services), *known.traffic(file.traffic), *known.expected(expect)]
+    for at, some in steps.items():
+        said += known.steps(at, some)
+    return [Problem(document.mark(loc), loc, text) for loc, text in said]
 
 
 def _unexpected(document: Document, file: _File) -> list[Problem]:

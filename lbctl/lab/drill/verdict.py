@@ -1,8 +1,9 @@
 """What a drill saw, and whether it is what must hold. Pure.
 
 Rules: times are seconds from the beginning of the timeline. A flow counts against the drill if its
-pod lives: its node never lost power and the pod was not removed or crashed by the drill. A share
-that proves that the drill could have failed is an expectation like any other.
+pod lives: its node never lost power, or it broke before that, and the pod was not removed or
+crashed by the drill. What was expected of nothing that was seen does not hold. A share that proves
+that the drill could have failed is an expectation like any other.
 """
 
 from __future__ import annotations
@@ -87,9 +88,19 @@ class FloodSeen:
 
 
 @dataclass(frozen=True, slots=True)
-class Evidence:
-    """All that was seen. gone: pods that the drill itself ended. dead: machines without power.
+class RolledSeen:
+    """Pods that a step rolled: how many there are at the end, ready and of the new template."""
 
+    what: str
+    renewed: int
+    pods: int
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """All that was seen. gone: pods that the drill itself ended.
+
+    dead: machines that lost their power, and when first; off: those without it at the end.
     leaders: who held the Lease before the timeline and at its end.
     """
 
@@ -97,7 +108,7 @@ class Evidence:
     requests: tuple[RequestSeen, ...]
     faults: tuple[FaultSeen, ...]
     hops: tuple[HopsSeen, ...]
-    dead: frozenset[str]
+    dead: Mapping[str, float]
     gone: frozenset[str]
     services: Mapping[str, str]
     began_s: float
@@ -105,6 +116,8 @@ class Evidence:
     received: tuple[ReceivedSeen, ...] = ()
     floods: tuple[FloodSeen, ...] = ()
     leaders: tuple[str, str] = ("", "")
+    off: frozenset[str] = frozenset()
+    rolled: tuple[RolledSeen, ...] = ()
 
     def living(self, protocol: str) -> tuple[FlowSeen, ...]:
         """The flows whose pods live."""
@@ -112,9 +125,13 @@ class Evidence:
             flow
             for flow in self.flows
             if flow.protocol == protocol
-            and flow.node not in self.dead
             and flow.pod not in self.gone
+            and (flow.node not in self.dead or self._broke_before(flow))
         )
+
+    def _broke_before(self, flow: FlowSeen) -> bool:
+        """Whether it broke while its node still had power."""
+        return bool(flow.broken) and flow.broken_at_s < self.dead[flow.node]
 
     def failed(self) -> tuple[RequestSeen, ...]:
         """The new connections that got no answer."""
@@ -141,7 +158,7 @@ class Evidence:
     def last_hops(self) -> dict[tuple[str, str], tuple[str, ...]]:
         """Next hops at the end, by service and living switch."""
         found = {(seen.service, seen.switch): seen.hops for seen in self.hops}
-        return {key: hops for key, hops in sorted(found.items()) if key[1] not in self.dead}
+        return {key: hops for key, hops in sorted(found.items()) if key[1] not in self.off}
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,28 +177,50 @@ class Check:
 
 
 def judge(drill: Drill, seen: Evidence) -> tuple[Check, ...]:
-    """Hold what was seen against what must hold, in the order of the file format."""
+    """Hold what was seen against what must hold, in the order of the file format.
+
+    Whatever a drill expects, what it rolls must have been rolled.
+    """
+    rolled = [
+        Check(
+            f"{one.what} rolled at the end",
+            "all pods",
+            f"{one.renewed} of {one.pods}",
+            0 < one.pods == one.renewed,
+        )
+        for one in seen.rolled
+    ]
+    return (*_expected(drill, seen), *rolled)
+
+
+def _expected(drill: Drill, seen: Evidence) -> tuple[Check, ...]:
     expect = drill.expect
-    checks = [
+    return (
         *_broken(expect, seen),
         *_failures(expect, seen),
         *_shares(expect, seen),
-        *_throughput(expect, seen),
+        *_throughput(drill, seen),
         *_latency(expect, seen),
         *_calm(expect, seen),
+        *_next_hops(expect, seen),
+    )
+
+
+def _next_hops(expect: Expect, seen: Evidence) -> list[Check]:
+    if expect.next_hops is None:
+        return []
+    wanted = tuple(sorted(expect.next_hops))
+    said = ", ".join(wanted) or "none"
+    checks = [
+        Check(
+            f"next hops of {service} on {switch} at the end",
+            said,
+            ", ".join(hops) or "none",
+            hops == wanted,
+        )
+        for (service, switch), hops in seen.last_hops().items()
     ]
-    if expect.next_hops is not None:
-        wanted = tuple(sorted(expect.next_hops))
-        for (service, switch), hops in seen.last_hops().items():
-            checks.append(
-                Check(
-                    f"next hops of {service} on {switch} at the end",
-                    ", ".join(wanted) or "none",
-                    ", ".join(hops) or "none",
-                    hops == wanted,
-                )
-            )
-    return tuple(checks)
+    return checks or [Check("next hops at the end", said, "no switch is on", False)]
 
 
 def unharmed(drill: Drill, seen: Evidence) -> tuple[str, ...]:
@@ -190,7 +229,7 @@ def unharmed(drill: Drill, seen: Evidence) -> tuple[str, ...]:
     found = []
     for key in drill.sabotage_fails:
         alone = replace(drill, expect=Expect.model_validate({key: expected[key]}))
-        if all(check.held for check in judge(alone, seen)):
+        if all(check.held for check in _expected(alone, seen)):
             found.append(key)
     return tuple(found)
 
@@ -207,10 +246,12 @@ def _broken(expect: Expect, seen: Evidence) -> list[Check]:
             found = f"{len(broken)} of {len(living)}"
             if broken:
                 found += f" (first: {broken[0].broken} at {broken[0].broken_at_s:.2f} s)"
-            checks.append(Check(what, f"at most {limit}", found, len(broken) <= limit, len(broken)))
+            held = len(broken) <= limit and bool(living)
+            checks.append(Check(what, f"at most {limit}", found, held, len(broken)))
     if expect.gap is not None:
         gap_s = seen.gap_s()
-        wanted, held = f"at most {expect.gap:g} s", gap_s <= expect.gap
+        wanted = f"at most {expect.gap:g} s"
+        held = gap_s <= expect.gap and bool(seen.living("TCP"))
         checks.append(Check("longest silence", wanted, f"{gap_s:.2f} s", held, gap_s, "s"))
     return checks
 
@@ -260,13 +301,15 @@ def _shares(expect: Expect, seen: Evidence) -> list[Check]:
     return checks
 
 
-def _throughput(expect: Expect, seen: Evidence) -> list[Check]:
+def _throughput(drill: Drill, seen: Evidence) -> list[Check]:
     checks = []
-    for wanted in expect.throughput or ():
+    for wanted in drill.expect.throughput or ():
         begun = [fault for fault in seen.faults if fault.number == wanted.after]
         from_s = begun[0].done_s + _SETTLE_S if begun else math.inf
         later = [fault.at_s for fault in seen.faults if begun and fault.at_s > begun[0].done_s]
-        end_s = min(later, default=max((r.at_s for r in seen.received), default=0.0))
+        end_s = min(
+            later, default=max((f.done_s for f in seen.faults), default=0.0) + drill.after_s
+        )
         first_s, span_s = _whole_bins(seen.received, from_s, end_s)
         by_node: dict[str, float] = {}
         for part in seen.received:
