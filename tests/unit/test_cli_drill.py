@@ -51,9 +51,9 @@ sabotage:
 SMALL = spec.parse(TEXT, "small-1", "small-1.yml")
 OTHER = replace(SMALL, name="small-2")
 HOSTS = replace(SMALL, name="hosts-1", topology="hosts")
-CALM = Evidence((), (), (), (), frozenset(), frozenset(), {"web": "198.51.100.0"}, -2.0, 12.0)
-FLOW = FlowSeen("web", "TCP", "web-1", "node-1", "node-1", "reset", 3.0, 0.1, 2.0)
-BROKEN = replace(CALM, flows=(FLOW,))
+FLOW = FlowSeen("web", "TCP", "web-1", "node-1", "node-1", "", 0.0, 0.1, 2.0)
+CALM = Evidence((FLOW,), (), (), (), {}, frozenset(), {"web": "198.51.100.0"}, -2.0, 12.0)
+BROKEN = replace(CALM, flows=(replace(FLOW, broken="reset", broken_at_s=3.0),))
 TOPOLOGIES = Path(__file__).parents[2] / "bgp-lab"
 
 
