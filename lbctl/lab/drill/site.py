@@ -185,19 +185,16 @@ class Site:
 
     def heal(self) -> None:
         """Take every wall, loss, delay and rate limit away."""
-        touched = {*self.deaf, *self.mute, *self.losing}
-        self.deaf.clear()
-        self.mute.clear()
-        self.losing.clear()
-        for machine in self.lab.machines:
-            if machine.alive and machine.name in touched:
-                self.wall(machine)
+        for name in sorted({*self.deaf, *self.mute, *self.losing}):
+            if (machine := self.lab.machine(name)).alive:
+                machine.run("nft", "-f", "-", input=_NO_WALL)
+            for walls in (self.deaf, self.mute, self.losing):
+                walls.pop(name, None)  # not sooner: who is interrupted heals once more
         for name, interface in sorted(self.limited):
-            machine = self.lab.machine(name)
-            if machine.alive:
+            if (machine := self.lab.machine(name)).alive:
                 machine.run("tc", "qdisc", "del", "dev", interface, "root", check=False)
                 machine.run("ip", "link", "set", interface, "txqueuelen", "1000", check=False)
-        self.limited.clear()
+            self.limited.discard((name, interface))
         while self.delays:
             self.delays.pop().end()
 
