@@ -56,23 +56,18 @@ class _Silence:
 
 
 class Fleet:
-    """Feed it Pod changes and call `look` several times a second.
-
-    clock: seconds since the epoch; ticks: monotonic.
-    """
+    """Feed it Pod changes and call `look` several times a second. ticks: a monotonic clock."""
 
     def __init__(
         self,
         manager_id: str,
         nodes: Mapping[ObjectRef, Node],
         witness: Witness,
-        clock: Callable[[], float] = time.time,
         ticks: Callable[[], float] = time.monotonic,
     ) -> None:
         self._me = manager_id
         self._nodes = nodes
         self._witness = witness
-        self._clock = clock
         self._ticks = ticks
         self._pods: dict[str, Pod] = {}
         self._gone: dict[str, float] = {}
@@ -88,7 +83,7 @@ class Fleet:
         if self._pods.pop(key.name, None) is None:
             return False
         self._silent.pop(key.name, None)
-        now = self._clock()
+        now = self._ticks()
         self._gone = {n: at for n, at in self._gone.items() if now - at < REMEMBER_S}
         self._gone.setdefault(key.name, now)
         return True
@@ -102,7 +97,7 @@ class Fleet:
         return frozenset(self._pods.keys() - self._gone.keys()) | {self._me}
 
     def gone(self) -> dict[str, float]:
-        """Ids of replicas that are gone, and since when (seconds since the epoch)."""
+        """Ids of replicas that are gone, and since when (seconds of the monotonic clock)."""
         return dict(self._gone)
 
     def look(self, hold_time_s: float) -> bool:
@@ -111,15 +106,14 @@ class Fleet:
         heard, told = {*self._witness.heard(), self._me}, self._witness.heard_by_agents()
         for name in [n for n in self._gone if n not in self._pods]:
             if name in heard or (told is not None and node_hash(name) in told):
-                self._gone[name] = self._clock()
+                self._gone[name] = self._ticks()
         for name, pod in self._pods.items():
             sure = told is not None and node_hash(name) not in told
             if name in heard or not sure:
                 self._silent.pop(name, None)
                 self._gone.pop(name, None)
             elif self._is_gone(name, pod, hold_time_s):
-                silent_s = self._ticks() - self._silent[name].since
-                self._gone.setdefault(name, self._clock() - silent_s)
+                self._gone.setdefault(name, self._silent[name].since)
             else:
                 self._gone.pop(name, None)
         return before != (self.living(), self.gone())

@@ -9,6 +9,7 @@ from __future__ import annotations
 import heapq
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from lbctl.core.actions import Action
 from lbctl.core.model import Address, Eip, ObjectRef, Phase, Service
@@ -18,7 +19,8 @@ from lbctl.core.release import Facts, Releases, Step
 class Releasing:
     """All EIPs in phase Releasing. One per leadership.
 
-    facts: what a release depends on, now. service, owned: as the allocator knows them.
+    facts: what a release depends on, now. service, owned: as the allocator knows them. clock: any
+    that never steps; wall: seconds since the epoch.
     """
 
     def __init__(
@@ -26,12 +28,14 @@ class Releasing:
         facts: Callable[[], Facts],
         service: Callable[[ObjectRef], Service | None],
         owned: Callable[[ObjectRef], Sequence[Eip]],
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
     ) -> None:
         self._facts = facts
         self._service = service
         self._owned = owned
         self._clock = clock
+        self._wall = wall
         self._releases = Releases()
         self._eips: dict[Address, Eip] = {}
         self._dirty: set[Address] = set()
@@ -69,7 +73,7 @@ class Releasing:
         dirty, self._dirty = self._dirty & self._eips.keys(), set()
         if not dirty:
             return ()
-        facts = self._facts()
+        facts = replace(self._facts(), epoch_s=self._wall() - now)
         actions: list[Action] = []
         for address in sorted(dirty, key=lambda a: (a.version, int(a))):
             eip = self._eips[address]

@@ -14,7 +14,8 @@ changed and at `Step.again_s`. Each stage is left only by what was observed, nev
 | Resting       | reuseAfter has passed since `unforwardedAt`           | DeleteEip       |
 
 `drainTime` is counted on the leader's own clock from when it first saw the withdrawal complete,
-so that clocks of other hosts do not matter. A new leader counts again, which only takes longer.
+so that clocks of other hosts do not matter, nor a step of its own: what is remembered goes by a
+clock that never steps. A new leader counts again, which only takes longer.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ class Facts:
     confirming: for an address, the names of the Up nodes whose agents still confirm it.
     hold_time_s: how long a switch keeps the routes of a manager that vanished (`Bgp.keep_s`).
     drain_time_s, reuse_after_s, rule (which classes are ours): from the configuration.
+    epoch_s: the wall clock less the clock of `now_s`, which steps when the wall clock does.
     """
 
     living: Collection[str]
@@ -62,6 +64,7 @@ class Facts:
     drain_time_s: float = 2.0
     reuse_after_s: float = 30.0
     rule: Services = ANY_CLASS_RULE
+    epoch_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +98,7 @@ class Releases:
 
         service: the owner as it is now, None if it is gone. siblings: all EIP objects of the same
         owner (with or without `eip`); the finalizer goes only after the last of them is clear.
-        now_s: seconds since the epoch.
+        now_s: seconds of a clock that never steps, the same for the whole leadership.
         """
         if eip.phase is Phase.BOUND:
             self.forget(eip.address)
@@ -134,7 +137,8 @@ class Releases:
             return Step(Stage.CLEARING, (), Reason.RELEASING, said)
         seen = self._resting.setdefault(eip.address, now_s)
         # The other host's clock may have been ahead when it wrote `unforwardedAt`.
-        since = seen if eip.unforwarded_s is None else min(seen, eip.unforwarded_s)
+        said_s = seen if eip.unforwarded_s is None else eip.unforwarded_s - facts.epoch_s
+        since = min(seen, said_s)
         due = since + facts.reuse_after_s
         if now_s < due:
             said = f"{eip.address} rests until reuseAfter has passed"

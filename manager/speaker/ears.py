@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import time
 from collections.abc import Callable
 from typing import Final
 
@@ -20,14 +21,21 @@ from lbctl.errors import MessageError, SpeakerError
 log = structlog.get_logger()
 
 FRESH_S: Final = 1.0  # heartbeats come every 100 ms
+# A manager that starts again after its clock was set back is heard after this (as by its peers).
+FORGET_S: Final = 60.0
 
 
 class Ears(asyncio.DatagramProtocol):
     """Remembers when each manager was last heard to announce."""
 
-    def __init__(self, port: int, ring: Callable[[], KeyRing | None]) -> None:
-        self._port, self._ring = port, ring
-        self._newest: dict[str, tuple[int, int]] = {}
+    def __init__(
+        self,
+        port: int,
+        ring: Callable[[], KeyRing | None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._port, self._ring, self._clock = port, ring, clock
+        self._newest: dict[str, tuple[float, tuple[int, int]]] = {}  # when it came, and what it was
         self._heard_s: dict[str, float] = {}
         self._transport: asyncio.BaseTransport | None = None
 
@@ -62,12 +70,13 @@ class Ears(asyncio.DatagramProtocol):
         except MessageError as error:
             log.debug("heartbeat_refused", source=str(addr[0]), error=str(error))
             return
-        at = (beat.boot, beat.sequence)
-        if at <= self._newest.get(beat.manager, (-1, -1)):
+        now_s, at = self._clock(), (beat.boot, beat.sequence)
+        heard_s, newest = self._newest.get(beat.manager, (now_s, (-1, -1)))
+        if at <= newest and now_s - heard_s <= FORGET_S:
             return
-        self._newest[beat.manager] = at
+        self._newest[beat.manager] = now_s, at
         if beat.announcing:
-            self._heard_s[beat.manager] = asyncio.get_running_loop().time()
+            self._heard_s[beat.manager] = now_s
         else:
             self._heard_s.pop(beat.manager, None)
 

@@ -30,7 +30,7 @@ class World:
         self.answering: set[str] = set()
         self.announce = True
         self.nodes = {ObjectRef("", n): Node(n) for n in ("n", "cut")}
-        self.fleet = Fleet("me", self.nodes, self, lambda: self.now_s, lambda: self.now_s)
+        self.fleet = Fleet("me", self.nodes, self, lambda: self.now_s)
         for one in (pod("me"), pod("a"), pod("b", "cut")):
             assert self.fleet.change(one.ref, one)
 
