@@ -61,7 +61,8 @@ class Conditions:
         # what was written upon which version, for as long as the watch shows no newer one
         self._written: dict[ObjectRef, tuple[str, tuple[str, str, str]]] = {}
         self._waits: dict[ObjectRef, Backoff] = {}
-        self._resting: set[ObjectRef] = set()  # refused just now; each is marked again when due
+        # refused just now; each is marked again when due
+        self._resting: dict[ObjectRef, asyncio.TimerHandle] = {}
         self._wake = asyncio.Event()
 
     def mark(self, ref: ObjectRef) -> None:
@@ -90,7 +91,8 @@ class Conditions:
         """The leader's task. Ends only by cancellation."""
         self._written.clear()
         self._waits.clear()
-        self._resting.clear()
+        while self._resting:
+            self._resting.popitem()[1].cancel()
         for ref in self._services.items:
             self.mark(ref)
         while True:
@@ -147,11 +149,10 @@ class Conditions:
             return
         _log.warning("condition_not_written", service=str(ref), error=str(error))
         wait_s = self._waits.setdefault(ref, Backoff(_SETTLE_S, 30.0)).next_s()
-        self._resting.add(ref)
-        asyncio.get_running_loop().call_later(wait_s, self._rested, ref)
+        self._resting[ref] = asyncio.get_running_loop().call_later(wait_s, self._rested, ref)
 
     def _rested(self, ref: ObjectRef) -> None:
-        self._resting.discard(ref)
+        self._resting.pop(ref, None)
         self.mark(ref)
 
     def _wanted(self, ref: ObjectRef) -> tuple[str, str, str] | None:

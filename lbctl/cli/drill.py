@@ -6,6 +6,7 @@ report not be written.
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -112,11 +113,24 @@ def answer(ask: Callable[[], bool]) -> None:
 
 @contextmanager
 def _ended_by_sigterm() -> Iterator[None]:
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    """Have SIGTERM act as ctrl-C, in this process alone.
+
+    pyroute2 forks for each network namespace, and ends its children by SIGTERM: in one of these an
+    exception would unwind all that runs here, and take the lab down behind our back.
+    """
+    own = os.getpid()
+
+    def end(number: int, _frame: object) -> NoReturn:
+        if os.getpid() != own:
+            os._exit(128 + number)
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _checked(folder: Path | None) -> Reports | None:

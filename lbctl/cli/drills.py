@@ -10,7 +10,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -101,6 +101,18 @@ def misfit(site: Site, drill: Drill) -> str:
     return f"lab {site.lab.name!r} is {has}, drill {drill.name} wants {drill.topology}"
 
 
+@contextmanager
+def kept(site: Site, given: str) -> Iterator[None]:
+    """Heal a lab that was given if anything unforeseen, an interrupt too, ends what is done."""
+    try:
+        yield
+    except BaseException:
+        if given:
+            with suppress(LbctlError):
+                site.restore()
+        raise
+
+
 @dataclass(slots=True)
 class Drills:
     """Runs drills, or chaos, once. given: a lab that is up, "" for labs of its own.
@@ -177,16 +189,6 @@ class Drills:
         with self.opener(topology, self.kind, _LAB, self.given) as site:
             yield site
 
-    @contextmanager
-    def _kept(self, site: Site) -> Iterator[None]:
-        """Heal a lab that was given if anything unforeseen, an interrupt too, ends what is done."""
-        try:
-            yield
-        except BaseException:
-            if self.given:
-                self._restored(site)
-            raise
-
     def _restored(self, site: Site) -> bool:
         try:
             site.restore()
@@ -197,7 +199,7 @@ class Drills:
 
     def _drilled(self, site: Site, drill: Drill, sabotaged: bool) -> bool:
         """Run one and heal the lab; whether another one can be run in it."""
-        with self._kept(site):
+        with kept(site, self.given):
             try:
                 if not self._one(site, drill, sabotaged):
                     self.failed.append(drill.name)
@@ -223,7 +225,7 @@ class Drills:
 
     def chaos(self, seed: int, minutes: float, faults: int | None) -> bool:
         """Faults at random; whether everything held. Raises LbctlError if that cannot be said."""
-        with self._site("small") as site, self._kept(site):
+        with self._site("small") as site, kept(site, self.given):
             rounds = plan(seed, rack_of(site), minutes, faults)
             count = sum(len(one.steps) for one in rounds)
             self._say(f"seed {seed}: {count} faults in {len(rounds)} rounds")

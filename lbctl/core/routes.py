@@ -394,7 +394,8 @@ def _refusal(config: Config, eip: Eip, service: Service | None) -> Reason | None
 
 def _verdict(node: Node, view: NodeView | None, ids: PathIds) -> _Verdict:
     def path(version: int) -> Path | None:
-        known = (*node.next_hops, *node.addresses)
+        # What its owner got wrong there was meant to go before its addresses.
+        known = (*node.next_hops, *(() if node.odd_hops else node.addresses))
         address = next((a for a in known if a.version == version and _announceable(a)), None)
         return None if address is None else ids.get(node.name, address)
 

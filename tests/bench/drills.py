@@ -16,12 +16,11 @@ import statistics
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
 
-from lbctl.cli.drills import Opener, Runner, misfit
+from lbctl.cli.drills import Opener, Runner, kept, misfit
 from lbctl.errors import LbctlError
 from lbctl.lab import preflight
 from lbctl.lab.drill import spec, verdict
@@ -98,7 +97,9 @@ def each(
                 if why := unhealed or (misfit(site, drill) if given else ""):
                     yield Run(drill.name, _clock(), os.getloadavg()[0], 0.0, 0.0, (), why)
                     continue
-                yield (one := _run(site, drill, given, runner))
+                with kept(site, given):  # it stays up, whatever ends the bench
+                    one = _run(site, drill, runner)
+                yield one
                 if one.error and not one.restored_s:
                     unhealed = f"lab {site.lab.name!r} is not healed"
 
@@ -107,7 +108,7 @@ def _clock() -> str:
     return f"{dt.datetime.now(dt.UTC):%H:%M:%S}"
 
 
-def _run(site: Site, drill: Drill, given: str, runner: Runner) -> Run:
+def _run(site: Site, drill: Drill, runner: Runner) -> Run:
     load, began, begin_s = os.getloadavg()[0], _clock(), time.monotonic()
     checks: tuple[Check, ...] = ()
     error = ""
@@ -117,11 +118,6 @@ def _run(site: Site, drill: Drill, given: str, runner: Runner) -> Run:
         checks += tuple(c for c in _always(seen) if c.name not in {check.name for check in checks})
     except LbctlError as problem:
         error = str(problem)
-    except BaseException:
-        if given:  # it stays up, whatever ends the bench
-            with suppress(LbctlError):
-                site.restore()
-        raise
     ran_s, restored_s = time.monotonic(), 0.0
     try:
         site.restore()

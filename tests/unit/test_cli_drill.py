@@ -370,6 +370,26 @@ def test_sigterm_is_as_ctrl_c_and_both_end_with_130() -> None:
         signal.signal(signal.SIGTERM, before)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_child_that_is_ended_does_not_unwind_what_its_parent_does(number: int) -> None:
+    """As pyroute2's, which shares the handlers until it has set its own."""
+    unwound, pid = 7, 0
+
+    def ask() -> bool:
+        nonlocal pid
+        pid = os.fork()
+        if pid == 0:
+            try:
+                os.kill(os.getpid(), number)
+                signal.sigtimedwait([], 10)
+            finally:
+                os._exit(unwound)
+        return True
+
+    command.answer(ask)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 128 + number
+
+
 def test_the_bench_makes_labs_anew_and_leaves_out_what_a_given_one_is_not() -> None:
     drills = [SMALL, HOSTS, SMALL]
     world = World(restores=[None, LabError("no")])

@@ -103,6 +103,11 @@ def test_steps_are_in_order_and_sabotage_comes_first() -> None:
             "timeline[0]: flood: rate: input should be less than or equal to 20000",
         ),
         ("about: a node dies\n", "about: x\ntopology: smal\n", "there is no topology 'smal'; "),
+        (
+            "powerCut, machine: node-3",
+            "drain, node: nodes",
+            "timeline[0].node: there is no node 'nodes' in",
+        ),
         ("steered: 0.2", "steered: 20", "expect.steered: input should be less than"),
         ("{node-3: 0.2}", "{node-9: 0.2}", "expect.entered.node-9: there is no machine"),
         ("steered: 0.2", "latency: {wob: 2.0}", "expect.latency.wob: there is no service"),
@@ -278,6 +283,7 @@ SHIFTED = replace(LOADED, received=tuple(replace(r, at_s=r.at_s + 0.3) for r in 
         ({"leader": "kept"}, replace(LOADED, leaders=("", "")), False),
         ({"changes": 2}, LOADED, True),
         ({"changes": 1}, LOADED, False),
+        ({"changes": 9}, replace(LOADED, hops=()), False),
     ],
 )
 def test_load_floods_and_clocks_are_judged(

@@ -347,6 +347,15 @@ def test_next_hop_annotation_and_family() -> None:
     assert result[V6].reasons["n1"] is Reason.NODE_NO_ADDRESS
 
 
+def test_a_next_hop_that_cannot_be_read_is_not_replaced_by_the_address_it_stands_for() -> None:
+    world = World()
+    world.node("n1", odd_hops=("192.0.2.9l",))
+    assert world.hops() == ["n2", "n3"]
+    assert world.one().reasons["n1"] is Reason.NODE_NO_ADDRESS
+    world.node("n1", next_hops=(ip_address("192.0.2.99"),))
+    assert world.hops() == ["n1", "n2", "n3"]
+
+
 @pytest.mark.parametrize(
     "hop", ["0.0.0.0", "0.1.2.3", "127.0.0.1", "224.0.0.5", "240.0.0.1", "255.255.255.255"]
 )

@@ -25,8 +25,9 @@ from lbctl.lab.api import DEPLOYMENTS, wait
 from lbctl.lab.drill import clocks, delays, links
 from lbctl.lab.drill.site import WORKLOADS, Site
 
-# What an argument names: machines (one, a role, `*`), processes (`WHAT@WHERE`), a Service.
+# What an argument names: machines (one, a role, `*`), a node, processes (`WHAT@WHERE`), a Service.
 Machines = NewType("Machines", str)
+NodeName = NewType("NodeName", str)
 Target = NewType("Target", str)
 ServiceName = NewType("ServiceName", str)
 
@@ -318,21 +319,21 @@ def crash_pod(site: Site, service: ServiceName) -> None:
 
 
 @fault("drain")
-def drain(site: Site, node: Machines) -> None:
+def drain(site: Site, node: NodeName) -> None:
     """Ask for a node to be no next hop any more, as `lbctl node drain` does."""
     site.drained.add(node)
     site.annotate(node, names.ANNOTATION_DRAIN, "true")
 
 
 @fault("undrain")
-def undrain(site: Site, node: Machines) -> None:
+def undrain(site: Site, node: NodeName) -> None:
     """The opposite."""
     site.annotate(node, names.ANNOTATION_DRAIN, None)
     site.drained.discard(node)
 
 
 @fault("evict")
-def evict(site: Site, node: Machines) -> None:
+def evict(site: Site, node: NodeName) -> None:
     """Move the drill's pods off a node, as `kubectl drain` does; returns when none is left."""
     site.cordoned.add(node)
     site.api.patch(kube.NODES, node, {"spec": {"unschedulable": True}}, "")

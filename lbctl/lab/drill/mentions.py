@@ -14,12 +14,13 @@ from typing import Any, Final, Protocol
 from lbctl.core.positions import Loc
 from lbctl.errors import LabError
 from lbctl.lab import topology
-from lbctl.lab.drill.faults import Machines, ServiceName, Step, Target, kinds
+from lbctl.lab.drill.faults import Machines, NodeName, ServiceName, Step, Target, kinds
 from lbctl.lab.drill.site import ROLES
 from lbctl.lab.topology import Topology
 
 TOPOLOGIES: Final = Path(__file__).parents[3] / "bgp-lab"
 _SUFFIX: Final = ".clab.yml"
+_SEVERAL: Final = frozenset({"*", *ROLES})
 
 Said = tuple[Loc, str]
 
@@ -55,7 +56,7 @@ def machines(found: Topology, steps: Iterable[Step]) -> frozenset[str]:
         if step.fault == "addNode":
             more = topology.next_node(found)
             found = replace(found, nodes=(*found.nodes, more.spec), links=(*found.links, more.link))
-    return frozenset({"*", *ROLES, *(node.name for node in found.nodes)})
+    return frozenset({*_SEVERAL, *(node.name for node in found.nodes)})
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +103,8 @@ class Known:
                     yield from self._service(loc, value)
                 elif kind[key] is Machines:
                     yield from self._machine(loc, value)
+                elif kind[key] is NodeName and value not in self.machines - _SEVERAL:
+                    yield loc, f"there is no node {value!r} in this topology"
                 elif kind[key] is Target and "@" in value:
                     yield from self._machine(loc, value.partition("@")[2])
 

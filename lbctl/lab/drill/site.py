@@ -196,7 +196,8 @@ class Site:
                 machine.run("ip", "link", "set", interface, "txqueuelen", "1000", check=False)
             self.limited.discard((name, interface))
         while self.delays:
-            self.delays.pop().end()
+            self.delays[-1].end()
+            self.delays.pop()
 
     def flood(self, service: str, kind: str, rate: int, seconds: float, core: int | None) -> None:
         """Begin a flood at a Service's port 80. Raises DrillError beyond what is allowed."""
@@ -339,9 +340,10 @@ class Site:
         return None
 
     def take_over(self) -> None:
-        """Undo what a run that was killed left behind in a lab that is up, as far as can be seen.
+        """Undo what a run that was killed left behind in a lab that is up.
 
-        Raises LabError if the lab does not heal.
+        That is walls, processes that are stopped, machines without power, drains and cordons; not
+        rate limits, links, faked clocks. Raises LabError if the lab does not heal.
         """
         living = [machine for machine in self.lab.machines if machine.alive]
         processes.send(processes.members(m.netns for m in living), signal.SIGCONT)
@@ -349,6 +351,9 @@ class Site:
             processes.send([kubelet], signal.SIGCONT)
         for machine in living:
             machine.run("nft", "-f", "-", input=_NO_WALL)
+        nodes = {node["metadata"]["name"] for node in self.api.all(kube.NODES, "")}
+        self.drained |= nodes
+        self.cordoned |= nodes
         self.mend()
 
     def mend(self) -> None:
@@ -371,10 +376,10 @@ class Site:
     def _unblock(self) -> None:
         """Undo what holds packets and processes up, of the API server too."""
         self.heal()
-        for flood in self.floods:
+        while self.floods:
+            flood = self.floods.pop()
             flood.process.kill()
             flood.process.communicate()
-        self.floods.clear()
         processes.send(self.stopped, signal.SIGCONT)
         self.stopped.clear()
         for (name, interface), lost in sorted(self.down.items()):

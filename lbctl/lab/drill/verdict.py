@@ -383,10 +383,11 @@ def _calm(expect: Expect, seen: Evidence) -> list[Check]:
     if expect.leader is not None:
         before, after = seen.leaders
         checks.append(Check("leader", f"still {before}", after or "nobody", before == after != ""))
-    if expect.changes is not None and seen.faults:
-        later = [change for change in seen.hops if change.at_s > seen.faults[0].at_s]
+    if expect.changes is not None:
+        first_s = seen.faults[0].at_s if seen.faults else -math.inf
+        later = [change for change in seen.hops if change.at_s > first_s]
         found = f"{len(later)}" + (f" (first: {later[0].switch} {later[0].hops})" if later else "")
         wanted = f"at most {expect.changes}"
-        held = len(later) <= expect.changes
+        held = len(later) <= expect.changes and bool(seen.hops)
         checks.append(Check("changes of next hops", wanted, found, held, len(later)))
     return checks
