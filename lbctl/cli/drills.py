@@ -192,7 +192,7 @@ class Drills:
     def _restored(self, site: Site) -> bool:
         try:
             site.restore()
-        except LbctlError as error:
+        except (LbctlError, OSError) as error:
             self._say(f"  this lab is not used again: {output.clean(error)}")
             return False
         return True
@@ -203,7 +203,7 @@ class Drills:
             try:
                 if not self._one(site, drill, sabotaged):
                     self.failed.append(drill.name)
-            except LbctlError as error:
+            except (LbctlError, OSError) as error:
                 self._not_run([drill], error)
             return self._restored(site)
 

@@ -159,7 +159,7 @@ def test_a_given_lab_takes_the_drills_of_its_topology_alone() -> None:
 
 
 @pytest.mark.parametrize("given", ["", "mine"])
-@pytest.mark.parametrize("error", [KubeError("refused"), LabError("no process")])
+@pytest.mark.parametrize("error", [KubeError("refused"), LabError("no process"), OSError("gone")])
 def test_a_drill_that_cannot_be_done_keeps_no_other_from_being_run(
     given: str, error: LbctlError, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -170,7 +170,7 @@ def test_a_drill_that_cannot_be_done_keeps_no_other_from_being_run(
     assert capsys.readouterr().err == "lbctl: no verdict on small-1\n"
 
 
-@pytest.mark.parametrize("error", [KubeError("gone"), LabError("node-4 stays")])
+@pytest.mark.parametrize("error", [KubeError("gone"), LabError("node-4 stays"), OSError("x")])
 def test_after_a_lab_that_does_not_heal_comes_a_new_one(error: LbctlError) -> None:
     world = World(restores=[error])
     assert world.drills().run([SMALL, OTHER], sabotaged=False)

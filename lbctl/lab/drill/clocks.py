@@ -13,8 +13,10 @@ from typing import Any, Final
 
 from lbctl.core import names
 from lbctl.errors import DrillError, MissingFeature
+from lbctl.lab.api import wait
 from lbctl.lab.drill.site import WORKLOADS, Site
 
+_STARTS_S: Final = 10.0  # in which a container is there again
 _PLACES: Final = ("/usr/lib/x86_64-linux-gnu", "/usr/lib/aarch64-linux-gnu")
 _FILE: Final = {
     "manager": f"{names.SPEAKER_SOCKET_DIR}/clock-manager",
@@ -62,12 +64,21 @@ def _library() -> Path:
 
 
 def step(site: Site, what: str, by: int) -> None:
-    """Set the clocks of `WHAT@WHERE` to `by` seconds from the true time. Raises DrillError."""
+    """Set the clocks of `WHAT@WHERE` to `by` seconds from the true time. Raises LabError."""
     container = what.partition("@")[0]
     of = "agents" if container == "agent" else "managers"
     if container not in _FILE or of not in site.faked:
         raise DrillError(f"{what!r} has no clock that can be set: fakeClocks comes first")
-    for pid in site.processes(what):
-        file = Path(f"/proc/{pid.pid}/root{_FILE[container]}")
-        file.with_suffix(".new").write_text(f"{by:+d}\n")
-        file.with_suffix(".new").replace(file)
+
+    def written() -> bool:
+        """Not while the container is just being restarted."""
+        try:
+            for pid in site.processes(what):
+                file = Path(f"/proc/{pid.pid}/root{_FILE[container]}")
+                file.with_suffix(".new").write_text(f"{by:+d}\n")
+                file.with_suffix(".new").replace(file)
+        except (OSError, DrillError):
+            return False
+        return True
+
+    wait(f"the clock of {what} to be set", written, limit_s=_STARTS_S)
