@@ -306,7 +306,8 @@ def _throughput(drill: Drill, seen: Evidence) -> list[Check]:
     for wanted in drill.expect.throughput or ():
         begun = [fault for fault in seen.faults if fault.number == wanted.after]
         from_s = begun[0].done_s + _SETTLE_S if begun else math.inf
-        later = [fault.at_s for fault in seen.faults if begun and fault.at_s > begun[0].done_s]
+        own = [fault.at_s for fault in seen.faults if fault.number]
+        later = [at_s for at_s in own if begun and at_s > begun[0].done_s]
         end_s = min(
             later, default=max((f.done_s for f in seen.faults), default=0.0) + drill.after_s
         )
