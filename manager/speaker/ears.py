@@ -35,8 +35,8 @@ class Ears(asyncio.DatagramProtocol):
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._port, self._ring, self._clock = port, ring, clock
-        self._newest: dict[str, tuple[float, tuple[int, int]]] = {}  # when it came, and what it was
-        self._heard_s: dict[str, float] = {}
+        # Of each manager's newest: when it came, its place in their order, whether it announces.
+        self._newest: dict[str, tuple[float, tuple[int, int], bool]] = {}
         self._transport: asyncio.BaseTransport | None = None
 
     async def start(self) -> None:
@@ -71,17 +71,15 @@ class Ears(asyncio.DatagramProtocol):
             log.debug("heartbeat_refused", source=str(addr[0]), error=str(error))
             return
         now_s, at = self._clock(), (beat.boot, beat.sequence)
-        heard_s, newest = self._newest.get(beat.manager, (now_s, (-1, -1)))
+        heard_s, newest, _ = self._newest.get(beat.manager, (now_s, (-1, -1), False))
         if at <= newest and now_s - heard_s <= FORGET_S:
             return
-        self._newest[beat.manager] = now_s, at
-        if beat.announcing:
-            self._heard_s[beat.manager] = now_s
-        else:
-            self._heard_s.pop(beat.manager, None)
+        self._newest[beat.manager] = now_s, at, beat.announcing
 
     def other_announces(self, own: str, now: float) -> bool:
         """Whether a manager other than `own` was heard to announce in the last second."""
         return any(
-            now - heard_s <= FRESH_S for name, heard_s in self._heard_s.items() if name != own
+            announces and now - heard_s <= FRESH_S
+            for name, (heard_s, _, announces) in self._newest.items()
+            if name != own
         )

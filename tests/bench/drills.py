@@ -2,8 +2,8 @@
 
 Each run is what `lbctl drill run` does, the restore after it too. A run that could not be done
 counts as one, and a lab that does not heal is made anew; if it was given, the runs that are left
-could not be done. Whatever ends the bench (an interrupt as
-well), the tables of the runs so far are printed; `--json FILE` has every run, after each of them.
+could not be done. Whatever ends the bench (an interrupt as well), the tables of the runs so far are
+printed; `--json FILE` has every run, after each of them.
 """
 
 from __future__ import annotations

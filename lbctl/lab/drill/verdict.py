@@ -303,14 +303,13 @@ def _shares(expect: Expect, seen: Evidence) -> list[Check]:
 
 def _throughput(drill: Drill, seen: Evidence) -> list[Check]:
     checks = []
+    own = [fault.at_s for fault in seen.faults if fault.number]
+    last_s = max((fault.done_s for fault in seen.faults), default=0.0) + drill.after_s
     for wanted in drill.expect.throughput or ():
         begun = [fault for fault in seen.faults if fault.number == wanted.after]
         from_s = begun[0].done_s + _SETTLE_S if begun else math.inf
-        own = [fault.at_s for fault in seen.faults if fault.number]
         later = [at_s for at_s in own if begun and at_s > begun[0].done_s]
-        end_s = min(
-            later, default=max((f.done_s for f in seen.faults), default=0.0) + drill.after_s
-        )
+        end_s = min(later, default=last_s)
         first_s, span_s = _whole_bins(seen.received, from_s, end_s)
         by_node: dict[str, float] = {}
         for part in seen.received:

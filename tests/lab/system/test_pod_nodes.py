@@ -19,15 +19,17 @@ def foreign_pod_cidrs(system: System) -> Iterator[None]:
     """Each Node has another one's podCIDRs; only an API server of ours lets them be changed."""
     nodes = [node.name for node in system.lab.of_role("node")]
     cidrs = [system.api.get(kube.NODES, name, "")["spec"]["podCIDRs"] for name in nodes]
-    try:
-        for name, other in zip(nodes, [*cidrs[1:], cidrs[0]], strict=True):
-            spec = {"podCIDR": other[0], "podCIDRs": other}
+
+    def give(theirs: list[list[str]]) -> None:
+        for name, cidr in zip(nodes, theirs, strict=True):
+            spec = {"podCIDR": cidr[0], "podCIDRs": cidr}
             system.api.patch(kube.NODES, name, {"spec": spec}, "")
+
+    try:
+        give([*cidrs[1:], cidrs[0]])
         yield
     finally:
-        for name, own in zip(nodes, cidrs, strict=True):
-            spec = {"podCIDR": own[0], "podCIDRs": own}
-            system.api.patch(kube.NODES, name, {"spec": spec}, "")
+        give(cidrs)
 
 
 def answered(system: System, eip: str, tries: int) -> int:
